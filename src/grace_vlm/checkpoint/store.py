@@ -1,0 +1,187 @@
+"""Exact resume: one record of everything, one folder a step, the newest one that can be trusted.
+
+    checkpoints/step-000012/
+      masters.safetensors  log_scales.safetensors  optimizer_tensors.safetensors     one file a tensor field
+      state.json                                                                     every other field
+      manifest.json  manifest.sha256
+
+``TrainState`` is the list of what a run is made of; the folder is derived from its fields, so a field cannot be
+forgotten on one side. Codes are not in it: they follow from masters and log-scales. Numbers in ``state.json`` are
+exact: Python writes a float so that it reads back as the same float.
+
+Retention counts complete folders up to the step just saved, keeps the newest of them, and never touches what it
+cannot read: a broken folder is evidence, and a later one belongs to a run that was resumed from an earlier step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from grace_vlm.checkpoint.atomic import disk_errors, publish_folder, remove_folder
+from grace_vlm.checkpoint.manifest import is_complete, verify_manifest
+from grace_vlm.checkpoint.strict_json import read_object
+from grace_vlm.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_STEP_FOLDER = re.compile(r"step-([0-9]{6,})")
+_JSON_ROOM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that decides the rest of a run. Tensors by parameter name; the rest is plain JSON.
+
+    Args:
+        step: optimizer steps done.
+        masters: FP32 masters, and every other trained tensor.
+        log_scales: FP32 log-scale of each quantized linear, (out, groups).
+        optimizer_tensors: moments, named ``<parameter>.<moment>``.
+        adaptive_weight: the controller's state.
+        sampler: epoch, cursor, and the sampler's own generator.
+        rng: ``capture_rng()``; under several ranks, one a rank.
+        fingerprint: what must be the same for a resume to be exact (``require_same``): config hash, world size,
+            dtype, torch version, device name.
+    """
+
+    step: int
+    masters: dict[str, torch.Tensor]
+    log_scales: dict[str, torch.Tensor]
+    optimizer_tensors: dict[str, torch.Tensor]
+    adaptive_weight: dict[str, Any]
+    sampler: dict[str, Any]
+    rng: dict[str, Any]
+    fingerprint: dict[str, Any]
+
+
+TENSOR_FIELDS = tuple(f.name for f in dataclasses.fields(TrainState) if "Tensor" in str(f.type))
+JSON_FIELDS = tuple(f.name for f in dataclasses.fields(TrainState) if "Tensor" not in str(f.type))
+
+
+def _state_text(state: TrainState) -> str:
+    """``state.json``. Refuses what JSON would change silently: NaN, integer keys, tuples."""
+    content = {"format_version": FORMAT_VERSION, **{name: getattr(state, name) for name in JSON_FIELDS}}
+    text = json.dumps(content, indent=1, allow_nan=False)
+    if json.loads(text) != content:
+        raise TypeError("TrainState holds something that JSON changes (integer keys, tuples); use strings and lists")
+    return text + "\n"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return root / f"step-{step:06d}"
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every step folder in ``root``, complete or not, oldest first."""
+    found = [(match, path) for path in root.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def save_checkpoint(root: Path, step: int, state: TrainState, keep: int) -> Path:
+    """Publish ``root/step-NNNNNN``, then delete complete ones beyond the newest ``keep``.
+
+    A folder of the same step, left by a run that was resumed from an earlier one, is replaced.
+
+    Raises:
+        CheckpointError: the disk refuses; every older checkpoint is then still there.
+    """
+    if keep < 1 or step != state.step:
+        raise ValueError(f"keep {keep} must be at least 1, and step {step} the state's own ({state.step})")
+    text = _state_text(state)
+    groups = {name: getattr(state, name) for name in TENSOR_FIELDS}
+    needed_bytes = sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
+    final = step_folder(root, step)
+    with disk_errors(final):
+        if final.is_dir() and not is_complete(final):
+            shutil.rmtree(final)
+        with publish_folder(final, overwrite=True, needed_bytes=needed_bytes + len(text) + _JSON_ROOM_BYTES) as stage:
+            for name, group in groups.items():
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+                save_file(tensors, stage / f"{name}.safetensors")
+            (stage / "state.json").write_text(text, encoding="utf-8")
+    complete = [path for number, path in list_checkpoints(root) if number <= step and is_complete(path)]
+    for path in complete[:-keep]:
+        with disk_errors(path):
+            remove_folder(path)
+    return final
+
+
+def _require_fields(path: Path, stored: set[str], expected: set[str]) -> None:
+    if stored != expected:
+        raise CheckpointError(
+            f"{path} does not fit this version of grace: missing {sorted(expected - stored) or 'nothing'}, "
+            f"unknown {sorted(stored - expected) or 'nothing'}; use the version that wrote it"
+        )
+
+
+def load_checkpoint(path: Path) -> TrainState:
+    """The state in ``path``, after every byte was hashed. Never falls back to another folder.
+
+    Raises:
+        CheckpointError: no such folder, a corrupt file (with both sha256), a missing or unknown field.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no checkpoint folder; expected something like checkpoints/step-000012")
+    verify_manifest(path)
+    content = read_object(path / "state.json")
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}; this grace reads {FORMAT_VERSION}: use the version that wrote it"
+        )
+    _require_fields(path, {file.stem for file in path.glob("*.safetensors")}, set(TENSOR_FIELDS))
+    _require_fields(path, set(content), set(JSON_FIELDS))
+    for name, value in content.items():
+        if type(value) is not (int if name == "step" else dict):
+            raise CheckpointError(f"{path / 'state.json'} holds a {type(value).__name__} as {name!r}; it is damaged")
+    try:
+        groups: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FIELDS}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} holds a file that is no safetensors: {error}") from error
+    return TrainState(**content, **groups)
+
+
+def find_checkpoint(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint whose every byte verifies, and why each newer one was skipped.
+
+    Returns:
+        (folder or None, [(folder, reason), ...] newest first).
+    """
+    skipped: list[tuple[Path, str]] = []
+    for _, path in reversed(list_checkpoints(root)):
+        try:
+            verify_manifest(path)
+        except CheckpointError as error:
+            skipped.append((path, str(error)))
+            continue
+        except OSError as error:
+            skipped.append((path, f"cannot read {path}: {error.strerror}"))
+            continue
+        return path, skipped
+    return None, skipped
+
+
+def require_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse to resume under other circumstances than the checkpoint's.
+
+    Args:
+        expected: this run's fingerprint.
+        found: the checkpoint's.
+
+    Raises:
+        CheckpointError: one line with every key that differs.
+    """
+    keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k, "absent") != found.get(k, "absent"))
+    if keys:
+        diff = "; ".join(f"{k}: {found.get(k, 'absent')} then, {expected.get(k, 'absent')} now" for k in keys)
+        raise CheckpointError(f"the checkpoint is of another run ({diff}); start a new run or restore these settings")

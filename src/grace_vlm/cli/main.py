@@ -1,0 +1,94 @@
+"""``grace``: one command, one file. This one wires them and turns errors into lines.
+
+Heavy imports (torch, transformers) happen inside the commands, so that ``grace --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from grace_vlm import __version__
+from grace_vlm.cli.output import fail
+from grace_vlm.errors import GraceError
+
+app = typer.Typer(
+    name="grace",
+    help="Distil a vision-language model under an INT4 grid, pack it, prove it, evaluate it.\n\n"
+    "Start with: grace demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"grace-vlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version, is_eager=True),
+) -> None:
+    """Options that stand before the command."""
+
+
+def _register() -> None:
+    from grace_vlm.cli import (
+        chat,
+        compare,
+        data_check,
+        data_prepare,
+        demo,
+        doctor,
+        evaluate,
+        inspect,
+        pack,
+        quantize,
+        train,
+        verify,
+    )
+
+    app.command("demo", help=demo.HELP)(demo.demo)
+    data_app.command("prepare", help=data_prepare.HELP)(data_prepare.prepare_data)
+    data_app.command("check", help=data_check.HELP)(data_check.check_data)
+    app.command("train", help=train.HELP)(train.train_model)
+    app.command("quantize", help=quantize.HELP)(quantize.quantize_model)
+    app.command("pack", help=pack.HELP)(pack.pack_model)
+    app.command("verify", help=verify.HELP)(verify.verify_models)
+    app.command("inspect", help=inspect.HELP)(inspect.inspect_path)
+    app.command("eval", help=evaluate.HELP)(evaluate.evaluate)
+    app.command("chat", help=chat.HELP)(chat.chat)
+    app.command("compare", help=compare.HELP)(compare.compare)
+    app.command("doctor", help=doctor.HELP)(doctor.doctor)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point: user errors are one line on standard error and an exit code; bugs keep their traceback."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except GraceError as error:
+        fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        fail(error.format_message().rstrip(".").replace("\n", " ") + "; see grace --help", 2)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted; run the same command with --resume to go on where that is offered", 130)
+
+
+if __name__ == "__main__":
+    main()

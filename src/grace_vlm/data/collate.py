@@ -1,0 +1,91 @@
+"""From samples to one padded ``Batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grace_vlm.data.encode import IGNORE_INDEX, Sample
+from grace_vlm.data.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given.
+
+    Args:
+        input_ids: (B, S) int64, padded. labels: (B, S) int64, -100 where nothing is supervised, not shifted.
+        position_ids: (3, B, S) int64.
+        attention_mask: (B, S) int64 with left padding; None with right padding, where causal attention never lets a
+            real token see a pad.
+        pictures: in row order. image_lengths: visual tokens of each.
+        sample_ids: ids of the rows, what errors name.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    pictures: tuple[Picture, ...]
+    image_lengths: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.numel())
+
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(flat positions in B*S whose next token is supervised, those next tokens), both (n_supervised,).
+
+        The shift happens here and nowhere else: the state at position t predicts token t + 1.
+        """
+        shifted = torch.full_like(self.labels, IGNORE_INDEX)
+        shifted[:, :-1] = self.labels[:, 1:]
+        flat = shifted.reshape(-1)
+        positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+        return positions, flat[positions]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
+            self.pictures,
+            self.image_lengths,
+            self.sample_ids,
+        )
+
+
+def collate(
+    samples: Sequence[Sample],
+    pictures: Sequence[Picture],
+    image_lengths: Sequence[int],
+    pad_token_id: int,
+    padding: str = "right",
+) -> Batch:
+    """Pad samples to one length; ``padding="left"`` (generation) also makes an attention mask."""
+    length = max(sample.num_tokens for sample in samples)
+    size = (len(samples), length)
+    input_ids = np.full(size, pad_token_id, dtype=np.int64)
+    labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros((3, *size), dtype=np.int64)
+    mask = np.zeros(size, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        where = slice(0, sample.num_tokens) if padding == "right" else slice(length - sample.num_tokens, length)
+        input_ids[row, where] = sample.input_ids
+        labels[row, where] = sample.labels
+        positions[:, row, where] = sample.positions
+        mask[row, where] = 1
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        torch.from_numpy(mask) if padding == "left" else None,
+        tuple(pictures),
+        tuple(image_lengths),
+        tuple(sample.row_id for sample in samples),
+    )

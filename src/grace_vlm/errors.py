@@ -1,0 +1,50 @@
+"""The closed set of errors a user can cause.
+
+Every one is printed by the command line as a single line, ``error: <message>``, and ends the process with its own
+exit code. The message says what was given, what was expected and what to do. Anything else that escapes is a bug of
+ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class GraceError(Exception):
+    """Base of the user errors; never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(GraceError):
+    """A recipe, an override, a scheme or a flag that cannot be honoured."""
+
+    exit_code = 2
+
+
+class DataError(GraceError):
+    """Rows or images that are missing, unreadable or over the budget of bad rows."""
+
+    exit_code = 3
+
+
+class FormatError(GraceError):
+    """A foreign or corrupt file: wrong layout, wrong dtype, a shape that lies."""
+
+    exit_code = 4
+
+
+class CheckpointError(GraceError):
+    """A checkpoint or output folder that cannot be read, written or trusted."""
+
+    exit_code = 5
+
+
+class NonFiniteError(GraceError):
+    """NaN or Inf in a loss term, a gradient or a scale; raised before any weight changes."""
+
+    exit_code = 6
+
+
+class RequestError(GraceError):
+    """One request to a model that cannot be answered; other requests go on."""
+
+    exit_code = 7

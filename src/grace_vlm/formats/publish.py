@@ -1,0 +1,72 @@
+"""Write a model folder: what stock loaders open, with the grid beside it.
+
+config.json model*.safetensors processor and tokenizer files README.md     BF16, stock names
+grid/codes-*.safetensors grid/plan.json                                    (q, s), if there is a grid
+manifest.json manifest.sha256                                              published whole or not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_vlm.checkpoint.atomic import publish_folder
+from grace_vlm.formats.folder import write_grid
+from grace_vlm.quant.affine import bake
+from grace_vlm.quant.scheme import QuantizedTensor
+
+
+def _bf16_state(model: Any, quantized: Mapping[str, QuantizedTensor]) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers in BF16 under stock names; a tied head has no tensor of its own."""
+    state = {name: parameter.detach().to(torch.bfloat16).cpu() for name, parameter in model.named_parameters()}
+    tied = {name for name in model.state_dict() if name.endswith("lm_head.weight")} - state.keys()
+    for name, buffer in model.state_dict().items():
+        if name not in state and name not in tied:
+            state[name] = buffer.detach().cpu()
+    for name, tensor in quantized.items():
+        # From the integers, so that the file is bf16(q * s) whatever the leaf went through.
+        state[f"{name}.weight"] = bake(tensor).cpu()
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def publish_model(
+    dst: Path,
+    model: Any,
+    processor: Any,
+    quantized: Mapping[str, QuantizedTensor],
+    bf16_names: tuple[str, ...],
+    card: str,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write and publish a model folder.
+
+    Args:
+        model: a Transformers model whose weights are BF16 values (any dtype).
+        quantized: (codes, scale) by module name; empty for a BF16 model.
+        bf16_names: the linears that have no grid, for ``plan.json``.
+        card: text of README.md.
+
+    Raises:
+        CheckpointError: ``dst`` exists without ``overwrite``, or the disk refuses.
+    """
+    state = _bf16_state(model, quantized)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    codes_bytes = sum(tensor.codes.numel() + 2 * tensor.scale.numel() for tensor in quantized.values())
+    with publish_folder(dst, overwrite=overwrite, needed_bytes=num_bytes + codes_bytes) as stage:
+        for config in (
+            model.config,
+            getattr(model.config, "text_config", None),
+            getattr(model.config, "vision_config", None),
+        ):
+            if config is not None:
+                config.dtype = torch.bfloat16
+        model.save_pretrained(stage, state_dict=state)
+        processor.save_pretrained(stage)
+        if quantized:
+            write_grid(stage, dict(quantized), bf16_names)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+    return dst

@@ -1,0 +1,141 @@
+"""Are two folders the same model, value for value, whatever their layouts?
+
+Compared are, by name: for each quantized linear its scheme, codes, scales and BF16 weight (stored, or bf16(q * s));
+then every other tensor. By value means -0.0 equals +0.0, a NaN equals a NaN in its place, and a dtype is no difference
+if the values are the same. Also, each side must agree with itself: a stored BF16 weight must be bf16(q * s).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_vlm.formats.converter import ModelContent, read_model
+from grace_vlm.formats.folder import resolve_model
+from grace_vlm.quant.affine import bake
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same: which tensor, where in it, what each side has."""
+
+    tensor: str
+    index: tuple[int, ...] | None
+    a: str
+    b: str
+
+    def __str__(self) -> str:
+        where = f"[{', '.join(map(str, self.index))}]" if self.index is not None else ""
+        return f"{self.tensor}{where}: {self.a} in A, {self.b} in B"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared, and the first difference: linears first, then other tensors, each in the order of layers.
+
+    Args:
+        layout_a, layout_b: converter names.
+        num_linears, num_codes, num_scales: quantized linears, their codes and scales compared.
+        num_tensors, num_values: other tensors and their values compared.
+        num_different: tensors (codes, scales, weights, others) that differ.
+        first: the first difference, None if equal.
+    """
+
+    layout_a: str
+    layout_b: str
+    num_linears: int
+    num_codes: int
+    num_scales: int
+    num_tensors: int
+    num_values: int
+    num_different: int
+    first: Difference | None
+
+    @property
+    def equal(self) -> bool:
+        return self.first is None
+
+
+def compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
+    """The first place where two tensors differ in value; None if nowhere."""
+    if a.shape != b.shape:
+        return Difference(name, None, f"shape {tuple(a.shape)}", f"shape {tuple(b.shape)}")
+    differs = (a != b) & ~((a != a) & (b != b))
+    if not bool(differs.any()):
+        return None
+    index = tuple(int(i) for i in differs.nonzero()[0])
+    return Difference(name, index, str(a[index].item()), str(b[index].item()))
+
+
+def _by_layer(name: str) -> list[str | int]:
+    """A sorting key under which layer 2 comes before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _presence(name: str, a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> Difference | None:
+    if name in a and name in b:
+        return None
+    sides = [what if name in side else "missing" for side in (a, b)]
+    return Difference(name, None, *sides)
+
+
+def _linear_differences(name: str, a: ModelContent, b: ModelContent) -> Iterator[Difference | None]:
+    """Scheme, codes, scale, weight of one quantized linear that both have."""
+    ours, theirs = a.quantized[name], b.quantized[name]
+    if ours.scheme.name != theirs.scheme.name:
+        yield Difference(name, None, ours.scheme.name, theirs.scheme.name)
+        return
+    yield compare_values(f"{name}.codes", ours.codes, theirs.codes)
+    yield compare_values(f"{name}.scale", ours.scale, theirs.scale)
+    made = bake(ours), bake(theirs)
+    stored = a.baked.get(name, made[0]), b.baked.get(name, made[1])
+    yield compare_values(f"{name}.weight", *stored)
+    for side, weight, product in zip("AB", stored, made, strict=True):
+        found = compare_values(f"{name}.weight", weight, product)
+        if found is not None:
+            yield Difference(f"{name}.weight of {side}", found.index, f"{found.a} stored", f"{found.b} = bf16(q * s)")
+
+
+def verify(a: Path, b: Path) -> VerifyReport:
+    """Compare two model folders (or run folders) of any readable layouts.
+
+    Raises:
+        FormatError: one of them is not readable, or wrong in itself. CheckpointError: it is no model folder.
+    """
+    one, other = read_model(resolve_model(a)), read_model(resolve_model(b))
+    differences: list[Difference] = []
+    num_codes = num_scales = num_values = 0
+    linears = sorted(one.linears.keys() | other.linears.keys(), key=_by_layer)
+    for name in linears:
+        absent = _presence(name, one.linears, other.linears, "quantized")
+        differences += [absent] if absent else [d for d in _linear_differences(name, one, other) if d is not None]
+        entry = one.linears.get(name)
+        if absent is None and entry is not None and entry.scheme is not None:
+            num_codes += entry.out_features * entry.in_features
+            num_scales += entry.out_features * entry.in_features // entry.scheme.group_size
+    # A linear that only one side quantizes was named above; its dense twin on the other side is no second difference.
+    quantized_weights = {f"{name}.weight" for name in linears}
+    tensors = sorted((one.dense.keys() | other.dense.keys()) - quantized_weights, key=_by_layer)
+    for name in tensors:
+        found = _presence(name, one.dense, other.dense, "present")
+        if found is None:
+            mine = one.dense[name]
+            num_values += mine.numel()
+            found = compare_values(name, mine, other.dense[name])
+        differences += [found] if found else []
+    return VerifyReport(
+        layout_a=one.layout,
+        layout_b=other.layout,
+        num_linears=len(linears),
+        num_codes=num_codes,
+        num_scales=num_scales,
+        num_tensors=len(tensors),
+        num_values=num_values,
+        num_different=len(differences),
+        first=differences[0] if differences else None,
+    )

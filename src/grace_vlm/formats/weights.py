@@ -1,0 +1,132 @@
+"""Tensors of a folder of safetensors shards, one at a time, by name.
+
+A shard name is a path that a stranger wrote: it must be a bare file name, and the file must really lie in the folder
+(no symbolic link out of it). The index and the shards must list the same tensors. Nothing is read but headers until a
+tensor is asked for, so that a model larger than memory can be compared and converted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from grace_vlm.checkpoint.strict_json import read_object
+from grace_vlm.errors import FormatError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 << 30
+_SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+
+
+def check_shard(folder: Path, name: Any) -> Path:
+    """The path of shard ``name`` of ``folder``; ``FormatError`` if it is not a plain file inside."""
+    if not isinstance(name, str) or not _SHARD.fullmatch(name):
+        raise FormatError(f"{folder} names a shard {name!r}; expected a bare file name like {WEIGHTS}")
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
+    if not path.is_file():
+        raise FormatError(f"{path} is missing; download or copy the folder again")
+    return path
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of some shards as a read-only mapping; each access reads that tensor from the disk."""
+
+    def __init__(self, shards: Iterable[Path]) -> None:
+        self._handles: dict[str, Any] = {}
+        for path in shards:
+            try:
+                handle: Any = safe_open(path, framework="pt")
+                names = list(handle.keys())
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{path} is no readable safetensors file: {error}") from error
+            twice = next((name for name in names if name in self._handles), None)
+            if twice is not None:
+                raise FormatError(f"tensor {twice} is in two shards of {path.parent}; expected one of each")
+            self._handles.update(dict.fromkeys(names, handle))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handles)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the header, without reading the tensor."""
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a Hugging Face folder: ``model.safetensors``, or the shards of its index."""
+    if not (folder / INDEX).is_file():
+        return Weights([check_shard(folder, WEIGHTS)])
+    weight_map = read_object(folder / INDEX, FormatError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{folder / INDEX} has no weight_map; expected tensor name -> shard name")
+    for name in weight_map.values():
+        check_shard(folder, name)
+    weights = Weights(folder / name for name in sorted(set(weight_map.values())))
+    if weights.keys() != weight_map.keys():
+        odd = min(weights.keys() ^ weight_map.keys())
+        where = "its shards hold" if odd in weights else "its index lists"
+        raise FormatError(f"{folder}: only {where} tensor {odd}; index and shards must agree")
+    return weights
+
+
+def iter_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every weight of a folder, one in memory at a time."""
+    yield from open_weights(folder).items()
+
+
+def linears_among(weights: Weights, names: Iterable[str]) -> tuple[str, ...]:
+    """The modules whose ``.weight`` looks like a linear's: two axes, and no embedding."""
+    matrices = (n for n in names if n.endswith(".weight") and len(weights.shape(n)) == 2)
+    return tuple(n.removesuffix(".weight") for n in matrices if "embed" not in n)
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write tensors under ``folder`` as one file, or as numbered shards with an index; one shard in memory at a time.
+
+    ``folder`` is a stage: the caller publishes it.
+    """
+    shards: list[dict[str, torch.Tensor] | list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and size + num_bytes > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.contiguous()
+        size, total = size + num_bytes, total + num_bytes
+    flush()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        weight_map = {tensor: name for name, members in zip(names, shards, strict=True) for tensor in members}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for i, name in enumerate(names):
+        (folder / f"part-{i}.safetensors").rename(folder / name)

@@ -1,0 +1,1 @@
+"""The training loop: recipe, masters, teacher, step, record."""

@@ -1,0 +1,209 @@
+"""A recipe: every number of a run, each default in exactly one place.
+
+YAML recipe + ``key=value`` overrides (``optim.learning_rate=1e-4``), validated with unknown keys forbidden. What
+cannot be honoured is an error, never a fallback. The defaults of ``loss`` are the published ones for Qwen3-VL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grace_vlm.errors import ConfigError
+from grace_vlm.losses.gdkd import VocabularyPolicy
+from grace_vlm.losses.objective import Method, Objective
+from grace_vlm.quant.lsq import ClipMask, ScaleGradient
+from grace_vlm.quant.scale_init import ScaleRule
+from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    student: str = Field(description="model folder, run folder, hub id, or toy:SIZE for a random start")
+    teacher: str | None = Field(None, description="model folder, run folder or hub id; kd and grace need it")
+    processor: str | None = Field(None, description="where a toy:SIZE takes its processor; null trains a tokenizer")
+    tower: str | None = Field(None, description="where a toy:SIZE takes the blocks of its vision tower; null: random")
+    train: Literal["default", "all"] = Field(
+        "default", description="default: language model and merger; all: the vision tower too"
+    )
+
+
+class QuantConfig(_Section):
+    scale_rounding: ScaleRounding = Field("bf16", description="how the stored (and trained) scale is rounded")
+    scale_init: ScaleRule = Field("mse", description="where scales start")
+    clip_mask: ClipMask = Field("official", description="which weights get a gradient")
+    scale_gradient: ScaleGradient = Field("none", description="lsq: divide by sqrt(group_size * qmax)")
+    overrides: dict[str, str] = Field({}, description="pattern of module names -> scheme; the last match wins")
+
+
+class AdaptiveConfig(_Section):
+    initial: float = Field(0.5, description="beta at step 0")
+    minimum: float = Field(0.1, description="lower bound of beta")
+    maximum: float = Field(1.0, description="upper bound of beta")
+    target: float = Field(3.0, description="tau: the GDKD to settle at, nats times T^2")
+    step_size: float = Field(0.003, description="eta")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="d of the moving average")
+
+
+class LossConfig(_Section):
+    gate: bool = Field(True, description="weigh tokens by the teacher's confidence (grace)")
+    decoupled: bool = Field(True, description="decoupled instead of plain KL (grace)")
+    relational: bool = Field(True, description="relational CKA on visual tokens (grace)")
+    adaptive: bool = Field(True, description="move beta online (grace); false keeps fixed_weight")
+    fixed_weight: float = Field(1.0, ge=0, description="beta where it is not adaptive; weight of the KL in kd")
+    temperature: float = Field(2.0, gt=0, description="T")
+    tckd_weight: float = Field(1.0, ge=0, description="a of eq. 3")
+    nckd_weight: float = Field(4.0, ge=0, description="b of eq. 3")
+    relational_weight: float = Field(3.0, ge=0, description="omega")
+    relational_layer: int = Field(-2, description="index into hidden_states; -2 is the input of the last layer")
+    min_tokens: int = Field(4, ge=2, description="visual tokens an image needs to enter the relation loss")
+    distillation_warmup_steps: int = Field(0, ge=0, description="linear ramp of the distillation term")
+    relational_warmup_steps: int = Field(400, ge=0, description="linear ramp of the relation term")
+    normalization: Literal["global", "microbatch"] = Field(
+        "global", description="counts of the optimizer step over all ranks, or of each micro-batch (official)"
+    )
+    vocabulary: VocabularyPolicy = Field("equal", description="heads of different width: an error, or common words")
+    adaptive_weight: AdaptiveConfig = AdaptiveConfig()
+
+
+class DataConfig(_Section):
+    train: str = Field(description="LLaVA/ShareGPT4V rows, JSON array or JSONL")
+    root: str | None = Field(None, description="folder that image paths start from; null: the folder of the rows")
+    micro_batch_size: int = Field(8, ge=1, description="rows of one forward on one process")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step on one process")
+    max_tokens: int = Field(8192, ge=16, description="longer rows go to the ledger")
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="bad rows over all rows before the run stops")
+    group_by_length: bool = Field(False, description="batch rows of similar text length; the order stays seeded")
+    pixel_cache_gib: float = Field(0.0, ge=0, description="memory of the training device for decoded pictures, GiB")
+    samples_kept: int = Field(0, ge=0, description="encoded rows kept in host memory for the next epoch")
+
+
+class OptimConfig(_Section):
+    num_steps: int = Field(description="optimizer steps", ge=1)
+    learning_rate: float = Field(1e-5, gt=0, description="peak, masters")
+    scale_learning_rate: float = Field(2e-4, ge=0, description="peak, log-scales; 0 keeps them")
+    weight_decay: float = Field(1e-3, ge=0, description="linear weights only, never norms, embeddings or scales")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam")
+    epsilon: float = Field(1e-8, gt=0, description="Adam")
+    warmup_fraction: float = Field(0.03, ge=0, le=1, description="share of the steps with a rising rate")
+    max_grad_norm: float = Field(1.0, gt=0, description="global clip over weights and scales")
+
+
+class RuntimeConfig(_Section):
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    seed: int = Field(0, description="order of the rows, and a toy's random start")
+    gradient_checkpointing: bool = Field(False, description="recompute activations of the decoder layers")
+    tower_cache_gib: float = Field(0.0, ge=0, description="memory for outputs of the frozen vision tower, GiB")
+    record_every_steps: int = Field(1, ge=1, description="one line of metrics.jsonl each so many steps")
+    checkpoint_every_steps: int = Field(0, ge=0, description="0: none")
+    keep_checkpoints: int = Field(2, ge=1, description="newest complete ones kept")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="besides metrics.jsonl")
+
+
+class Recipe(_Section):
+    """A run."""
+
+    method: Method = Field(description="sft, qat, kd or grace")
+    scheme: str = Field(description="bf16 or w{8,4,3,2}g{N}")
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    loss: LossConfig = LossConfig()
+    quant: QuantConfig = QuantConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        quantized = parse_scheme(self.scheme) is not None
+        if self.method == "sft" and quantized:
+            raise ConfigError(f"method sft trains in bf16, scheme is {self.scheme}; use method=qat or scheme=bf16")
+        if self.method == "qat" and not quantized:
+            raise ConfigError("method qat needs a grid, scheme is bf16; use scheme=w4g128 or method=sft")
+        if self.method in ("kd", "grace") and self.model.teacher is None:
+            raise ConfigError(f"method {self.method} needs a teacher; set model.teacher to a model folder")
+        return self
+
+    def objective(self) -> Objective:
+        """The part of the recipe that the loss knows."""
+        loss = self.loss
+        return Objective(
+            self.method,
+            gate=loss.gate,
+            decoupled=loss.decoupled,
+            relational=loss.relational,
+            temperature=loss.temperature,
+            tckd_weight=loss.tckd_weight,
+            nckd_weight=loss.nckd_weight,
+            relational_weight=loss.relational_weight,
+            min_tokens=loss.min_tokens,
+            vocabulary=loss.vocabulary,
+        )
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {dotted}: {name} is a value, not a section")
+    tree[last] = value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override value {text!r} is not YAML") from error
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-5 as a string
+        except ValueError:
+            return value
+    return value
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe; every fault is one ``ConfigError`` line that names the key."""
+    if not path.is_file():
+        raise ConfigError(f"recipe {path} does not exist; see recipes/ for those that ship")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(getattr(error, "problem", None) or "not UTF-8")
+        raise ConfigError(f"recipe {path} is not YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} is not a mapping of sections")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not key=value, for example optim.num_steps=100")
+        _set(tree, key, _parse_value(value))
+    return recipe_from(tree, str(path))
+
+
+def recipe_from(tree: dict[str, Any], where: str) -> Recipe:
+    """Validate a mapping; ``where`` names it in errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"unknown key {key} in {where}; see docs/recipes.md for the keys there are") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{where} lacks the key {key}; add it or pass {key}=VALUE") from None
+        given = first.get("input")
+        raise ConfigError(f"{key} in {where} is {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe as YAML, defaults included: a run folder's ``config.yaml``."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,319 @@
+"""A run from recipe to model folder: build, resume or start, step, record, save, publish.
+
+    out/config.yaml  metrics.jsonl  ledger.jsonl  checkpoints/step-N/  final/
+
+``final/`` is a model folder (formats/publish.py). Everything that decides the rest of a run is in ``TrainState``: a
+run that is killed at any instant and resumed ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+
+from grace_vlm.checkpoint.atomic import sweep_partials
+from grace_vlm.checkpoint.lock import FolderLock
+from grace_vlm.checkpoint.rng import capture_rng, restore_rng
+from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
+from grace_vlm.data.encode import Encoder
+from grace_vlm.data.ledger import Ledger
+from grace_vlm.data.loader import RowReader, TrainLoader
+from grace_vlm.data.pictures import PictureStore
+from grace_vlm.data.rows import RowFile
+from grace_vlm.errors import CheckpointError, ConfigError
+from grace_vlm.formats.publish import publish_model
+from grace_vlm.losses.controller import AdaptiveWeight
+from grace_vlm.models.adapter import adapter_for, linear_shapes
+from grace_vlm.models.load import LoadedModel, load_model, load_processor, pick_device
+from grace_vlm.models.toy import build_toy_model, build_toy_processor, copy_tower
+from grace_vlm.models.vision import VisionFeatures
+from grace_vlm.quant.plan import QuantPlan, make_plan
+from grace_vlm.train.card import model_card
+from grace_vlm.train.config import Recipe, dump_recipe
+from grace_vlm.train.masters import Masters
+from grace_vlm.train.optim import Optimizer
+from grace_vlm.train.record import Recorder
+from grace_vlm.train.step import Stepper, StepReport
+from grace_vlm.train.teacher import OnlineTeacher
+
+Notify = Callable[[str], None]
+Progress = Callable[[StepReport, int], None]
+GIB = 1 << 30
+
+
+def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
+    """The student of a recipe: a folder, or ``toy:SIZE`` from a random start with its own tokenizer."""
+    name = recipe.model.student
+    if not name.startswith("toy:"):
+        return load_model(name, recipe.runtime.device)
+    if recipe.model.processor:
+        processor = load_processor(recipe.model.processor)
+    else:
+        processor = build_toy_processor(turn.text for row in rows for turn in getattr(row, "turns", ()))
+    model = build_toy_model(name.removeprefix("toy:"), processor, recipe.runtime.seed)
+    if recipe.model.tower:
+        copy_tower(load_model(recipe.model.tower, "cpu").model, model)
+    model = model.to(pick_device(recipe.runtime.device)).eval()
+    return LoadedModel(model, processor, adapter_for(model.config.model_type), name)
+
+
+def plan_for(recipe: Recipe, student: LoadedModel) -> QuantPlan:
+    """Which linear gets which grid; unmatched patterns and groups that do not divide are errors."""
+    return make_plan(
+        linear_shapes(student.model),
+        student.adapter.quantizable,
+        recipe.scheme,
+        list(recipe.quant.overrides.items()),
+        recipe.quant.scale_rounding,
+    )
+
+
+def _choose_trained(recipe: Recipe, student: LoadedModel) -> None:
+    """Set ``requires_grad``: everything, or all but the adapter's frozen prefixes."""
+    for name, parameter in student.model.named_parameters():
+        parameter.requires_grad_(recipe.model.train == "all" or not name.startswith(student.adapter.frozen))
+        if not parameter.requires_grad:
+            # Frozen weights are saved in BF16; what the run sees must be what is saved.
+            parameter.data.copy_(parameter.data.to(torch.bfloat16))
+
+
+class Run:
+    """One training run in one folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, notify: Notify = lambda text: None) -> None:
+        self.recipe, self.out, self.notify = recipe, out, notify
+        self.accelerator = Accelerator(cpu=pick_device(recipe.runtime.device).type == "cpu")
+        torch.manual_seed(recipe.runtime.seed)
+        root = Path(recipe.data.root) if recipe.data.root else Path(recipe.data.train).parent
+        rows = RowFile(Path(recipe.data.train), root)
+        self.student = open_student(recipe, rows)
+        self.plan = plan_for(recipe, self.student)
+        _choose_trained(recipe, self.student)
+        cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
+        trained_tower = recipe.model.train == "all"
+        self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, trained_tower)
+        self.masters = Masters(
+            self.student.model,
+            self.plan,
+            scale_init=recipe.quant.scale_init,
+            clip_mask=recipe.quant.clip_mask,
+            scale_gradient=recipe.quant.scale_gradient,
+        )
+        self.optimizer = Optimizer(self.masters, recipe.optim)
+        self.teacher = self._open_teacher(cache_bytes)
+        self.adaptive = self._adaptive_weight()
+        self.ledger = Ledger(out / "ledger.jsonl")
+        encoder = Encoder(self.student.processor, self.student.adapter, self.student.model)
+        pixels_bytes = int(recipe.data.pixel_cache_gib * GIB)
+        pictures = PictureStore(self.student.processor.image_processor, pixels_bytes, self.accelerator.device)
+        reader = RowReader(
+            rows,
+            encoder,
+            pictures,
+            self.ledger,
+            recipe.data.max_bad_fraction,
+            recipe.data.max_tokens,
+            recipe.data.samples_kept,
+            keeps_features=self._keeps_features,
+        )
+        self.loader = TrainLoader(
+            reader,
+            recipe.data.micro_batch_size,
+            recipe.runtime.seed,
+            group_by_length=recipe.data.group_by_length,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self.stepper = Stepper(
+            recipe,
+            self.student,
+            self.vision,
+            self.masters,
+            self.optimizer,
+            self.teacher,
+            self.adaptive,
+            self.accelerator,
+        )
+        if recipe.runtime.gradient_checkpointing:
+            self.student.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Transformers recomputes only in training mode; none of these models has dropout.
+            self.student.model.train()
+            require_no_dropout(self.student.model)
+
+    def _keeps_features(self, name: str) -> bool:
+        return self.vision.keeps(name) and (self.teacher is None or self.teacher.vision.keeps(name))
+
+    def _open_teacher(self, cache_bytes: int) -> OnlineTeacher | None:
+        objective = self.recipe.objective()
+        if not objective.needs_teacher or self.recipe.model.teacher is None:
+            return None
+        loaded = load_model(self.recipe.model.teacher, self.recipe.runtime.device)
+        require_same_tokenizer(self.student.processor.tokenizer, loaded.processor.tokenizer)
+        return OnlineTeacher(loaded, objective, self.recipe.loss.relational_layer, cache_bytes)
+
+    def _adaptive_weight(self) -> AdaptiveWeight | None:
+        if self.recipe.method != "grace" or not self.recipe.loss.adaptive:
+            return None
+        return AdaptiveWeight(**self.recipe.loss.adaptive_weight.model_dump())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resume to be exact."""
+        return {
+            "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest()[:16],
+            "num_processes": self.accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def state(self, step: int) -> TrainState:
+        """Everything that decides the rest of the run, after ``step`` optimizer steps."""
+        return TrainState(
+            step=step,
+            masters={name: tensor.detach() for name, tensor in self.masters.masters()},
+            log_scales={name: tensor.detach() for name, tensor in self.masters.log_scales()},
+            optimizer_tensors=self.optimizer.state_dict(),
+            adaptive_weight=self.adaptive.state_dict() if self.adaptive else {},
+            sampler=self.loader.state_dict(),
+            rng=capture_rng(),
+            fingerprint=self.fingerprint(),
+        )
+
+    def restore(self) -> int:
+        """Load the newest complete checkpoint; returns the number of steps done (0: none found)."""
+        path, skipped = find_checkpoint(self.out / "checkpoints")
+        for folder, reason in skipped:
+            self.notify(f"skipped {folder.name}: {reason}")
+        if path is None:
+            return 0
+        state = load_checkpoint(path)
+        require_same(self.fingerprint(), state.fingerprint)
+        self.masters.load_state_dict(state.masters, state.log_scales)
+        self.optimizer.load_state_dict(state.optimizer_tensors)
+        if self.adaptive:
+            self.adaptive.load_state_dict(state.adaptive_weight)
+        self.loader.load_state_dict(state.sampler)
+        restore_rng(state.rng)
+        self.notify(f"resumed from {path.name}")
+        return state.step
+
+    def steps(self, first: int, recorder: Recorder, progress: Progress) -> None:
+        """Run the optimizer steps from ``first`` on, recording and saving."""
+        runtime, num_steps = self.recipe.runtime, self.recipe.optim.num_steps
+        for step in range(first, num_steps):
+            started = time.perf_counter()
+            is_recorded = step % runtime.record_every_steps == 0 or step == num_steps - 1
+            codes_before = self.masters.codes() if is_recorded else {}
+            batches = [self.loader.next() for _ in range(self.recipe.data.accumulation)]
+            report = self.stepper.run(step, batches)
+            if is_recorded:
+                recorder.add(self._line(report, codes_before, time.perf_counter() - started))
+            progress(report, num_steps)
+            done = step + 1
+            if runtime.checkpoint_every_steps and done % runtime.checkpoint_every_steps == 0 and done < num_steps:
+                save_checkpoint(self.out / "checkpoints", done, self.state(done), runtime.keep_checkpoints)
+
+    def _line(self, report: StepReport, codes_before: dict[str, torch.Tensor], seconds: float) -> dict[str, Any]:
+        line = dataclasses.asdict(report)
+        if codes_before:
+            after = self.masters.codes()
+            flipped = sum(int((after[name] != codes).sum()) for name, codes in codes_before.items())
+            line["codes_flipped"] = flipped
+            line["codes_flipped_fraction"] = flipped / sum(codes.numel() for codes in after.values())
+            line["scale_drift"] = self.masters.scale_drift()
+        line["tokens_per_second"] = round(report.tokens / seconds, 1)
+        return line
+
+    def publish(self) -> Path:
+        """Write ``final/``; the model folder of the run."""
+        return publish_model(
+            self.out / "final",
+            self.student.model,
+            self.student.processor,
+            self.masters.quantized(),
+            self.plan.bf16_names if self.plan.schemes else (),
+            model_card(self.recipe, self.plan),
+            overwrite=True,
+        )
+
+
+def require_same_tokenizer(student: Any, teacher: Any) -> None:
+    """Both must give every id the same word; ``ConfigError`` names the first that differs."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    word = next(word for word in sorted(ours.keys() | theirs.keys(), key=str) if ours.get(word) != theirs.get(word))
+    raise ConfigError(
+        f"student and teacher tokenizers differ: {word!r} is id {ours.get(word)} for the student and "
+        f"{theirs.get(word)} for the teacher; use a teacher of the same family"
+    )
+
+
+def require_no_dropout(model: nn.Module) -> None:
+    """Training mode must change nothing but recomputation."""
+    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if active:
+        raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")
+
+
+def prepare_run_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Make ``out`` ready: refuse an existing run, or clear it if ``overwrite``."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is a file; expected a folder for the run")
+    if resume:
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out} exists; pass --resume to go on, --overwrite to start again, or another --out")
+    if not (out / "config.yaml").is_file():
+        raise CheckpointError(f"{out} is no run folder (no config.yaml); it is not overwritten: choose another --out")
+    shutil.rmtree(out)
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = lambda text: None,
+    progress: Progress = lambda report, num_steps: None,
+) -> Path:
+    """Run a recipe in ``out``; returns the model folder ``out/final``.
+
+    ``resume`` goes on from the newest complete checkpoint (from the start if there is none; at once if the run is
+    complete). Without it an existing folder is refused, unless ``overwrite`` clears it.
+    """
+    prepare_run_folder(out, resume, overwrite)
+    final = out / "final"
+    with FolderLock(out):
+        if resume and (final / "manifest.json").is_file():
+            stored = (out / "config.yaml").read_text(encoding="utf-8")
+            if stored != dump_recipe(recipe):
+                raise CheckpointError(f"{out} is a finished run of another recipe; choose another --out or --overwrite")
+            notify(f"{out} is complete")
+            return final
+        for stale in (*sweep_partials(out), *sweep_partials(out / "checkpoints")):
+            notify(f"removed {stale.name}, left by an interrupted save")
+        run = Run(recipe, out, notify)
+        first = run.restore() if resume else 0
+        (out / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))
+        try:
+            run.steps(first, recorder, progress)
+            run.publish()
+        finally:
+            recorder.close()
+    return final

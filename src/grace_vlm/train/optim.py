@@ -1,0 +1,89 @@
+"""AdamW over masters and log-scales, with the published schedule.
+
+Three groups: linear weights (decayed), everything else that is no scale (norms, embeddings, biases: not decayed; the
+reference decays them), and log-scales (own rate, never decayed). Rate: linear warm-up, then cosine to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from grace_vlm.train.config import OptimConfig
+from grace_vlm.train.masters import Masters
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Factor of the peak rate at ``step`` (0-based): (step + 1) / W while warming up, then a cosine that ends at 0."""
+    warmup_steps = math.ceil(warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def is_decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: matrices of linears, not embeddings, norms or biases."""
+    return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name
+
+
+class Optimizer:
+    """AdamW with its groups, its clip and its schedule."""
+
+    def __init__(self, masters: Masters, config: OptimConfig) -> None:
+        self.config = config
+        named = list(masters.masters())
+        scales = list(masters.log_scales())
+        decayed = [(name, p) for name, p in named if is_decayed(name, p)]
+        plain = [(name, p) for name, p in named if not is_decayed(name, p)]
+        self._groups = [
+            (decayed, config.learning_rate, config.weight_decay),
+            (plain, config.learning_rate, 0.0),
+            ([(f"{name}.log_scale", p) for name, p in scales], config.scale_learning_rate, 0.0),
+        ]
+        self._groups = [group for group in self._groups if group[0]]
+        self._adamw = torch.optim.AdamW(
+            [{"params": [p for _, p in group], "lr": lr, "weight_decay": decay} for group, lr, decay in self._groups],
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=True,
+        )
+
+    @property
+    def parameters(self) -> list[tuple[str, torch.Tensor]]:
+        return [named for group, _, _ in self._groups for named in group]
+
+    def clip(self) -> torch.Tensor:
+        """Scale all gradients to the global norm limit; returns the norm before, a scalar tensor."""
+        return torch.nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.config.max_grad_norm)
+
+    def step(self, step: int) -> float:
+        """One update at 0-based ``step``; returns the learning rate of the masters."""
+        factor = learning_rate_factor(step, self.config.num_steps, self.config.warmup_fraction)
+        for group, (_, rate, _) in zip(self._adamw.param_groups, self._groups, strict=True):
+            group["lr"] = rate * factor
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return self.config.learning_rate * factor
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """``<name>.<moment>`` tensors; empty before the first step."""
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.parameters:
+            for key, value in self._adamw.state.get(parameter, {}).items():
+                state[f"{name}#{key}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore ``state_dict``."""
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            name, _, moment = key.rpartition("#")
+            by_name.setdefault(name, {})[moment] = value
+        for name, parameter in self.parameters:
+            if name in by_name:
+                own = by_name[name]
+                # The fused kernel wants its step counter beside the parameter.
+                self._adamw.state[parameter] = {key: value.clone().to(parameter.device) for key, value in own.items()}

@@ -1,0 +1,54 @@
+"""The online teacher: a frozen model in BF16 that turns micro-batches into ``TeacherSignal``s."""
+
+from __future__ import annotations
+
+import torch
+
+from grace_vlm.data.collate import Batch
+from grace_vlm.losses.objective import Objective
+from grace_vlm.losses.signal import TeacherSignal
+from grace_vlm.models.load import LoadedModel
+from grace_vlm.models.vision import VisionFeatures
+
+
+class OnlineTeacher:
+    """Runs the teacher in the process of the student.
+
+    Args:
+        loaded: the teacher, on its device.
+        relational_layer: the tapped index of ``hidden_states``.
+        tower_cache_bytes: memory for outputs of its vision tower.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, objective: Objective, relational_layer: int, tower_cache_bytes: int
+    ) -> None:
+        self.adapter, self.model, self.objective = loaded.adapter, loaded.model, objective
+        self.relational_layer = relational_layer
+        self.model.requires_grad_(False).eval()
+        self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
+        self.device = next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """What the teacher says about a batch, on the batch's device."""
+        where = batch.input_ids.device
+        local = batch.to(self.device)
+        states = self.adapter.decode(
+            self.model,
+            local.input_ids,
+            local.position_ids,
+            self.vision.of(batch.pictures),
+            tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
+        )
+        positions, _ = local.targets()
+        hidden = states.last.reshape(-1, states.last.shape[-1])[positions]
+        gate = self.objective.gate_of(self.adapter.head(self.model)(hidden))
+        relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
+        return TeacherSignal(hidden.to(where), gate.to(where), relational.to(where), batch.image_lengths)
+
+    @torch.no_grad()
+    def logits(self, signal: TeacherSignal) -> torch.Tensor:
+        """(n_supervised, V) from the signal's hidden states."""
+        logits: torch.Tensor = self.adapter.head(self.model)(signal.hidden.to(self.device))
+        return logits.to(signal.hidden.device)

@@ -1,0 +1,146 @@
+"""pack: any layout into any other, proven before it is published, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import copy_of
+
+from grace_vlm.checkpoint import is_complete, verify_manifest
+from grace_vlm.errors import CheckpointError, FormatError
+from grace_vlm.formats import compressed_tensors
+from grace_vlm.formats.converter import converters, detect, read_model
+from grace_vlm.formats.pack import estimate_bytes, pack
+from grace_vlm.formats.verify import verify
+
+
+@pytest.mark.parametrize("name", ["w4", "w8"])
+@pytest.mark.parametrize("first", ["grace", "compressed-tensors", "official"])
+@pytest.mark.parametrize("second", ["grace", "compressed-tensors", "official"])
+def test_any_layout_into_any_other(models: Path, tmp_path: Path, name: str, first: str, second: str) -> None:
+    pack(models / name, tmp_path / "one", first)
+    pack(tmp_path / "one", tmp_path / "two", second)
+    assert detect(tmp_path / "two").name == second
+    report = verify(models / name, tmp_path / "two")
+    assert report.equal, str(report.first)
+    verify_manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["w4", "w4-ct", "w4-official", "w8", "w8-ct"])
+@pytest.mark.parametrize("format_name", ["grace", "compressed-tensors", "official"])
+def test_the_estimate_of_space_is_close_from_above(models: Path, tmp_path: Path, name: str, format_name: str) -> None:
+    estimated = estimate_bytes(read_model(models / name), format_name)
+    pack(models / name, tmp_path / "out", format_name)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written <= estimated <= 1.1 * written + (1 << 20)
+
+
+def digest(folder: Path) -> str:
+    parts = [f"{p.relative_to(folder)} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in folder.rglob("*.*")]
+    return "\n".join(sorted(parts))
+
+
+@pytest.mark.parametrize("format_name", ["grace", "compressed-tensors", "official"])
+def test_packing_twice_gives_the_same_bytes(models: Path, tmp_path: Path, format_name: str) -> None:
+    for name in ("one", "two"):
+        pack(models / "w4", tmp_path / name, format_name)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_refuses_an_existing_target_without_overwrite(models: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    pack(models / "w4", target, "compressed-tensors")
+    before = digest(target)
+    with pytest.raises(CheckpointError) as caught:
+        pack(models / "w8", target, "compressed-tensors")
+    assert str(caught.value) == f"{target} already exists; choose another path or pass --overwrite"
+    assert digest(target) == before
+    pack(models / "w8", target, "compressed-tensors", overwrite=True)
+    assert verify(models / "w8", target).equal
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_packed(models: Path, tmp_path: Path) -> None:
+    for source, format_name, error, message in (
+        (models / "bf16", "official", FormatError, "has no grid, so there is nothing to pack; quantize it first"),
+        (
+            models / "w4",
+            "awq",
+            FormatError,
+            "unknown format 'awq'; expected one of grace, compressed-tensors, official",
+        ),
+        (tmp_path / "nowhere", "official", CheckpointError, "does not exist; expected a model folder"),
+        (models, "official", CheckpointError, "is no model folder"),
+    ):
+        with pytest.raises(error, match=message):
+            pack(source, tmp_path / "out", format_name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_into_its_own_source(models: Path, tmp_path: Path) -> None:
+    source = copy_of(models / "w4", tmp_path / "w4")
+    for target in (source, source / "packed", tmp_path / "w4" / ".." / "w4"):
+        with pytest.raises(CheckpointError, match="lies inside it; choose a folder elsewhere"):
+            pack(source, target, "compressed-tensors", overwrite=True)
+    assert verify(models / "w4", source).equal
+
+
+def test_nothing_is_published_that_does_not_read_back(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect planted in the packer: one nibble of one word."""
+    real = compressed_tensors.pack_rows
+
+    def defective(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
+        words = real(codes, num_bits)
+        words[-1, -1] ^= 1
+        return words
+
+    monkeypatch.setattr(compressed_tensors, "pack_rows", defective)
+    with pytest.raises(FormatError, match=r"out is not published: it would not be equal to .*\.codes\[127, 120\]: "):
+        pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_publishes_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compressed_tensors, "write_weights", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*/out: the disk is full \([0-9,]+ bytes needed\)"):
+        pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_harmless_companions_are_copied(models: Path, tmp_path: Path) -> None:
+    source = copy_of(models / "w4", tmp_path / "w4")
+    for name in ("modeling_evil.py", "optimizer.pt", "pytorch_model.bin", ".hidden.json", "LICENSE", "merges.txt"):
+        (source / name).write_text("x")
+    (source / "link.json").symlink_to("/etc/hostname")
+    pack(source, tmp_path / "out", "compressed-tensors")
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"LICENSE", "merges.txt", "tokenizer.json", "generation_config.json"} <= copied
+    assert not copied & {"modeling_evil.py", "optimizer.pt", "pytorch_model.bin", ".hidden.json", "link.json"}
+    assert is_complete(tmp_path / "out")
+
+
+def test_inspect(models: Path) -> None:
+    layouts = converters()
+    for name, layout, bits in (
+        ("w4", "grace", 4.125),
+        ("w8-ct", "compressed-tensors", 8.25),
+        ("w3-official", "official", 3.125),
+    ):
+        found = layouts[layout].inspect(models / name)
+        assert found["layout"] == layout
+        assert found["model_type"] == "qwen3_vl"
+        assert found["bits_per_quantized_weight"] == bits
+        assert found["quantized_linears"] == 14
+        assert sum(found["schemes"].values()) == 14
+        assert found["bytes_on_disk"] > 400_000
+    assert layouts["grace"].inspect(models / "bf16")["bits_per_quantized_weight"] is None
