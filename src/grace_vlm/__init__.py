@@ -27,7 +27,7 @@ _HOMES = {
     "relational_cka": "grace_vlm.losses",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,9 +31,7 @@ def evaluate(
     loaded = load_model(model, device)
     with ProgressBar("answering") as bar:
         questions = QuestionFile(data, loaded, root, limit)
-        found = answer_all(
-            loaded, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=bar.update
-        )
+        found = answer_all(loaded, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=bar.update)
     result = score(found, questions.num_total)
     if answers is not None:
         write_answers(answers, found)

@@ -15,8 +15,7 @@ from grace_vlm.errors import GraceError
 
 app = typer.Typer(
     name="grace",
-    help="Distil a vision-language model under an INT4 grid, pack it, prove it, evaluate it.\n\n"
-    "Start with: grace demo",
+    help="Distil a vision-language model under an INT4 grid, pack it, prove it, evaluate it.\n\nStart with: grace demo",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -74,20 +73,23 @@ _register()
 
 def main() -> None:
     """Entry point: user errors are one line on standard error and an exit code; bugs keep their traceback."""
-    import click
-
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
     except GraceError as error:
         fail(str(error), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        fail(error.format_message().rstrip(".").replace("\n", " ") + "; see grace --help", 2)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         fail("interrupted; run the same command with --resume to go on where that is offered", 130)
+    except Exception as error:
+        # Typer's own usage errors; which click they come from depends on Typer's version.
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        message = format_message()
+        if not message.strip() or "Usage:" in message:
+            print(message)  # no arguments: the help text
+            sys.exit(2)
+        fail(f"{message.rstrip('.')}; see grace --help", 2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

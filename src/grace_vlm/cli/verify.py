@@ -23,7 +23,12 @@ def verify_models(
 
     report = verify(a, b)
     if as_json:
-        emit_json(asdict(report))
+        emit_json({**asdict(report), "equal": report.equal})
+    elif report.equal:
+        print(
+            f"equal: {report.num_linears} linears ({report.num_codes:,} codes, {report.num_scales:,} scales, every "
+            f"bf16(q*s)) and {report.num_tensors} other tensors ({report.num_values:,} values)"
+        )
     else:
-        print(report.summary())
+        print(f"different: {report.num_different} tensors; the first is {report.first}")
     raise typer.Exit(0 if report.equal else 1)

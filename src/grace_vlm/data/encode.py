@@ -72,7 +72,8 @@ class Encoder:
 
     def _encode(self, row: Row, grids: Sequence[Grid], with_answer: bool) -> Sample:
         turns = row.turns if with_answer else row.turns[:-1]
-        shape, texts = [], []
+        shape: list[tuple[str, tuple[str, ...]]] = []
+        texts: list[str] = []
         for turn in turns:
             before, marker, after = turn.text.partition(IMAGE_MARKER)
             parts = [(before.strip(), "text"), ("", "image" if marker else ""), (after.strip(), "text")]

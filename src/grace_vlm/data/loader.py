@@ -21,7 +21,6 @@ from grace_vlm.data.rows import Fault, Row, RowFile
 from grace_vlm.errors import DataError
 from grace_vlm.media.image import LoadedImage
 
-
 Entry = tuple[Row, Sample, list[Picture]]
 """A good row, encoded, with its pictures."""
 

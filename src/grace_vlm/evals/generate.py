@@ -49,9 +49,7 @@ def greedy(
             break
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         position = position + 1
-        states = adapter.decode(
-            loaded.model, token.unsqueeze(1), position, [], attention_mask=mask, cache=cache
-        )
+        states = adapter.decode(loaded.model, token.unsqueeze(1), position, [], attention_mask=mask, cache=cache)
         logits = adapter.head(loaded.model)(states.last[:, -1]).float()
     table = torch.stack(columns, dim=1).tolist()
     return [[token for token in row if token >= 0] for row in table], first_logits

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grace_vlm.data.collate import Batch, collate
 from grace_vlm.data.encode import Encoder, Sample
 from grace_vlm.data.ledger import EVALUATION_MAX_BAD_FRACTION
@@ -26,7 +28,6 @@ from grace_vlm.evals.generate import greedy
 from grace_vlm.evals.statistics import wilson_interval
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
-
 
 PIXEL_BYTES = 1 << 29
 """Host memory for decoded pictures of an evaluation."""
@@ -97,11 +98,13 @@ class QuestionFile:
         """Left-padded prompts with their pictures; no pixels where the model keeps the tower's output."""
         self.reader.keeps_features = keeps_features
         found = self.reader.pictures_of([row for row, _ in chunk])
-        for name, fault in found.items():
-            if isinstance(fault, Fault):
-                raise DataError(f"{name}: {fault.reason}; it was readable a moment ago")
-        pictures = [found[row.image] for row, _ in chunk if row.image is not None]
-        assert all(isinstance(picture, Picture) for picture in pictures)
+        pictures: list[Picture] = []
+        for row, _ in chunk:
+            picture = found[row.image] if row.image is not None else None
+            if isinstance(picture, Fault):
+                raise DataError(f"{row.image}: {picture.reason}; it was readable a moment ago")
+            if picture is not None:
+                pictures.append(picture)
         lengths = [self.encoder.adapter.num_visual_tokens(self.encoder.model, picture.grid) for picture in pictures]
         pad = self.encoder.tokenizer.pad_token_id
         return collate([sample for _, sample in chunk], pictures, lengths, pad, padding="left")
@@ -115,8 +118,11 @@ def answer_all(
     max_new_tokens: int = 16,
     vision_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    observe: Callable[[list[int], torch.Tensor], None] = lambda rows, logits: None,
 ) -> list[Answer]:
     """Greedy answers to every question, in file order.
+
+    ``observe`` is given row numbers and the (B, V) FP32 logits of their first answer token.
 
     Questions are batched by prompt length, which wastes little padding; the batches depend on the file alone.
     """
@@ -125,7 +131,8 @@ def answer_all(
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chunk = [questions.entries[i] for i in order[start : start + batch_size]]
-        tokens, _ = greedy(loaded, vision, questions.batch(chunk, vision.keeps), max_new_tokens)
+        tokens, logits = greedy(loaded, vision, questions.batch(chunk, vision.keeps), max_new_tokens)
+        observe([row.index for row, _ in chunk], logits)
         texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for (row, _), text in zip(chunk, texts, strict=True):
             answers[row.index] = _answer(row, text)

@@ -165,7 +165,7 @@ def write_config(stage: Path, config: Mapping[str, Any]) -> None:
 
 def copy_companions(source: Path, stage: Path) -> None:
     """Copy tokenizer, processor, generation settings and card. Never weights, code or pickles."""
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.resolve().iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name in _COMPANION_NAMES
         ours = path.name in ("config.json", MANIFEST) or path.name.endswith(".index.json")
         if wanted and not ours and path.is_file() and path.parent == path.resolve().parent and path.name[0] != ".":

@@ -64,23 +64,23 @@ class Adapter(Protocol):
     frozen: tuple[str, ...]
     """Parameter name prefixes that are not trained by default (vision tower)."""
 
-    def image_token_id(self, model: nn.Module) -> int: ...
+    def image_token_id(self, model: Any) -> int: ...
 
-    def num_visual_tokens(self, model: nn.Module, grid: Grid) -> int: ...
+    def num_visual_tokens(self, model: Any, grid: Grid) -> int: ...
 
-    def positions(self, model: nn.Module, input_ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    def positions(self, model: Any, input_ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
         """(3, S) position ids of one unpadded sequence."""
         ...
 
-    def head(self, model: nn.Module) -> nn.Linear: ...
+    def head(self, model: Any) -> nn.Linear: ...
 
-    def tower(self, model: nn.Module, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
+    def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
         """One output a picture; ``pixels[i]`` is (n_patches_i, patch_dim)."""
         ...
 
     def decode(
         self,
-        model: nn.Module,
+        model: Any,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         vision: Sequence[TowerOutput],

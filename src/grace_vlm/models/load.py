@@ -76,7 +76,7 @@ def load_model(path: str, device: str = "auto") -> LoadedModel:
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForImageTextToText.from_pretrained(resolved, dtype=torch.bfloat16, **options)
+    model: Any = AutoModelForImageTextToText.from_pretrained(resolved, dtype=torch.bfloat16, **options)
     if target.type == "cpu":
         model = model.float()
     model = model.to(target).eval()

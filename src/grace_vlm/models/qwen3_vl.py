@@ -24,8 +24,8 @@ def _attend_equal_grids(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """SDPA over (1, heads, pictures * patches, d) as a batch of ``num_pictures``."""
-    num_pictures = kwargs["num_pictures"]
-    _, heads, total, dim = query.shape
+    num_pictures: int = kwargs["num_pictures"]
+    heads, total, dim = query.shape[1:]
 
     def by_picture(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(heads, num_pictures, total // num_pictures, dim).transpose(0, 1)
@@ -39,7 +39,7 @@ class Qwen3VLAdapter:
 
     model_type = "qwen3_vl"
     quantizable = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-    frozen = (
+    frozen: tuple[str, ...] = (
         "model.visual.patch_embed.",
         "model.visual.pos_embed.",
         "model.visual.blocks.",

@@ -7,6 +7,7 @@ an area), so that a picture has at least 16 visual tokens. Widths are multiples 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -92,24 +93,26 @@ def build_toy_processor(texts: Iterable[str], vocab_size: int = 1024, max_pixels
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    model = bpe.to_str()
-    import json
-
-    state = json.loads(model)["model"]
+    state = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=state["vocab"],
-        merges=[tuple(merge) for merge in state["merges"]],
+        merges=[tuple(merge) for merge in state["merges"]],  # type: ignore[misc]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    geometry = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
-    normalisation = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    size = {"shortest_edge": 128 * 128, "longest_edge": max_pixels}
+    pixels: dict[str, Any] = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "size": {"shortest_edge": 128 * 128, "longest_edge": max_pixels},
+    }
     return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, **geometry, **normalisation),
+        image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(size=size, **geometry, **normalisation),
+        video_processor=Qwen3VLVideoProcessor(**pixels),
         chat_template=CHAT_TEMPLATE,
     )
 

@@ -1,0 +1,59 @@
+"""``grace doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import typer
+
+from grace_vlm.cli.output import emit_json, print_table
+
+HELP = """Say what this machine can do and what is missing.
+
+Example: grace doctor"""
+
+_PACKAGES = {
+    "torch": "everything",
+    "transformers": "everything",
+    "accelerate": "train",
+    "compressed-tensors": "open packed models",
+    "easy-vqa": "grace data prepare, grace demo",
+    "gguf": "GGUF export (later)",
+    "triton": "GPU kernels",
+    "tensorboard": "runtime.trackers=[tensorboard]",
+    "wandb": "runtime.trackers=[wandb]",
+}
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output.")) -> None:
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    facts = {
+        "python": platform.python_version(),
+        "cpu": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "gpu": ", ".join(gpus) or "none: training and evaluation run on the CPU in FP32",
+        "free_disk_gib": round(shutil.disk_usage(".").free / (1 << 30), 1),
+    }
+    missing = [name for name, version in versions.items() if not version]
+    if as_json:
+        emit_json({**facts, "packages": versions, "missing": missing})
+        return
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    print_table(
+        ("package", "version", "needed for"),
+        [(name, version or "missing", _PACKAGES[name]) for name, version in versions.items()],
+    )
