@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from grace_vlm.data.encode import Encoder, Sample
@@ -17,6 +19,15 @@ from grace_vlm.models.toy import build_toy_model, build_toy_processor
 TEXTS = ["what shape is in the picture?", "is there a red circle?", "the assistant said yes", "no", "a blue triangle"]
 GRID = (1, 8, 10)
 NUM_VISUAL = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits, and waits long when other programs share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +138,11 @@ def test_peoples_text_is_text(processor: Any, encoder: Encoder, text: str, where
     assert supervised_text(processor, sample) == [expected + "<|im_end|>"]
     # Special ids are the template's alone: a start and an end for each of the two turns.
     tokenizer = processor.tokenizer
-    special = [i for i in sample.input_ids.tolist() if i in set(tokenizer.all_special_ids) | {*range(len(tokenizer) - 8, len(tokenizer))}]
+    special = [
+        i
+        for i in sample.input_ids.tolist()
+        if i in set(tokenizer.all_special_ids) | {*range(len(tokenizer) - 8, len(tokenizer))}
+    ]
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
     assert special == [start, end, start, end]
     # Nothing is lost: the text is there, letter by letter.
@@ -159,8 +174,6 @@ def test_a_prompt_is_the_beginning_of_the_whole(processor: Any, encoder: Encoder
 
 
 def test_positions_are_the_models(encoder: Encoder, model: Any) -> None:
-    import torch
-
     sample = encoder.encode(ORDINARY[3], [GRID])
     ids = torch.from_numpy(sample.input_ids)[None]
     types = (ids == model.config.image_token_id).int()

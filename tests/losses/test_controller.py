@@ -98,7 +98,9 @@ def test_a_decay_outside_its_range_is_an_error(decay: float) -> None:
     assert str(caught.value) == f"ema_decay is {decay}; expected a number in [0, 1)"
 
 
-@pytest.mark.parametrize("state", [{}, {"value": 0.5}, {"value": None, "ema": None}, {"value": 1.0, "ema": 1.0, "x": 1.0}])
+@pytest.mark.parametrize(
+    "state", [{}, {"value": 0.5}, {"value": None, "ema": None}, {"value": 1.0, "ema": 1.0, "x": 1.0}]
+)
 def test_a_state_that_lacks_a_key_is_an_error(state: dict[str, float | None]) -> None:
     with pytest.raises(CheckpointError) as caught:
         AdaptiveWeight().load_state_dict(state)

@@ -90,9 +90,7 @@ def test_two_micro_batches_add_to_one_batch(objective: Objective) -> None:
     first_image = 0
     for start, end, first_visual, last_visual, last_image in CUTS:
         lengths = LENGTHS[first_image:last_image]
-        parts.append(
-            world.terms(objective, slice(start, end), slice(first_visual, last_visual), lengths, normalizers)
-        )
+        parts.append(world.terms(objective, slice(start, end), slice(first_visual, last_visual), lengths, normalizers))
         first_image = last_image
     for name in ("cross_entropy", "distillation", "relational", "images"):
         added = sum(getattr(part, name).item() for part in parts)

@@ -40,7 +40,7 @@ def stock(world: World, inputs: Any) -> Any:
     return world.model(**inputs, output_hidden_states=True, use_cache=False)
 
 
-@pytest.mark.parametrize("row", MIXED + [["<160x128>", "yes", "<64x200>", "no", "<160x128>"]])
+@pytest.mark.parametrize("row", [*MIXED, ["<160x128>", "yes", "<64x200>", "no", "<160x128>"]])
 def test_logits_of_a_row_are_stock_transformers_bit_for_bit(world: World, row: list[str]) -> None:
     inputs = world.inputs([row])
     ours = world.adapter.head(world.model)(our_states(world, inputs).last)

@@ -142,7 +142,9 @@ def test_round_scale_by_hand() -> None:
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_round_scale_stays_in_range_at_its_ends_and_keeps_the_dtype(rounding: str) -> None:
-    ends = torch.tensor([2.0**-14, math.nextafter(2.0**-14, 1), math.nextafter(2.0**15, 0), 2.0**15], dtype=torch.float64)
+    ends = torch.tensor(
+        [2.0**-14, math.nextafter(2.0**-14, 1), math.nextafter(2.0**15, 0), 2.0**15], dtype=torch.float64
+    )
     rounded = round_scale(ends, rounding)
     assert rounded.dtype == torch.float64
     assert bool(((rounded >= 2.0**-14) & (rounded <= 2.0**15)).all())
@@ -236,9 +238,7 @@ def test_a_group_size_that_does_not_divide_is_refused_everywhere() -> None:
     for call in calls:
         with pytest.raises(ConfigError) as caught:
             call()
-        assert str(caught.value) == (
-            "group size 128 does not divide in_features 96 of this weight; use w4g32"
-        )
+        assert str(caught.value) == ("group size 128 does not divide in_features 96 of this weight; use w4g32")
 
 
 def test_bits_of_minus_zero_do_not_reach_a_file() -> None:

@@ -71,7 +71,9 @@ def straight_through(
     return (codes * scale).reshape(weight.shape)
 
 
-def problem(bits: int, rounding: str = "bf16", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, QuantScheme]:
+def problem(
+    bits: int, rounding: str = "bf16", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, QuantScheme]:
     """(G, w, log s, scheme): scales small enough that a good share of the weights is clipped."""
     generator = torch.Generator().manual_seed(seed)
     scheme = QuantScheme(bits, 16, rounding)  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ def test_lsqs_factor_scales_the_scale_gradient_only(bits: int) -> None:
 
 
 def test_a_scale_at_the_floor_still_learns() -> None:
-    """The clamp is passed straight through as the rounding is: theta below log 2^-14 has s = 2^-14 and ds = exp(theta)."""
+    """The clamp is passed straight through as the rounding is: below log 2^-14, s is 2^-14 and ds is exp(theta)."""
     scheme = QuantScheme(4, 4)
     theta = torch.tensor([[-12.0], [-9.8]], dtype=torch.float64)
     weight = torch.tensor([[1e-4, -2e-4, 3e-4, 1.0], [1e-4, -2e-4, 3e-4, 0.0]], dtype=torch.float64)

@@ -23,6 +23,7 @@ def test_golden_words_of_eight_bits_and_of_the_sign_bit() -> None:
     # Offset binary: -128 is 0x00, 0 is 0x80, 127 is 0xff.
     assert pack_rows(torch.tensor([[-128, -127, 0, -1]], dtype=torch.int8), 8).tolist() == [[0x7F800100]]
     assert pack_rows(torch.tensor([[0, 0, 0, 127]], dtype=torch.int8), 8).tolist() == [[-(2**32) + 0xFF808080]]
+    assert pack_rows(torch.tensor([[-8] * 7 + [0]], dtype=torch.int8), 4).tolist() == [[-(2**31)]]
     assert pack_rows(torch.full((1, 8), 7, dtype=torch.int8), 4).tolist() == [[-1]]
     assert pack_rows(torch.zeros((1, 8), dtype=torch.int8), 4).tolist() == [[-(2**32) + 0x88888888]]
 

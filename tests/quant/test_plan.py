@@ -60,11 +60,10 @@ def test_overrides_apply_in_order_and_the_last_match_wins() -> None:
 
 @pytest.mark.parametrize("as_override", [False, True])
 def test_a_pattern_that_matches_nothing_is_an_error(as_override: bool) -> None:
+    # A part of a name is no match.
+    quantizable, overrides = (QUANTIZABLE, [("q_proj", "w8g128")]) if as_override else ("q_proj", [])
     with pytest.raises(ConfigError) as caught:
-        if as_override:
-            make_plan(LINEARS, QUANTIZABLE, "w4g128", [(r"q_proj", "w8g128")])  # a part of a name is no match
-        else:
-            make_plan(LINEARS, "q_proj", "w4g128")
+        make_plan(LINEARS, quantizable, "w4g128", overrides)
     assert str(caught.value) == (
         "pattern 'q_proj' matches none of the 6 linears; names look like 'visual.blocks.0.mlp' (see grace inspect)"
     )
@@ -94,7 +93,13 @@ def test_json_is_what_plan_json_holds() -> None:
     document = {
         "format_version": 1,
         "linears": [
-            {"name": "layers.0.q_proj", "scheme": "w4g128", "scale_rounding": "bf16", "out_features": 256, "in_features": 128},
+            {
+                "name": "layers.0.q_proj",
+                "scheme": "w4g128",
+                "scale_rounding": "bf16",
+                "out_features": 256,
+                "in_features": 128,
+            },
             {"name": "lm_head", "scheme": "w8g64", "scale_rounding": "bf16", "out_features": 1024, "in_features": 128},
         ],
         "bf16": ["visual.blocks.0.mlp", "layers.0.down_proj", "layers.1.q_proj", "layers.1.down_proj"],

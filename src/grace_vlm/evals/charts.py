@@ -15,8 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from markupsafe import Markup, escape
+
+from grace_vlm.evals.statistics import wilson_interval
 
 Format = Callable[[float], str]
 NUM_COLORS = 8
@@ -74,7 +78,7 @@ class Axis:
         return self.start + share * (self.stop - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """About ``count`` round values within the axis: 1, 2 or 5 times a power of ten."""
+        """About ``count`` round values within the axis: 1, 2, 2.5 or 5 times a power of ten."""
         return _log_ticks(self.low, self.high, count) if self.log else _linear_ticks(self.low, self.high, count)
 
 
@@ -83,9 +87,10 @@ def _linear_ticks(low: float, high: float, count: int) -> list[float]:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
+    found = [index * step for index in range(first, last + 1)]
+    return found if len(found) > 1 else _linear_ticks(low, high, count + 1)
 
 
 def _log_ticks(low: float, high: float, count: int) -> list[float]:
@@ -106,14 +111,50 @@ def short(value: float) -> str:
     return f"{value:.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def _alike(values: Sequence[float], form: Format) -> list[tuple[float, str]]:
+    """Each value with its text; plain numbers between -100 and 100 get the decimals of the longest: 0.8, 1.0."""
+    texts = [form(value) for value in values]
+    digits = max((len(text.partition(".")[2]) for text in texts), default=0)
+    if form is short and digits < 4 and all(abs(value) < 100 for value in values):
+        texts = [f"{value:.{digits}f}".replace("-", "−") for value in values]
+    return list(zip(values, texts, strict=True))
+
+
 def percent_tick(value: float) -> str:
     """A fraction's tick: 0.25 as ``25 %``."""
-    return f"{short(round(100 * value, 6))} %"
+    return f"{short(round(100 * value, 6))}\u00a0%"
 
 
 def megabytes_tick(value: float) -> str:
     """A size's tick in MB = 10^6 bytes."""
     return f"{short(round(value / 1e6, 6))} MB"
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A fraction as ``87.50 %``, the unit tied on by a no-break space."""
+    return f"{100 * value:.{digits}f}\u00a0%"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A fraction in points with its sign: ``+0.31``, ``−1.20``, ``0.00``."""
+    text = f"{100 * value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in MB = 10^6 bytes, three digits that mean something."""
+    return f"{num_bytes / 1e6:,.2f}\u00a0MB"
+
+
+def p_text(value: float) -> str:
+    """A p value, cut off where it stops to inform."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def clipped(text: str, limit: int = 240) -> str:
+    """A stranger's text, fit to be shown: no control character but a line's end, cut after ``limit`` characters."""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit + 1]).strip()
+    return shown if len(text) <= limit else shown[:limit] + "…"
 
 
 def mark(x: float, y: float, index: int, title: str = "") -> Markup:
@@ -158,10 +199,10 @@ class Frame:
         num_x = max(3, int((self.x.stop - self.x.start) / 70))
         num_y = max(3, int((self.y.start - self.y.stop) / 38))
         grid: list[Markup] = []
-        for value in self.y.ticks(num_y):
+        for value, text in _alike(self.y.ticks(num_y), y_format):
             y = self.y.at(value)
             grid.append(_segment(self.x.start, y, self.x.stop, y, "grid"))
-            grid.append(_text(self.x.start - 7, y + 3.8, y_format(value), "end"))
+            grid.append(_text(self.x.start - 7, y + 3.8, text, "end"))
         for value in self.x.ticks(num_x):
             x = self.x.at(value)
             grid.append(_segment(x, self.y.start, x, self.y.start + 4, "tick"))
@@ -171,26 +212,9 @@ class Frame:
         return _svg(self.width, self.height, title, *grid, label, *marks)
 
 
-def interval(
-    low: float, value: float, high: float, domain: tuple[float, float], reference: float, index: int
-) -> Markup:
-    """A table cell's plot: the 95 % interval as a line, the value as a mark, the baseline's value as a rule."""
-    axis = Axis(*domain, 5.0, 155.0)
-    title = f"{100 * value:.2f} %, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-    return _svg(
-        160,
-        20,
-        title,
-        _segment(axis.start, 10, axis.stop, 10, "grid"),
-        _segment(axis.at(reference), 1, axis.at(reference), 19, "reference"),
-        _segment(axis.at(low), 10, axis.at(high), 10, f"bar c{index % NUM_COLORS}"),
-        mark(axis.at(value), 10, index),
-    )
-
-
 @dataclass(frozen=True)
 class Point:
-    """One model in a scatter: ``x`` bytes, ``y`` accuracy with its interval, row ``index``."""
+    """One model: ``x`` bytes, ``y`` accuracy with its interval, row ``index``."""
 
     label: str
     index: int
@@ -198,6 +222,25 @@ class Point:
     y: float
     low: float
     high: float
+
+
+def interval(point: Point, domain: tuple[float, float], reference: float) -> Markup:
+    """A table cell's plot: the 95 % interval as a line, the value as a mark, the baseline's value as a rule.
+
+    A value outside ``domain`` is an arrow at that edge.
+    """
+    axis, low, value, high = Axis(*domain, 6.0, 154.0), point.low, point.y, point.high
+    title = f"{100 * value:.2f} %, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+    parts = [_segment(axis.start, 10, axis.stop, 10, "grid")]
+    parts.append(_segment(axis.at(reference), 1, axis.at(reference), 19, "reference"))
+    if domain[0] <= value <= domain[1]:
+        parts.append(_segment(axis.at(low), 10, axis.at(high), 10, f"bar c{point.index % NUM_COLORS}"))
+        parts.append(mark(axis.at(value), 10, point.index))
+    else:
+        tip, back = (0.0, 7.0) if value < domain[0] else (160.0, 153.0)
+        arrow = f"M{back},5L{tip},10L{back},15"
+        parts.append(element("path", d=arrow, class_=f"line c{point.index % NUM_COLORS}"))
+    return _svg(160, 20, title, *parts)
 
 
 def padded(values: Sequence[float], log: bool = False, share: float = 0.06) -> tuple[float, float]:
@@ -210,7 +253,7 @@ def padded(values: Sequence[float], log: bool = False, share: float = 0.06) -> t
     return low - margin, high + margin
 
 
-def scatter(points: Sequence[Point], width: float, height: float, x_label: str) -> Markup:
+def scatter(points: Sequence[Point], width: float, height: float) -> Markup:
     """Accuracy against size (log). Points of nearly one size are set side by side; labels look for free room."""
     x_axis = Axis(*padded([p.x for p in points], log=True, share=0.12), 50.0, width - 12, log=True)
     low, high = padded([v for p in points for v in (p.low, p.high)])
@@ -234,7 +277,9 @@ def scatter(points: Sequence[Point], width: float, height: float, x_label: str) 
     title = "Accuracy against size: " + "; ".join(
         f"{p.label} {100 * p.y:.1f} % at {megabytes_tick(p.x)}" for p in points
     )
-    return Frame(width, height, x_axis, y_axis).draw(title, marks, x_label, megabytes_tick, percent_tick)
+    return Frame(width, height, x_axis, y_axis).draw(
+        title, marks, "weights once packed (logarithmic)", megabytes_tick, percent_tick
+    )
 
 
 _Box = tuple[float, float, float, float]
@@ -260,7 +305,7 @@ def _side_by_side(places: Sequence[float], gap: float = 13.0) -> list[float]:
 
 def _free_place(label: str, x: float, y: float, taken: Sequence[_Box], bounds: _Box) -> tuple[_Box, str]:
     """The candidate place of a label that covers least: right, left, then higher and lower on either side."""
-    width = 6.3 * len(label)
+    width = 7.0 * len(label)
     best: tuple[float, _Box, str] | None = None
     for shift in (0, -16, 16, -32, 32, -48, 48, -64, 64, -80, 80):
         for side in ("start", "end"):
@@ -293,21 +338,21 @@ class Curve:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving mean over ``window`` values (made odd), narrower at the ends: no lag, no invented start."""
+    """Centred moving mean over ``window`` values (made odd); at the ends, over the part of the window that exists."""
     half, total, sums = window // 2, 0.0, [0.0]
     for value in values:
         total += value
         sums.append(total)
-    spans = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + s + 1] - sums[i - s]) / (2 * s + 1) for i, s in enumerate(spans)]
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
 
 
-def curves(name: str, runs: Sequence[Curve], width: float = 330, height: float = 210) -> Markup:
-    """One quantity of several runs: a line of moving means (a twentieth of the run) over the faint raw values.
+def curves(name: str, runs: Sequence[Curve], noisy: bool, width: float = 330, height: float = 210) -> Markup:
+    """One quantity of several runs; if ``noisy``, moving means (a twentieth of the run) over faint raw values.
 
-    The axis covers the means and the middle 96 % of the raw values; what lies outside is drawn at the edge.
+    The axis covers the lines and the middle 96 % of the raw values; what lies outside is drawn at the edge.
     """
-    means = [smoothed(run.values, max(5, len(run.values) // 20)) for run in runs]
+    means = [smoothed(run.values, max(5, len(run.values) // 20) if noisy else 1) for run in runs]
     raw = sorted(value for run in runs for value in run.values)
     cut = len(raw) // 50
     shown = [raw[cut], raw[-1 - cut], *(value for mean in means for value in mean)]
@@ -336,6 +381,24 @@ def _evenly(count: int, limit: int) -> list[int]:
     if count <= limit:
         return list(range(count))
     return [i * (count - 1) // (limit - 1) for i in range(limit)]
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def by_depth(panel: tuple[str, Any]) -> tuple[int, str]:
+    """In the order in which a decoder layer applies them; others after, by name."""
+    name = panel[0]
+    return (PROJECTIONS.index(name) if name in PROJECTIONS else len(PROJECTIONS), name)
+
+
+def place_of(module: str) -> tuple[int, str]:
+    """(layer, projection) of ``...layers.3.self_attn.q_proj``; a module outside the layers is (0, its whole name)."""
+    parts = module.split(".")
+    for before, part in pairwise(parts):
+        if before == "layers" and part.isascii() and part.isdigit() and len(part) < 7:
+            return int(part), parts[-1]
+    return 0, module
 
 
 def layer_dots(name: str, rows: Sequence[tuple[str, int, dict[int, float]]], domain: tuple[float, float]) -> Markup:
@@ -368,7 +431,24 @@ class Bin:
     high: float
 
 
-def error_bins(name: str, bins: Sequence[Bin], x_label: str, width: float = 460, height: float = 270) -> Markup:
+def quantile_bins(points: Sequence[tuple[float, int]], num_bins: int = 10) -> list[Bin]:
+    """(value, wrong) points in at most ``num_bins`` bins of nearly equal counts; equal values share a bin."""
+    ordered = sorted(points)
+    bins: list[list[tuple[float, int]]] = [[]]
+    for number, point in enumerate(ordered):
+        due = number >= len(bins) * len(ordered) / num_bins
+        if due and bins[-1] and point[0] != bins[-1][-1][0]:
+            bins.append([])
+        bins[-1].append(point)
+    found = []
+    for points_of in bins:
+        num, wrong = len(points_of), sum(wrong for _, wrong in points_of)
+        low, high = wilson_interval(wrong, num)
+        found.append(Bin(sum(value for value, _ in points_of) / num, wrong, num, low, high))
+    return found
+
+
+def error_bins(name: str, bins: Sequence[Bin], x_label: str, width: float = 400, height: float = 260) -> Markup:
     """Error rate with its interval against the mean of each bin; logarithmic in x when the means span 30-fold."""
     means = [b.mean for b in bins]
     log = min(means) > 0 and max(means) / min(means) > 30

@@ -65,7 +65,7 @@ def layer_errors(model: Any, base: Mapping[str, torch.Tensor]) -> dict[str, floa
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name in base:
             reference = base[name]
-            errors[name] = float((module.weight.float() - reference).norm() / reference.norm())
+            errors[name] = float((module.weight.detach().float() - reference).norm() / reference.norm())
     return errors
 
 

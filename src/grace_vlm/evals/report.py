@@ -8,46 +8,51 @@ The page stands alone: styles, charts and pictures are inside it, it has no scri
 browser load nothing. Answers, questions and labels are strangers' text: Jinja escapes each of them. A picture is
 copied, never decoded, and only from inside the data's root. The same files give the same page, byte for byte.
 
-Of the results, ``results.json`` alone is needed. What else is missing leaves its section out, in one sentence that
-says why.
+Only ``results.json`` is needed: whatever else is missing leaves its section out, in one sentence that says why.
 """
 
 from __future__ import annotations
 
 import base64
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grace_vlm.checkpoint.atomic import disk_errors
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import DataError
 from grace_vlm.evals import charts
-from grace_vlm.evals.statistics import wilson_interval
+from grace_vlm.evals.charts import percent, signed
 
 PAGE = "report.html"
 NUM_EXAMPLES = 20
 MAX_PICTURE_BYTES = 200_000
 """A larger picture is named, not embedded: twenty of them still make a page that can be mailed."""
+_PICTURE = re.compile(rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF.{4}WEBP)")
+MAX_CELL_DISTANCE = 0.2
 CURVES = (
-    ("cross_entropy", "Cross entropy, nats"),
-    ("distillation", "Distillation term"),
-    ("relational", "Relational term, 1 − CKA"),
-    ("weight", "Adaptive weight β"),
+    ("cross_entropy", "Cross entropy, nats", True),
+    ("distillation", "Distillation term", True),
+    ("relational", "Relational term, 1 − CKA", True),
+    ("weight", "Adaptive weight β", False),
+    ("codes_flipped_fraction", "Codes flipped in a step, share", True),
+    ("scale_drift", "Mean drift of the scales", False),
 )
-NUM_BINS = 10
+"""(key in metrics.jsonl, heading, noisy)"""
 MIN_GATE_POINTS = 20
 
+# Bounded, so that no chart meets an overflow.
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Measure = Annotated[float, Field(ge=-1e18, le=1e18)]
 
 
 class _Record(BaseModel):
@@ -63,18 +68,18 @@ class Row(_Record):
     label: str
     method: str = ""
     scheme: str = ""
-    num_parameters: Annotated[int, Field(gt=0)]
+    num_parameters: Annotated[int, Field(gt=0, le=10**15)]
     num_correct: Count
     num_scored: Count
     accuracy: Share
     low: Share
     high: Share
     bytes: Count
-    bits_per_weight: Annotated[float, Field(gt=0)]
+    bits_per_weight: Annotated[float, Field(ge=0.01, le=64)]
     agreement: Share | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
+    difference: Measure | None = None
+    difference_low: Measure | None = None
+    difference_high: Measure | None = None
     p_value: Share | None = None
     kinds: dict[str, tuple[Count, Count]] = {}
     answers: str | None = None
@@ -98,7 +103,7 @@ class Gate(_Record):
     """(entropy in nats, gate, teacher was right) of each question."""
 
     teacher: str | None = None
-    points: list[tuple[float, float, Annotated[int, Field(ge=0, le=1)]]] = []
+    points: list[tuple[Measure, Measure, Annotated[int, Field(ge=0, le=1)]]] = []
 
 
 class Data(_Record):
@@ -121,7 +126,7 @@ class Results(_Record):
     data: Data
     baseline: str
     rows: Annotated[list[Row], Field(min_length=1)]
-    layers: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = {}
+    layers: dict[str, dict[str, Measure]] = {}
     gate: Gate = Gate()
     checks: list[Check] = []
 
@@ -143,10 +148,12 @@ class MetricsLine(_Record):
     """The part of a training diary's line that is drawn."""
 
     step: Count
-    cross_entropy: float | None = None
-    distillation: float | None = None
-    relational: float | None = None
-    weight: float | None = None
+    cross_entropy: Measure | None = None
+    distillation: Measure | None = None
+    relational: Measure | None = None
+    weight: Measure | None = None
+    codes_flipped_fraction: Measure | None = None
+    scale_drift: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ class Example:
     question: AnswerLine
     picture: str | None
     no_picture: str
-    answers: list[tuple[int, Row, AnswerLine]] = field(default_factory=list)
+    answers: list[tuple[int, Row, AnswerLine]]
 
 
 def render_report(folder: Path) -> Path:
@@ -179,9 +186,8 @@ def render_report(folder: Path) -> Path:
     """
     results = read_results(folder / "results.json")
     page = _environment().get_template("report.html.jinja").render(views(folder, results))
-    path = folder / PAGE
-    _replace(path, page.encode("utf-8", errors="replace"))
-    return path
+    _replace(folder / PAGE, page.encode("utf-8", errors="replace"))
+    return folder / PAGE
 
 
 def read_results(path: Path) -> Results:
@@ -192,10 +198,11 @@ def read_results(path: Path) -> Results:
     except ValidationError as error:
         raise DataError(f"{path} is no result of a comparison: {_first(error)}") from error
     names = [row.name for row in results.rows]
-    if len(set(names)) < len(names):
-        raise DataError(f"{path} names a row twice ({', '.join(names)}); expected one row a model")
-    if results.baseline not in names:
-        raise DataError(f"{path} has the baseline {results.baseline!r}; expected one of its rows ({', '.join(names)})")
+    if names.count(results.baseline) != 1 or len(set(names)) < len(names):
+        rows = ", ".join(names)
+        raise DataError(
+            f"{path} has rows {rows} and baseline {results.baseline!r}; expected one row a model, one the baseline"
+        )
     return results
 
 
@@ -212,9 +219,11 @@ Line = TypeVar("Line", bound=_Record)
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
     """The lines of a JSONL file; a last line that a kill cut short is left out, any other bad line is a DataError."""
     try:
+        if not path.is_file():
+            raise DataError(f"{path.name} is not there")
         lines = path.read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise DataError(f"{path.name} cannot be read ({error})") from error
     found: list[Line] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -230,21 +239,21 @@ def views(folder: Path, results: Results) -> dict[str, Any]:
     """Everything the template shows, computed; the template only arranges."""
     baseline = next(row for row in results.rows if row.name == results.baseline)
     best = best_row(results)
-    domain = charts.padded([value for row in results.rows for value in (row.low, row.high)])
-    cells = [
-        charts.interval(row.low, row.accuracy, row.high, domain, baseline.accuracy, index)
-        for index, row in enumerate(results.rows)
-    ]
+    # One row that collapsed must not press the intervals of all others into a dot: it becomes an arrow at the edge.
+    near = [row for row in results.rows if abs(row.accuracy - baseline.accuracy) <= MAX_CELL_DISTANCE]
+    domain = charts.padded([value for row in near for value in (row.low, row.high)])
+    points = [charts.Point(r.label, i, r.packed_bytes, r.accuracy, r.low, r.high) for i, r in enumerate(results.rows)]
+    kinds = sorted({kind for row in results.rows for kind in row.kinds})
     return {
         "results": results,
         "baseline": baseline,
         "best": best,
         "headline": headline(best, baseline),
         "standfirst": standfirst(results, best, baseline),
-        "cells": cells,
+        "cells": [charts.interval(point, domain, baseline.accuracy) for point in points],
         "domain": domain,
-        "scatter": [_scatter(results.rows, width, height) for width, height in ((980, 430), (350, 380))],
-        "kinds": sorted({kind for row in results.rows for kind in row.kinds}),
+        "scatter": [charts.scatter(points, width, height) for width, height in ((980, 430), (350, 380))],
+        "kinds": [(kind, max(row.kinds.get(kind, (0, 0))[1] for row in results.rows)) for kind in kinds],
         "curves": curves_section(folder, results.rows),
         "layers": layers_section(results),
         "gate": gate_section(results.gate),
@@ -264,14 +273,12 @@ def headline(best: Row, baseline: Row) -> str:
     start = f"{best.label} answers {percent(best.accuracy, 1)} of {best.num_scored:,} questions correctly"
     if best.difference is None:
         return f"{start}."
-    # Rounded first: "0.0 points below" is not something to read.
-    points = round(100 * best.difference, 1)
-    side = f"as many as {baseline.label}" if points == 0 else f"{abs(points):.1f} points "
-    side += "" if points == 0 else f"{'above' if points > 0 else 'below'} {baseline.label}"
-    limits = ""
-    if best.difference_low is not None and best.difference_high is not None:
-        limits = f" (95 % interval {signed(best.difference_low, 1)} to {signed(best.difference_high, 1)} points)"
-    return f"{start}, {side}{limits}."
+    points = round(100 * best.difference, 1)  # rounded first: "0.0 points below" is not something to read
+    away = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "as many as"
+    start += f", {away} {baseline.label}"
+    if best.difference_low is None or best.difference_high is None:
+        return f"{start}."
+    return f"{start} (95\u00a0% interval {signed(best.difference_low, 1)} to {signed(best.difference_high, 1)} points)."
 
 
 def standfirst(results: Results, best: Row, baseline: Row) -> str:
@@ -281,23 +288,14 @@ def standfirst(results: Results, best: Row, baseline: Row) -> str:
     if best.scheme.startswith("w4") and num_int4 > 1:
         parts.append(f"It is the most accurate of {num_int4} INT4 rows.")
     if best.name != baseline.name:
-        parts.append(
-            f"A weight takes {best.bits_per_weight:.2f} bits on average; {baseline.bits_per_weight:.2f} in {baseline.label}."
-        )
+        cost, before = best.bits_per_weight, baseline.bits_per_weight
+        parts.append(f"A weight takes {cost:.2f} bits on average; {before:.2f} in {baseline.label}.")
     if best.difference_low is not None and best.difference_high is not None:
         if best.difference_low <= 0 <= best.difference_high:
             parts.append("The interval includes zero: these questions cannot tell the two apart.")
         else:
-            parts.append("The interval excludes zero: the difference is more than chance among these questions.")
+            parts.append("The interval excludes zero: the choice of questions does not explain the difference.")
     return " ".join(parts)
-
-
-def _scatter(rows: Sequence[Row], width: int, height: int) -> Markup:
-    points = [
-        charts.Point(row.label, index, row.packed_bytes, row.accuracy, row.low, row.high)
-        for index, row in enumerate(rows)
-    ]
-    return charts.scatter(points, width, height, "weights once packed (logarithmic)")
 
 
 def curves_section(folder: Path, rows: Sequence[Row]) -> Section:
@@ -311,14 +309,14 @@ def curves_section(folder: Path, rows: Sequence[Row]) -> Section:
         except DataError as error:
             notes.append(f"{row.label} is not drawn: {error}.")
     panels = []
-    for key, title in CURVES:
+    for key, title, noisy in CURVES:
         runs = []
         for index, row, lines in diaries:
             values = {line.step: getattr(line, key) for line in lines if getattr(line, key) is not None}
             if len(values) > 1:
                 runs.append(charts.Curve(row.label, index, sorted(values), [values[step] for step in sorted(values)]))
         if runs:
-            panels.append((title, charts.curves(title, runs)))
+            panels.append((title, charts.curves(title, runs, noisy)))
     if not panels:
         reason = " ".join(notes) or "no row was trained here, so none has a training diary."
         return Section(missing=f"Loss curves are left out: {reason}")
@@ -339,33 +337,15 @@ def layers_section(results: Results) -> Section:
         key.append((indices[0], label))
         by_projection: dict[str, dict[int, float]] = defaultdict(dict)
         for name, value in errors_of:
-            layer, projection = _place_of(name)
+            layer, projection = charts.place_of(name)
             by_projection[projection][layer] = value
-        for projection, errors in by_projection.items():
-            panels[projection].append((label, indices[0], errors))
+        for projection, by_layer in by_projection.items():
+            panels[projection].append((label, indices[0], by_layer))
     if not panels:
         return Section(missing="Per-layer error is left out: results.json has no quantized row with an error above 0.")
     domain = charts.padded([value for errors_of in groups for _, value in errors_of], log=True)
-    drawn = [(name, charts.layer_dots(name, rows, domain)) for name, rows in sorted(panels.items(), key=_by_depth)]
-    return Section({"panels": drawn, "key": key})
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _by_depth(panel: tuple[str, Any]) -> tuple[int, str]:
-    """In the order in which a decoder layer applies them; others after, by name."""
-    name = panel[0]
-    return (PROJECTIONS.index(name) if name in PROJECTIONS else len(PROJECTIONS), name)
-
-
-def _place_of(module: str) -> tuple[int, str]:
-    """(layer, projection) of ``...layers.3.self_attn.q_proj``; a module outside the layers is (0, its whole name)."""
-    parts = module.split(".")
-    for before, part in zip(parts, parts[1:], strict=False):
-        if before == "layers" and part.isascii() and part.isdigit() and len(part) < 7:
-            return int(part), parts[-1]
-    return 0, module
+    in_order = sorted(panels.items(), key=charts.by_depth)
+    return Section({"panels": [(name, charts.layer_dots(name, rows, domain)) for name, rows in in_order], "key": key})
 
 
 def gate_section(gate: Gate) -> Section:
@@ -373,35 +353,14 @@ def gate_section(gate: Gate) -> Section:
     if len(gate.points) < MIN_GATE_POINTS:
         reason = "no teacher took part" if gate.teacher is None else f"only {len(gate.points)} questions have a gate"
         return Section(missing=f"Teacher entropy and gate are left out: {reason}.")
-    by_entropy = quantile_bins([(entropy, 1 - correct) for entropy, _, correct in gate.points])
-    by_gate = quantile_bins([(value, 1 - correct) for _, value, correct in gate.points])
+    by_entropy = charts.quantile_bins([(entropy, 1 - correct) for entropy, _, correct in gate.points])
+    by_gate = charts.quantile_bins([(value, 1 - correct) for _, value, correct in gate.points])
     panels = [
         ("By entropy", charts.error_bins("Teacher error by entropy", by_entropy, "mean entropy of the bin, nats")),
         ("By gate", charts.error_bins("Teacher error by gate", by_gate, "mean gate of the bin")),
     ]
-    sure, unsure = by_entropy[0], by_entropy[-1]
-    note = (
-        f"The surest {sure.num:,} questions: {percent(sure.num_wrong / sure.num, 1)} wrong; "
-        f"the least sure {unsure.num:,}: {percent(unsure.num_wrong / unsure.num, 1)}."
-    )
-    return Section({"panels": panels}, notes=[note])
-
-
-def quantile_bins(points: Sequence[tuple[float, int]], num_bins: int = NUM_BINS) -> list[charts.Bin]:
-    """(value, wrong) points in at most ``num_bins`` bins of nearly equal counts; equal values share a bin."""
-    ordered = sorted(points)
-    bins: list[list[tuple[float, int]]] = [[]]
-    for number, point in enumerate(ordered):
-        due = number >= len(bins) * len(ordered) / num_bins
-        if due and bins[-1] and point[0] != bins[-1][-1][0]:
-            bins.append([])
-        bins[-1].append(point)
-    found = []
-    for points_of in bins:
-        num, wrong = len(points_of), sum(wrong for _, wrong in points_of)
-        low, high = wilson_interval(wrong, num)
-        found.append(charts.Bin(sum(value for value, _ in points_of) / num, wrong, num, low, high))
-    return found
+    sure, unsure = (f"{b.num:,} questions: {percent(b.num_wrong / b.num, 1)}" for b in (by_entropy[0], by_entropy[-1]))
+    return Section({"panels": panels}, notes=[f"Wrong of the surest {sure}; of the least sure {unsure}."])
 
 
 def examples_section(folder: Path, results: Results) -> Section:
@@ -410,30 +369,22 @@ def examples_section(folder: Path, results: Results) -> Section:
     asked: dict[int, list[tuple[int, Row, AnswerLine]]] = defaultdict(list)
     for index, row in enumerate(results.rows):
         try:
-            for line in _answers(folder, row):
+            for line in read_lines(_inside(folder, row.answers), AnswerLine) if row.answers is not None else ():
                 asked[line.row].append((index, row, line))
         except DataError as error:
             notes.append(f"Answers of {row.label} are not shown: {error}.")
-    chosen = choose_examples(asked)
-    if not chosen:
+    if not asked:
         return Section(missing=f"Examples are left out: no answers could be read. {' '.join(notes)}".strip())
     examples = []
-    for row_number in chosen:
-        answers = asked[row_number]
-        question = answers[0][2]
+    for answers in (asked[number] for number in choose_examples(asked)):
+        question, picture, why_not = answers[0][2], None, "asked without a picture"
         try:
-            picture = embed_picture(folder / results.data.root, question.image) if question.image else None
-            examples.append(Example(question, picture, "asked without a picture", answers))
+            if question.image:
+                picture = embed_picture(folder / results.data.root, question.image)
         except DataError as error:
-            examples.append(Example(question, None, f"picture left out: {error}", answers))
+            why_not = f"picture left out: {error}"
+        examples.append(Example(question, picture, why_not, answers))
     return Section(examples, notes=notes)
-
-
-def _answers(folder: Path, row: Row) -> list[AnswerLine]:
-    if row.answers is None:
-        raise DataError("results.json names no file of them")
-    path = _inside(folder, row.answers)
-    return read_lines(path, AnswerLine)
 
 
 def choose_examples(asked: dict[int, list[tuple[int, Row, AnswerLine]]], limit: int = NUM_EXAMPLES) -> list[int]:
@@ -441,7 +392,7 @@ def choose_examples(asked: dict[int, list[tuple[int, Row, AnswerLine]]], limit: 
 
     A question is disputed by the size of the smaller camp (right or wrong), then by the number of different answers.
     """
-    kinds: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    kinds: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # (-smaller camp, -different answers, row)
     for number, answers in asked.items():
         right = sum(line.correct for _, _, line in answers)
         different = len({line.answer.strip().lower() for _, _, line in answers})
@@ -460,7 +411,7 @@ def _inside(root: Path, name: str) -> Path:
     try:
         home = root.resolve()
         path = (home / name).resolve()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: Python 3.11's word for a loop of links
         raise DataError(f"its path cannot be resolved ({error})") from error
     if not path.is_relative_to(home):
         raise DataError("its path leads out of the folder")
@@ -479,53 +430,16 @@ def embed_picture(root: Path, name: str) -> str:
         raise DataError(f"it cannot be read ({error.strerror})") from error
     if len(content) > MAX_PICTURE_BYTES:
         raise DataError(f"it is larger than {MAX_PICTURE_BYTES:,} bytes")
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        media_type = "image/png"
-    elif content.startswith(b"\xff\xd8\xff"):
-        media_type = "image/jpeg"
-    elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        media_type = "image/webp"
-    else:
+    kind = _PICTURE.match(content)
+    if kind is None:
         raise DataError("it is no PNG, JPEG or WebP")
-    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def percent(value: float, digits: int = 2) -> str:
-    """A fraction as ``87.50 %``, the unit tied on."""
-    return f"{100 * value:.{digits}f} %"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A fraction in points with its sign: ``+0.31``, ``−1.20``, ``0.00``."""
-    text = f"{100 * value:+.{digits}f}"
-    return text.replace("-", "−") if float(text) else text[1:]
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in MB = 10^6 bytes, three digits that mean something."""
-    return f"{num_bytes / 1e6:,.2f} MB"
-
-
-def p_text(value: float) -> str:
-    """A p value, cut off where it stops to inform."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def clipped(text: str, limit: int = 240) -> str:
-    """A stranger's text, fit to be shown: no control characters, cut after ``limit`` characters."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: limit + 1]).strip()
-    return shown if len(text) <= limit else shown[:limit] + "…"
+    return f"data:image/{kind.lastgroup};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "signed": signed, "size": size, "p": p_text, "clipped": clipped}
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {f.__name__: f for f in (percent, signed, charts.size, charts.p_text, charts.clipped)}
     environment.globals["key_mark"] = charts.key_mark
     return environment
 

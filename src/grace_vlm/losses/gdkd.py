@@ -98,8 +98,8 @@ def confidence_gate(teacher_logits: torch.Tensor) -> torch.Tensor:
     """exp(-H / log|V|) of raw teacher logits (N, V) at T = 1 (eq. 1-2); (N,), no gradient."""
     logits = teacher_logits.detach()
     log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    # exp(-inf) * -inf is NaN; a word of probability 0 adds nothing to the entropy.
-    entropy = -(log_probs.exp() * log_probs).nan_to_num(nan=0.0).sum(dim=-1)
+    # exp(-inf) * -inf is NaN; a word of probability 0 adds nothing to the entropy. A NaN logit stays a NaN.
+    entropy = -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(dim=-1)
     return torch.exp(-entropy / math.log(teacher_logits.shape[-1]))
 
 

@@ -7,6 +7,7 @@ values stay BF16's. No code from a checkpoint is ever run (``trust_remote_code``
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def load_model(path: str, device: str = "auto") -> LoadedModel:
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model: Any = AutoModelForImageTextToText.from_pretrained(resolved, dtype=torch.bfloat16, **options)
+    with warnings.catch_warnings():
+        # Transformers warns that our dequantize=True joins the folder's own quantization_config; that is the point.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model: Any = AutoModelForImageTextToText.from_pretrained(resolved, dtype=torch.bfloat16, **options)
     if target.type == "cpu":
         model = model.float()
     model = model.to(target).eval()

@@ -30,7 +30,7 @@ from grace_vlm.data.ledger import Ledger
 from grace_vlm.data.loader import RowReader, TrainLoader
 from grace_vlm.data.pictures import PictureStore
 from grace_vlm.data.rows import RowFile
-from grace_vlm.errors import CheckpointError, ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import adapter_for, linear_shapes
@@ -298,6 +298,7 @@ def train(
     """
     prepare_run_folder(out, resume, overwrite)
     final = out / "final"
+    is_new = not out.exists()
     with FolderLock(out):
         if resume and (final / "manifest.json").is_file():
             stored = (out / "config.yaml").read_text(encoding="utf-8")
@@ -307,7 +308,13 @@ def train(
             return final
         for stale in (*sweep_partials(out), *sweep_partials(out / "checkpoints")):
             notify(f"removed {stale.name}, left by an interrupted save")
-        run = Run(recipe, out, notify)
+        try:
+            run = Run(recipe, out, notify)
+        except GraceError:
+            # What cannot start leaves nothing behind.
+            if is_new:
+                shutil.rmtree(out)
+            raise
         first = run.restore() if resume else 0
         (out / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))

@@ -1,0 +1,206 @@
+"""Every user error: one line, word for word, an exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toy_run import recipe_tree, write_models, write_rows
+
+from grace_vlm.cli.main import main
+from grace_vlm.train.config import recipe_from
+from grace_vlm.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, rows, a recipe, and a finished two-step run with its checkpoint."""
+    folder = tmp_path_factory.mktemp("world")
+    write_rows(folder)
+    write_models(folder)
+    tree = recipe_tree(folder, optim__num_steps=2)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    train(recipe_from(tree, "test"), folder / "run")
+    return folder
+
+
+def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command."""
+    monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command that must fail with exactly this line on standard error and nothing on standard output."""
+
+    def run(code: int, line: str, *args: object) -> None:
+        found, out, err = grace(capsys, monkeypatch, *args)
+        assert (err, out, found) == (f"error: {line}\n", "", code)
+
+    return run
+
+
+def test_unknown_recipe_key(world: Path, fails: Any) -> None:
+    where = world / "recipe.yaml"
+    line = f"unknown key optim.learning_rat in {where}; see docs/recipes.md for the keys there are"
+    fails(2, line, "train", where, "optim.learning_rat=1", "--out", world / "x")
+    assert not (world / "x").exists()
+
+
+def test_missing_recipe(world: Path, fails: Any) -> None:
+    line = "recipe nowhere.yaml does not exist; see recipes/ for those that ship"
+    fails(2, line, "train", "nowhere.yaml", "--out", world / "x")
+
+
+def test_missing_field(world: Path, fails: Any) -> None:
+    tree = recipe_tree(world)
+    del tree["data"]["train"]
+    where = world / "incomplete.yaml"
+    where.write_text(yaml.safe_dump(tree))
+    line = f"{where} lacks the key data.train; add it or pass data.train=VALUE"
+    fails(2, line, "train", where, "--out", world / "x")
+
+
+def test_wrong_value(world: Path, fails: Any) -> None:
+    where = world / "recipe.yaml"
+    line = f"optim.num_steps in {where} is 0: input should be greater than or equal to 1"
+    fails(2, line, "train", where, "optim.num_steps=0", "--out", world / "x")
+
+
+def test_wrong_model_path(world: Path, fails: Any) -> None:
+    line = f"{world}/nobody does not exist; expected a model folder, a run folder or a hub id like org/name"
+    fails(2, line, "eval", world / "nobody", "--data", world / "rows.jsonl")
+    fails(2, line, "train", world / "recipe.yaml", f"model.student={world}/nobody", "--out", world / "x")
+
+
+def test_wrong_data_path(world: Path, fails: Any) -> None:
+    line = f"{world}/no.jsonl is no file; a JSON array or JSONL file of LLaVA rows is expected"
+    fails(3, line, "eval", world / "student", "--data", world / "no.jsonl")
+
+
+def test_method_that_the_scheme_excludes(world: Path, fails: Any) -> None:
+    recipe, out = world / "recipe.yaml", world / "x"
+    line = "method sft trains in bf16, scheme is w4g128; use method=qat or scheme=bf16"
+    fails(2, line, "train", recipe, "method=sft", "--out", out)
+    line = "method qat needs a grid, scheme is bf16; use scheme=w4g128 or method=sft"
+    fails(2, line, "train", recipe, "method=qat", "scheme=bf16", "--out", out)
+    line = "method kd needs a teacher; set model.teacher to a model folder"
+    fails(2, line, "train", recipe, "method=kd", "model.teacher=null", "--out", out)
+
+
+def test_group_size_that_does_not_divide(world: Path, fails: Any) -> None:
+    line = "group size 96 does not divide in_features 128 of model.language_model.layers.0.self_attn.q_proj; use w4g128"
+    fails(2, line, "quantize", world / "student", world / "x", "--scheme", "w4g96")
+    fails(2, line, "train", world / "recipe.yaml", "scheme=w4g96", "--out", world / "y")
+    assert not (world / "x").exists()
+
+
+def test_pattern_that_matches_nothing(world: Path, fails: Any) -> None:
+    line = (
+        "pattern 'nothing' matches none of the 27 linears; names look like 'model.visual.blocks.0.attn.qkv' "
+        "(see grace inspect)"
+    )
+    fails(2, line, "train", world / "recipe.yaml", "quant.overrides={nothing: w8g128}", "--out", world / "z")
+
+
+def test_unknown_scheme(world: Path, fails: Any) -> None:
+    line = "unknown scheme 'int4'; expected bf16 or w{8,4,3,2}g{N}, for example w4g128"
+    fails(2, line, "quantize", world / "student", world / "x", "--scheme", "int4")
+
+
+def test_not_an_image(world: Path, fails: Any, tmp_path: Path) -> None:
+    page = tmp_path / "cat.png"
+    page.write_text("<html>")
+    line = f"{page}: the file is none of JPEG, PNG, WEBP, GIF"
+    fails(7, line, "chat", world / "student", "--image", page, "--question", "what is this?")
+
+
+def test_bad_row_in_an_evaluation(world: Path, fails: Any, tmp_path: Path) -> None:
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copy(world / "rows.jsonl", tmp_path)
+    (tmp_path / "images" / "3.png").write_bytes(b"")
+    line = (
+        "row 3 ('r3') is bad, image_empty: 'images/3.png': the file has 0 bytes; 1 bad rows of 24 are over the "
+        "budget of 0 (0 of the rows); list them with 'grace data check', then repair them"
+    )
+    fails(3, line, "eval", world / "student", "--data", tmp_path / "rows.jsonl")
+
+
+def test_existing_output(world: Path, fails: Any) -> None:
+    before = sorted((world / "run").rglob("*"))
+    line = f"{world}/run exists; pass --resume to go on, --overwrite to start again, or another --out"
+    fails(5, line, "train", world / "recipe.yaml", "--out", world / "run")
+    assert sorted((world / "run").rglob("*")) == before
+
+
+def test_overwrite_spares_what_is_no_run(world: Path, fails: Any, tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    line = f"{tmp_path} is no run folder (no config.yaml); it is not overwritten: choose another --out"
+    fails(5, line, "train", world / "recipe.yaml", "--out", tmp_path, "--overwrite")
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+
+
+def test_resume_with_another_recipe(world: Path, fails: Any) -> None:
+    line = f"{world}/run is a finished run of another recipe; choose another --out or --overwrite"
+    fails(5, line, "train", world / "recipe.yaml", "optim.num_steps=3", "--out", world / "run", "--resume")
+
+
+def test_checkpoint_with_one_flipped_bit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "step-000001"
+    shutil.copytree(world / "run" / "checkpoints" / "step-000001", checkpoint)
+    file = checkpoint / "masters.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    monkeypatch.setattr(sys, "argv", ["grace", "inspect", str(checkpoint)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 5
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: {file} ")
+    assert error.count("sha256") >= 1
+
+
+def test_full_disk(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=300k tmpfs {tmp_path} 2>/dev/null"):
+        # Not allowed to mount here: a free-space answer of 0 takes the same way.
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    try:
+        monkeypatch.setattr(
+            sys, "argv", ["grace", "quantize", str(world / "student"), str(tmp_path / "q"), "--scheme", "w4g128"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 5
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: cannot write {tmp_path}/q: ")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "q").exists()
+        assert not list(tmp_path.glob(".partial-*"))
+    finally:
+        os.system(f"umount {tmp_path} 2>/dev/null")
+
+
+def test_usage_errors_are_lines_too(world: Path, fails: Any) -> None:
+    fails(2, "No such command 'nosuch'; see grace --help", "nosuch")
+    fails(2, "Missing argument 'src'; see grace --help", "pack")
+
+
+def test_pack_refuses_what_has_no_grid(world: Path, fails: Any) -> None:
+    line = f"{world}/student has no grid, so there is nothing to pack; quantize it first (grace quantize)"
+    fails(4, line, "pack", world / "student", world / "packed")
+    assert not (world / "packed").exists()
