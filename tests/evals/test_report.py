@@ -394,13 +394,14 @@ def test_results_with_wrong_rows_are_one_line(folder: Path) -> None:
         read_results(path)
 
 
-def test_a_page_is_replaced_whole_or_not_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_page_is_replaced_whole_or_not_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     (folder / "report.html").write_text("of before")
 
-    def full(descriptor: int) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         render_report(folder)
     assert (folder / "report.html").read_text() == "of before"

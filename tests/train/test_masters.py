@@ -70,7 +70,7 @@ class OnGrid(nn.Module):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("clip_mask", ["official", "lsq"])
+@pytest.mark.parametrize("clip_mask", ["official", "lsq", "pass_through"])
 @pytest.mark.parametrize("scale_gradient", ["none", "lsq"])
 def test_once_per_step_equals_once_per_forward(bits: int, clip_mask: Any, scale_gradient: Any) -> None:
     once, every = Net(), Net()

@@ -68,14 +68,14 @@ class RowReader:
         for fault in own:
             if isinstance(fault, Fault):
                 return dataclasses.replace(fault, row=row.index, id=row.id)
-        if row.index in self._samples:
+        if row.index in self._samples and not as_prompt:
             return row, self._samples[row.index][1], good
         encode = self.encoder.prompt if as_prompt else self.encoder.encode
         sample = encode(row, [picture.grid for picture in good])
         if sample.num_tokens > self.max_tokens:
             reason = f"{sample.num_tokens} tokens; the limit is {self.max_tokens} (data.max_tokens)"
             return Fault(row.index, row.id, "too_many_tokens", reason)
-        if len(self._samples) < self.samples_kept:
+        if len(self._samples) < self.samples_kept and not as_prompt:
             self._samples[row.index] = (row, sample)
         return row, sample, good
 
@@ -131,14 +131,18 @@ class TrainLoader:
         order: list[int] = torch.randperm(len(self.reader.rows), generator=generator).tolist()
         if not self.group_by_length:
             return order
-        # Inside windows of 16 batches rows are sorted by length, then the batches are shuffled again.
+        # Inside windows of 16 batches rows are sorted by length, then the batches are shuffled again. Rows that
+        # complete the batch of the epoch before come first and a short last batch stays last, so that batches never
+        # straddle two length groups.
         size = self.micro_batch_size * self.world_size
+        begun = -self.epoch * len(order) % size
         batches: list[list[int]] = []
-        for start in range(0, len(order), 16 * size):
+        for start in range(begun, len(order), 16 * size):
             window = sorted(order[start : start + 16 * size], key=lambda index: (self._lengths[index], index))
             batches.extend(window[at : at + size] for at in range(0, len(window), size))
+        short = batches.pop() if batches and len(batches[-1]) < size else []
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return [index for number in shuffled for index in batches[number]]
+        return order[:begun] + [index for number in shuffled for index in batches[number]] + short
 
     def _next_index(self) -> int:
         if self.cursor >= len(self._order):
@@ -149,12 +153,13 @@ class TrainLoader:
 
     def next(self) -> Batch:
         """The next micro-batch of this rank; smaller by its bad rows, never empty."""
-        while True:
-            share = self.micro_batch_size * self.world_size
+        share = self.micro_batch_size * self.world_size
+        for _ in range(2 * len(self.reader.rows) // share + 2):
             indices = [self._next_index() for _ in range(share)][self.rank :: self.world_size]
             found = self.reader.read_many(indices)
             if found:
                 return self._collate(found)
+        raise DataError(f"none of the {len(self.reader.rows)} rows can be used; list them with 'grace data check'")
 
     def _collate(self, found: list[Entry]) -> Batch:
         encoder = self.reader.encoder

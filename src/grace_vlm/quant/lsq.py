@@ -58,7 +58,8 @@ def lsq_backward(
     tested = ratio if clip_mask == "lsq" else rounded
     inside = (tested >= scheme.qmin) & (tested <= scheme.qmax)
     grad_scale = (grad_groups * (codes - torch.where(inside, ratio, 0.0))).sum(dim=-1)
-    grad_weight = grad_groups if clip_mask == "pass_through" else torch.where(inside, grad_groups, 0.0)
+    # A copy, never a view: the caller's accumulator starts again at 0.
+    grad_weight = grad_groups.clone() if clip_mask == "pass_through" else torch.where(inside, grad_groups, 0.0)
     grad_log_scale = grad_scale * raw_scale
     if scale_gradient == "lsq":
         grad_log_scale = grad_log_scale / (scheme.group_size * scheme.qmax) ** 0.5

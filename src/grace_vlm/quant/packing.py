@@ -30,7 +30,7 @@ def pack_rows(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     out_features, in_features = codes.shape
     if in_features % per_word:
         raise FormatError(f"in_features {in_features} is not a multiple of {per_word} ({num_bits}-bit words)")
-    unsigned = (codes.to(torch.int64) + (1 << (num_bits - 1))).reshape(out_features, -1, per_word)
+    unsigned = (codes.to(torch.int64) + (1 << (num_bits - 1))).reshape(out_features, in_features // per_word, per_word)
     if unsigned.numel() and not 0 <= int(unsigned.min()) <= int(unsigned.max()) < (1 << num_bits):
         raise FormatError(f"codes outside the {num_bits}-bit range; expected [-{1 << num_bits - 1}, ...]")
     shifts = torch.arange(per_word, device=codes.device) * num_bits

@@ -1,0 +1,47 @@
+# Everything here makes .venv first, from one lock with hashes, and again when the lock changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo demo-from-scratch test soak interop lint format types docs clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
+
+.venv/.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/.stamp  ## the whole method on real pictures, in minutes
+	$(BIN)/grace demo
+
+demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (hours on a CPU)
+	test -d runs/toy || $(BIN)/grace data prepare toy runs/toy
+	$(BIN)/grace train recipes/toy_teacher_sft_bf16.yaml --out runs/toy-teacher --resume
+	$(BIN)/grace train recipes/toy_student_sft_bf16.yaml --out runs/toy-student --resume model.processor=runs/toy-teacher model.tower=runs/toy-teacher
+	$(BIN)/grace demo --teacher runs/toy-teacher --student runs/toy-student --out runs/demo-from-scratch
+
+test: .venv/.stamp lint types  ## lint, types, tests, coverage
+	$(BIN)/python -m pytest -m "not soak and not interop" --cov=grace_vlm --cov-report=term:skip-covered
+
+soak: .venv/.stamp  ## kills and long property runs
+	$(BIN)/python -m pytest -m soak
+
+interop: .venv/.stamp  ## clean environments with other people's programs
+	$(BIN)/python -m pytest -m interop
+
+lint: .venv/.stamp
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+format: .venv/.stamp  ## ruff, in place
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+types: .venv/.stamp
+	$(BIN)/mypy
+
+clean:  ## runs and caches, not .venv
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
