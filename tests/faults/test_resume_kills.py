@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-
 from toy_run import write_models, write_rows
 
 NUM_STEPS = 8
