@@ -43,5 +43,8 @@ format: .venv/.stamp  ## ruff, in place
 types: .venv/.stamp
 	$(BIN)/mypy
 
+docs: .venv/.stamp  ## pages that are made from the code
+	$(BIN)/python docs/generate.py
+
 clean:  ## runs and caches, not .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
