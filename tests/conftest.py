@@ -1,8 +1,21 @@
-"""``toy_run`` (tests/faults) makes the smallest run there is; any test may import it."""
+"""What all tests share. ``toy_run`` (tests/faults) makes the smallest run there is; any test may import it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits, and waits long when other programs share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

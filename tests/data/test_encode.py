@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,6 @@ from grace_vlm.models.toy import build_toy_model, build_toy_processor
 TEXTS = ["what shape is in the picture?", "is there a red circle?", "the assistant said yes", "no", "a blue triangle"]
 GRID = (1, 8, 10)
 NUM_VISUAL = 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, and waits long when other programs share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from toy_world import TEXTS, World, picture
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.load import load_model, pick_device, resolve_model
+from grace_vlm.models.load import load_model, pick_device, resolve_source
 from grace_vlm.models.toy import SPECIAL_TOKENS, TOY_SIZES, build_toy_model, build_toy_processor, copy_tower
 
 
@@ -117,17 +117,17 @@ def test_paths_that_are_no_model_are_errors(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
-        resolve_model(str(run))
+        resolve_source(str(run))
     assert str(caught.value) == f"{run} is no model folder: it has no config.json (a run folder has final/config.json)"
     (run / "final" / "config.json").write_text("{}")
-    assert resolve_model(str(run)) == str(run / "final")
+    assert resolve_source(str(run)) == str(run / "final")
     for path in (str(tmp_path / "nothing"), "runs/nothing", "nothing"):
         with pytest.raises(ConfigError) as caught:
-            resolve_model(path)
+            resolve_source(path)
         assert str(caught.value) == (
             f"{path} does not exist; expected a model folder, a run folder or a hub id like org/name"
         )
-    assert resolve_model("Qwen/Qwen3-VL-2B-Instruct") == "Qwen/Qwen3-VL-2B-Instruct"
+    assert resolve_source("Qwen/Qwen3-VL-2B-Instruct") == "Qwen/Qwen3-VL-2B-Instruct"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +17,6 @@ from grace_vlm.quant.lsq import LsqFakeQuantize
 from grace_vlm.quant.plan import QuantPlan, make_plan
 from grace_vlm.quant.scheme import QuantScheme
 from grace_vlm.train.masters import Masters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, and waits long when other programs share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

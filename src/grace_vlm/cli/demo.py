@@ -196,10 +196,10 @@ def copy_model(source: str, dst: Path) -> None:
     """Publish a copy of a model folder (its manifest is checked first, its copy gets its own)."""
     from grace_vlm.checkpoint.atomic import publish_folder
     from grace_vlm.checkpoint.manifest import is_complete, verify_manifest
-    from grace_vlm.models.load import resolve_model
+    from grace_vlm.models.load import resolve_source
 
     try:
-        folder = Path(resolve_model(source))
+        folder = Path(resolve_source(source))
     except ConfigError as error:
         hint = "run grace demo in a clone of the repository, or pass --teacher and --student"
         raise ConfigError(f"{error}; {hint}") from None

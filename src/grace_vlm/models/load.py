@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_model(path: str) -> str:
+def resolve_source(path: str) -> str:
     """A run folder stands for its ``final/``; a hub id (org/name) stays; anything else must be a model folder."""
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -55,7 +55,11 @@ def load_processor(path: str) -> Any:
     """The processor of a model folder, run folder or hub id."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(resolve_model(path))
+    source = resolve_source(path)
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise _not_opened(source, error) from error
 
 
 def load_model(path: str, device: str = "auto") -> LoadedModel:
@@ -63,25 +67,45 @@ def load_model(path: str, device: str = "auto") -> LoadedModel:
 
     A packed checkpoint (compressed-tensors) is opened by stock Transformers and dequantized at load; its weights are
     then the baked ones, value for value.
+
+    Raises:
+        ConfigError: no model there, no adapter for it, no such device, or a packed folder of mixed schemes.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    resolved = resolve_model(path)
+    source = resolve_source(path)
     target = pick_device(device)
-    config = AutoConfig.from_pretrained(resolved)
-    adapter = adapter_for(config.model_type)
-    options: dict[str, Any] = {}
-    if getattr(config, "quantization_config", None):
-        from transformers import CompressedTensorsConfig
-
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings():
-        # Transformers warns that our dequantize=True joins the folder's own quantization_config; that is the point.
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model: Any = AutoModelForImageTextToText.from_pretrained(resolved, dtype=torch.bfloat16, **options)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        adapter = adapter_for(config.model_type)
+        with warnings.catch_warnings():
+            # Transformers warns that our dequantize=True joins the folder's own quantization_config: the point of it.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=torch.bfloat16, **_dequantize_options(config, source)
+            )
+    except OSError as error:
+        raise _not_opened(source, error) from error
     if target.type == "cpu":
         model = model.float()
-    model = model.to(target).eval()
-    return LoadedModel(model, AutoProcessor.from_pretrained(resolved), adapter, resolved)
+    return LoadedModel(model.to(target).eval(), load_processor(source), adapter, source)
+
+
+def _dequantize_options(config: Any, source: str) -> dict[str, Any]:
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    groups = stored.get("config_groups", {}) if isinstance(stored, dict) else {}
+    if len(groups) > 1:
+        # Transformers 5.23 decodes every layer by the first group's scheme when it dequantizes at load.
+        raise ConfigError(f"{source} packs {len(groups)} schemes in one folder; open the unpacked model folder instead")
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
+def _not_opened(source: str, error: OSError) -> ConfigError:
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return ConfigError(f"{source} cannot be opened as a model: {reason}")
