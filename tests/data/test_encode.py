@@ -12,7 +12,7 @@ from PIL import Image
 from grace_vlm.data.encode import Encoder, Sample
 from grace_vlm.data.rows import Row, Turn
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.adapter import adapter_for
+from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 
 TEXTS = ["what shape is in the picture?", "is there a red circle?", "the assistant said yes", "no", "a blue triangle"]

@@ -19,7 +19,7 @@ from grace_vlm.data.loader import RowReader, TrainLoader
 from grace_vlm.data.pictures import PictureStore
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import DataError
-from grace_vlm.models.adapter import adapter_for
+from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 
 NUM_ROWS = 24

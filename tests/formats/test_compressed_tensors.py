@@ -15,9 +15,9 @@ from tiny_models import build_tiny, copy_of, edit_json, edit_tensors, random_que
 
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.compressed_tensors import _pattern
-from grace_vlm.formats.converter import read_model, validate
 from grace_vlm.formats.folder import ModelFolder, write_grid
 from grace_vlm.formats.pack import pack
+from grace_vlm.formats.registry import read_model, validate
 from grace_vlm.formats.verify import verify
 from grace_vlm.formats.weights import write_weights
 from grace_vlm.quant import QuantizedTensor, QuantScheme, bake

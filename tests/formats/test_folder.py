@@ -12,8 +12,8 @@ import torch
 from tiny_models import copy_of, edit_json, edit_tensors
 
 from grace_vlm.errors import CheckpointError, FormatError
-from grace_vlm.formats.converter import detect, read_model, validate
 from grace_vlm.formats.folder import is_model_folder, read_grid, resolve_model, write_grid
+from grace_vlm.formats.registry import detect, read_model, validate
 from grace_vlm.formats.weights import iter_weights
 from grace_vlm.quant import QuantizedTensor, QuantScheme, bake
 

@@ -14,8 +14,8 @@ from tiny_models import copy_of
 from grace_vlm.checkpoint import is_complete, verify_manifest
 from grace_vlm.errors import CheckpointError, FormatError
 from grace_vlm.formats import compressed_tensors
-from grace_vlm.formats.converter import converters, detect, read_model
 from grace_vlm.formats.pack import estimate_bytes, pack
+from grace_vlm.formats.registry import converters, detect, read_model
 from grace_vlm.formats.verify import verify
 
 

@@ -16,9 +16,9 @@ import torch
 from tiny_models import copy_of, edit_json, edit_tensors
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.converter import detect, validate
 from grace_vlm.formats.pack import pack
 from grace_vlm.formats.qat import SIDECAR, _recover, log_of_scale, read_sidecar, scale_of_log
+from grace_vlm.formats.registry import detect, validate
 from grace_vlm.formats.verify import verify
 from grace_vlm.quant import QuantizedTensor, QuantScheme, bake
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_world import TEXTS, World
 
-from grace_vlm.models.adapter import adapter_for
+from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 
 

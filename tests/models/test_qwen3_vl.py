@@ -11,7 +11,8 @@ import torch
 from toy_world import SIZES, World
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.adapter import adapter_for, linear_shapes
+from grace_vlm.models.adapter import linear_shapes
+from grace_vlm.models.registry import adapter_for
 
 MIXED = [
     ["<128x128>", "is there a red circle?"],

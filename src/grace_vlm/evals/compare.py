@@ -20,7 +20,7 @@ import transformers
 from grace_vlm.checkpoint.atomic import write_json_atomic
 from grace_vlm.evals.run import Answer, QuestionFile, Score, answer_all, score, write_answers
 from grace_vlm.evals.statistics import mcnemar_p, paired_difference
-from grace_vlm.formats.converter import read_model
+from grace_vlm.formats.registry import read_model
 from grace_vlm.losses.gdkd import confidence_gate
 from grace_vlm.models.load import LoadedModel, load_model
 

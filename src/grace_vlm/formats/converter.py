@@ -2,7 +2,7 @@
 
 A converter reads a folder into a ``ModelContent`` (the same record whatever the layout) and writes a ``ModelContent``
 into a staging folder. So any readable layout converts into any writable one, and ``verify`` compares any two. One
-layout is one file; ``converters`` lists them; ``detect`` finds the one of a folder by its content, never by its name.
+layout is one file; ``registry.py`` lists them and finds the one of a folder by its content, never by its name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from grace_vlm.checkpoint.manifest import MANIFEST
-from grace_vlm.checkpoint.strict_json import read_object
-from grace_vlm.errors import FormatError
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -94,51 +92,6 @@ class Converter(Protocol):
     def write(self, content: ModelContent, stage: Path) -> None:
         """Write ``content`` into an empty staging folder; ``FormatError`` if the layout cannot hold it exactly."""
         ...
-
-
-def converters() -> dict[str, Converter]:
-    """Every layout by name."""
-    from grace_vlm.formats.compressed_tensors import CompressedTensors
-    from grace_vlm.formats.folder import ModelFolder
-    from grace_vlm.formats.qat import Official
-
-    layouts: tuple[Converter, ...] = (ModelFolder(), CompressedTensors(), Official())
-    return {layout.name: layout for layout in layouts}
-
-
-def converter_for(name: str) -> Converter:
-    """The layout called ``name``; ``FormatError`` lists them."""
-    found = converters()
-    if name not in found:
-        raise FormatError(f"unknown format {name!r}; expected one of {', '.join(found)}")
-    return found[name]
-
-
-def detect(folder: Path) -> Converter:
-    """The layout of a model folder; ``FormatError`` if it is none of ours."""
-    config = read_object(folder / "config.json", FormatError)
-    for converter in converters().values():
-        if converter.matches(folder, config):
-            return converter
-    stated = config.get("quantization_config")
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    raise FormatError(
-        f"{folder} is of an unknown layout (quant_method {method!r}); readable are {', '.join(converters())}"
-    )
-
-
-def read_model(folder: Path) -> ModelContent:
-    """Open a model folder of any known layout."""
-    return detect(folder).read(folder)
-
-
-def validate(folder: Path) -> ModelContent:
-    """Read every tensor of a folder once; ``FormatError`` names the first that is wrong. Returns the content."""
-    content = read_model(folder)
-    for mapping in (content.quantized, content.baked, content.dense):
-        for name in mapping:
-            mapping[name]
-    return content
 
 
 def summary(content: ModelContent) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 from grace_vlm.checkpoint.manifest import is_complete
 from grace_vlm.checkpoint.store import load_checkpoint
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.converter import detect, read_model
 from grace_vlm.formats.folder import is_model_folder, read_plan, resolve_model
+from grace_vlm.formats.registry import detect, read_model
 from grace_vlm.formats.weights import open_weights
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from grace_vlm.checkpoint.atomic import publish_folder, refuse_existing
 from grace_vlm.errors import CheckpointError, FormatError
-from grace_vlm.formats.converter import ModelContent, converter_for, read_model
+from grace_vlm.formats.converter import ModelContent
 from grace_vlm.formats.folder import resolve_model
+from grace_vlm.formats.registry import converter_for, read_model
 from grace_vlm.formats.verify import verify
 
 _ROOM_BYTES = 1 << 20

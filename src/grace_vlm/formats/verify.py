@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from grace_vlm.formats.converter import ModelContent, read_model
+from grace_vlm.formats.converter import ModelContent
 from grace_vlm.formats.folder import resolve_model
+from grace_vlm.formats.registry import read_model
 from grace_vlm.quant.affine import bake
 
 

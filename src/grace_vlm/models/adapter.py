@@ -6,7 +6,7 @@ quantized, what is trained) and runs them in the order that the method needs:
     pixels --tower--> TowerOutput --merge--> visual embeddings --decode--> hidden states --head--> logits
              frozen, once a picture          trained               at every position      at supervised ones
 
-A new architecture is one file with one class and an entry in ``ADAPTERS``.
+A new architecture is one file with one class and an entry in ``registry.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-
-from grace_vlm.errors import ConfigError
 
 Grid = tuple[int, int, int]
 """(temporal, height, width) of a picture in patches."""
@@ -107,13 +105,3 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def adapter_for(model_type: str) -> Adapter:
-    """The adapter of ``config.model_type``; ``ConfigError`` names what is supported."""
-    from grace_vlm.models.qwen3_vl import Qwen3VLAdapter
-
-    adapters: dict[str, Adapter] = {"qwen3_vl": Qwen3VLAdapter()}
-    if model_type not in adapters:
-        raise ConfigError(f"model type {model_type!r} has no adapter; supported: {', '.join(adapters)}")
-    return adapters[model_type]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.adapter import Adapter, adapter_for
+from grace_vlm.models.adapter import Adapter
+from grace_vlm.models.registry import adapter_for
 
 
 @dataclass(frozen=True)

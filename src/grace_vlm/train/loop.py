@@ -33,8 +33,9 @@ from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
-from grace_vlm.models.adapter import adapter_for, linear_shapes
+from grace_vlm.models.adapter import linear_shapes
 from grace_vlm.models.load import LoadedModel, load_model, load_processor, pick_device
+from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor, copy_tower
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.quant.plan import QuantPlan, make_plan

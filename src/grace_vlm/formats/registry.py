@@ -1,0 +1,53 @@
+"""The layouts there are, and which one a folder is of. A new layout is one file and one entry in ``converters``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grace_vlm.checkpoint.strict_json import read_object
+from grace_vlm.errors import FormatError
+from grace_vlm.formats.compressed_tensors import CompressedTensors
+from grace_vlm.formats.converter import Converter, ModelContent
+from grace_vlm.formats.folder import ModelFolder
+from grace_vlm.formats.qat import Official
+
+
+def converters() -> dict[str, Converter]:
+    """Every layout by name."""
+    layouts: tuple[Converter, ...] = (ModelFolder(), CompressedTensors(), Official())
+    return {layout.name: layout for layout in layouts}
+
+
+def converter_for(name: str) -> Converter:
+    """The layout called ``name``; ``FormatError`` lists them."""
+    found = converters()
+    if name not in found:
+        raise FormatError(f"unknown format {name!r}; expected one of {', '.join(found)}")
+    return found[name]
+
+
+def detect(folder: Path) -> Converter:
+    """The layout of a model folder; ``FormatError`` if it is none of ours."""
+    config = read_object(folder / "config.json", FormatError)
+    for converter in converters().values():
+        if converter.matches(folder, config):
+            return converter
+    stated = config.get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    raise FormatError(
+        f"{folder} is of an unknown layout (quant_method {method!r}); readable are {', '.join(converters())}"
+    )
+
+
+def read_model(folder: Path) -> ModelContent:
+    """Open a model folder of any known layout."""
+    return detect(folder).read(folder)
+
+
+def validate(folder: Path) -> ModelContent:
+    """Read every tensor of a folder once; ``FormatError`` names the first that is wrong. Returns the content."""
+    content = read_model(folder)
+    for mapping in (content.quantized, content.baked, content.dense):
+        for name in mapping:
+            mapping[name]
+    return content
