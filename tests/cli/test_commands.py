@@ -1,0 +1,146 @@
+"""Every command on a small world: what it prints, its --json document, its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toy_run import recipe_tree, write_models, write_rows
+
+from grace_vlm.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    write_rows(folder)
+    write_models(folder)
+    tree = recipe_tree(folder, optim__num_steps=3, runtime__checkpoint_every_steps=2)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture
+def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command; returns (exit code, standard output)."""
+
+    def run(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def document(grace: Any) -> Any:
+    """Run a command with --json, which must succeed; returns its one document."""
+
+    def run(*args: object) -> Any:
+        code, out = grace(*args, "--json")
+        assert code == 0, out
+        return json.loads(out)
+
+    return run
+
+
+def test_train_pack_verify_eval(world: Path, grace: Any, document: Any) -> None:
+    run, packed, official = world / "run", world / "packed", world / "official"
+    trained = document("train", world / "recipe.yaml", "--out", run)
+    assert trained["model"] == str(run / "final")
+    assert trained["last_step"]["step"] == 2
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "ledger.jsonl",
+        "checkpoints",
+        "final",
+    }
+    assert grace("train", world / "recipe.yaml", "--out", run, "--resume")[0] == 0
+    assert document("pack", run, packed)["format"] == "compressed-tensors"
+    assert document("pack", run, official, "--format", "official")["bytes"] > 0
+    for other in (packed, official):
+        assert document("verify", run, other)["equal"] is True
+    code, out = grace("verify", run, packed)
+    assert (code, out.split(":")[0]) == (0, "equal")
+    answers = world / "answers.jsonl"
+    scored = document("eval", packed, "--data", world / "rows.jsonl", "--limit", 5, "--answers", answers)
+    assert (scored["num_scored"], scored["num_total"], len(answers.read_text().splitlines())) == (5, 5, 5)
+    code, out = grace("eval", run, "--data", world / "rows.jsonl", "--limit", 5)
+    assert out.splitlines()[-1].startswith("accuracy ")
+
+
+def test_verify_names_the_first_difference(world: Path, grace: Any, document: Any) -> None:
+    for scale in ("minmax", "mse"):
+        document("quantize", world / "student", world / scale, "--scheme", "w4g64", "--scale", scale)
+    code, out = grace("verify", world / "minmax", world / "mse")
+    assert code == 1
+    assert out.startswith("different: ")
+    assert "model.language_model.layers.0." in out
+
+
+def test_plan_lists_every_linear(world: Path, grace: Any, document: Any) -> None:
+    plan = document("train", world / "recipe.yaml", "--out", world / "never", "--plan")
+    assert len(plan["linears"]) == 14
+    assert len(plan["linears"]) + len(plan["bf16"]) == 27
+    out = grace("train", world / "recipe.yaml", "--out", world / "never", "--plan")[1]
+    assert len(out.splitlines()) == 27 + 2
+    assert not (world / "never").exists()
+
+
+def test_inspect(world: Path, grace: Any, document: Any) -> None:
+    document("quantize", world / "student", world / "q8", "--scheme", "w8g128")
+    found = document("inspect", world / "q8")
+    assert (found["kind"], found["layout"], found["quantized_linears"]) == ("model", "grace", 14)
+    assert document("inspect", world / "student")["layout"] == "bf16"
+    assert "w8g128" in grace("inspect", world / "q8")[1]
+
+
+def test_data_prepare_and_check(world: Path, grace: Any, document: Any) -> None:
+    made = document("data", "prepare", "easy-vqa", world / "easy")
+    assert sum(made["num_rows"].values()) == 48_248
+    found = document("data", "check", world / "rows.jsonl", "--ledger", world / "ledger.jsonl")
+    assert (found["num_rows"], found["faults"]) == (24, [])
+    (world / "bad.jsonl").write_text((world / "rows.jsonl").read_text() + "{\n")
+    code, out = grace("data", "check", world / "bad.jsonl", "--root", world)
+    assert code == 3
+    assert "bad_json" in out
+
+
+def test_chat(world: Path, grace: Any, document: Any) -> None:
+    args = ("chat", world / "student", "--image", world / "images" / "0.png", "--question", "what color?")
+    answer = document(*args, "--max-new-tokens", 4)["answer"]
+    assert grace(*args, "--max-new-tokens", 4) == (0, answer + "\n")
+
+
+def test_compare_and_its_page(world: Path, grace: Any, document: Any) -> None:
+    out = world / "page"
+    found = document("compare", world / "student", world / "teacher", "--data", world / "rows.jsonl", "--out", out)
+    assert [row["name"] for row in found["rows"]] == ["student", "teacher"]
+    page = (out / "report.html").read_text()
+    assert "teacher" in page
+    assert "<script" not in page
+    assert document("compare", out)["rows"] == found["rows"]
+
+
+def test_doctor(grace: Any, document: Any) -> None:
+    found = document("doctor")
+    assert found["packages"]["torch"]
+    assert "torch" in grace("doctor")[1]
+
+
+def test_help_answers_at_once() -> None:
+    """Half a second, without importing torch; the best of three, since other programs share the machine."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "grace_vlm.cli.main", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5
