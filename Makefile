@@ -46,5 +46,5 @@ types: .venv/.stamp
 docs: .venv/.stamp  ## pages that are made from the code
 	$(BIN)/python docs/generate.py
 
-clean:  ## runs and caches, not .venv
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## caches; never runs/ (hours of training) nor .venv
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
