@@ -224,14 +224,22 @@ def publish_folder(final: Path, *, overwrite: bool = False, needed_bytes: int | 
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Replace ``path`` by ``content`` as JSON, so that a reader finds the old file or the new one. Refuses NaN."""
+    """``write_bytes_atomic`` of ``content`` as JSON. Refuses NaN."""
+    write_bytes_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, so that a reader finds the old file or the new one, whatever happens.
+
+    Raises:
+        CheckpointError: the disk refuses; the old file is then untouched.
+    """
     path = Path(os.path.abspath(path))
     stage = _beside(path, "partial")
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
-        with disk_errors(path, len(text)):
-            with stage.open("w", encoding="utf-8") as stream:
-                stream.write(text)
+        with disk_errors(path, len(content)):
+            with stage.open("wb") as stream:
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(stage, path)

@@ -105,13 +105,13 @@ class _Demo:
 
     def _choose_questions(self, dst: Path) -> None:
         """The held-out questions: the first of easy-VQA and the first of the scenes, in file order."""
+        from grace_vlm.checkpoint.atomic import write_bytes_atomic
+
         lines = (dst.parent / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         is_easy = [json.loads(line)["kind"].startswith("easy_") for line in lines]
         easy = [line for line, flag in zip(lines, is_easy, strict=True) if flag][:NUM_EASY]
         scenes = [line for line, flag in zip(lines, is_easy, strict=True) if not flag][:NUM_SCENES]
-        stage = dst.with_suffix(".partial")
-        stage.write_text("".join(easy + scenes), encoding="utf-8")
-        stage.replace(dst)
+        write_bytes_atomic(dst, "".join(easy + scenes).encode())
 
     def _train(self, name: str, recipe_name: str, dst: Path) -> None:
         from grace_vlm.train.config import load_recipe

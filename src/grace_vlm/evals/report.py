@@ -14,11 +14,9 @@ Only ``results.json`` is needed: whatever else is missing leaves its section out
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from grace_vlm.checkpoint.atomic import disk_errors
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import DataError
 from grace_vlm.evals import charts
@@ -186,7 +184,7 @@ def render_report(folder: Path) -> Path:
     """
     results = read_results(folder / "results.json")
     page = _environment().get_template("report.html.jinja").render(views(folder, results))
-    _replace(folder / PAGE, page.encode("utf-8", errors="replace"))
+    write_bytes_atomic(folder / PAGE, page.encode("utf-8", errors="replace"))
     return folder / PAGE
 
 
@@ -442,19 +440,3 @@ def _environment() -> Environment:
     environment.filters |= {f.__name__: f for f in (percent, signed, charts.size, charts.p_text, charts.clipped)}
     environment.globals["key_mark"] = charts.key_mark
     return environment
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step: written beside it, made durable, renamed."""
-    path = path.absolute()
-    stage = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    try:
-        with disk_errors(path, len(content)):
-            with stage.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(stage, path)
-    finally:
-        with suppress(OSError):
-            stage.unlink()

@@ -21,7 +21,7 @@ import transformers
 from accelerate import Accelerator
 from torch import nn
 
-from grace_vlm.checkpoint.atomic import sweep_partials
+from grace_vlm.checkpoint.atomic import sweep_partials, write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
@@ -317,7 +317,7 @@ def train(
                 shutil.rmtree(out)
             raise
         first = run.restore() if resume else 0
-        (out / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_bytes_atomic(out / "config.yaml", dump_recipe(recipe).encode())
         recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))
         try:
             run.steps(first, recorder, progress)

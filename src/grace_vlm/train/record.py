@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.errors import ConfigError
 
 
@@ -29,7 +30,8 @@ class Recorder:
     def __init__(self, run: Path, first_step: int, trackers: Sequence[str], config: dict[str, Any]) -> None:
         self.path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # In one step: a kill here must not cost the lines of before.
+        write_bytes_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._trackers = [_open_tracker(name, run, config) for name in trackers]
 
