@@ -56,6 +56,16 @@ def test_greedy_equals_transformers_generate(world: Path) -> None:
         assert loaded.processor.tokenizer.decode(new, skip_special_tokens=True) == answer
 
 
+def test_a_model_may_have_several_closing_tokens(world: Path) -> None:
+    """Qwen3-VL's generation config lists two; one id and a list of ids stop alike."""
+    loaded = load_model(str(world / "run"), "cpu")
+    questions = QuestionFile(world / "rows.jsonl", loaded, limit=3)
+    one = answer_all(loaded, questions, max_new_tokens=5)
+    tokenizer = loaded.processor.tokenizer
+    loaded.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert answer_all(loaded, questions, max_new_tokens=5) == one
+
+
 def test_packed_agrees_on_every_answer(world: Path, tmp_path: Path) -> None:
     comparison = Comparison(world / "rows.jsonl", tmp_path, "run", teacher=None)
     comparison.add(Contestant("run", "trained", world / "run", "grace", "w4g128"))

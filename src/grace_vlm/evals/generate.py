@@ -7,6 +7,8 @@ their answers comparable one by one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from grace_vlm.data.collate import Batch
@@ -29,7 +31,7 @@ def greedy(
     local = batch.to(device)
     assert local.attention_mask is not None, "generation pads on the left"
     adapter, cache = loaded.adapter, DynamicCache()
-    stop = {loaded.processor.tokenizer.eos_token_id, loaded.model.generation_config.eos_token_id}
+    stop = (loaded.processor.tokenizer.eos_token_id, loaded.model.generation_config.eos_token_id)
     stop_ids = torch.tensor(sorted(flatten_ids(stop)), device=device)
     mask = local.attention_mask
     vision_outputs = vision.of(batch.pictures)
@@ -55,7 +57,7 @@ def greedy(
     return [[token for token in row if token >= 0] for row in table], first_logits
 
 
-def flatten_ids(values: set[object]) -> set[int]:
+def flatten_ids(values: Iterable[object]) -> set[int]:
     """Token ids from a mix of None, ids and lists of ids (generation configs hold either)."""
     ids: set[int] = set()
     for value in values:
