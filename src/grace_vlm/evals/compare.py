@@ -21,6 +21,7 @@ from grace_vlm.checkpoint.atomic import write_json_atomic
 from grace_vlm.evals.run import Answer, QuestionFile, Score, answer_all, score, write_answers
 from grace_vlm.evals.statistics import mcnemar_p, paired_difference
 from grace_vlm.formats.registry import read_model
+from grace_vlm.formats.weights import weight_bytes
 from grace_vlm.losses.gdkd import confidence_gate
 from grace_vlm.models.load import LoadedModel, load_model
 
@@ -43,11 +44,6 @@ class Contestant:
     method: str
     scheme: str
     metrics: Path | None = None
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of weights on the disk: every safetensors and .bin file below the folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin"))
 
 
 def bits_per_weight(folder: Path, num_parameters: int) -> float:
@@ -142,7 +138,7 @@ class Comparison:
             "accuracy": result.accuracy,
             "low": result.low,
             "high": result.high,
-            "bytes": folder_bytes(folder),
+            "bytes": weight_bytes(folder),
             "bits_per_weight": round(bits_per_weight(folder, num_parameters), 3),
             "kinds": result.kinds,
             "answers": f"answers/{contestant.name}.jsonl",

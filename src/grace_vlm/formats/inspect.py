@@ -10,7 +10,7 @@ from grace_vlm.checkpoint.store import load_checkpoint
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.folder import is_model_folder, read_plan, resolve_model
 from grace_vlm.formats.registry import detect, read_model
-from grace_vlm.formats.weights import open_weights
+from grace_vlm.formats.weights import open_weights, weight_bytes
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "folder": str(folder),
         "published_whole": is_complete(folder),
-        "weight_bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin")),
+        "weight_bytes": weight_bytes(folder),
         "tensors": len(weights),
     }
     has_grid = (folder / "grid").is_dir() or "quantization_config" in (folder / "config.json").read_text("utf-8")

@@ -130,3 +130,8 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for i, name in enumerate(names):
         (folder / f"part-{i}.safetensors").rename(folder / name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of weights on the disk: every safetensors and .bin file below the folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -62,9 +63,24 @@ def ramp(step: int, warmup_steps: int) -> float:
 class _Measured:
     """Sums over one micro-batch, as device scalars: read by the host once a step."""
 
+    NAMES: ClassVar = ("cross_entropy", "distillation", "relational", "images", "teacher gate")
+
     terms: LossTerms
     gate_sum: torch.Tensor
     batch: Batch
+
+    def row(self) -> torch.Tensor:
+        """(5,) FP64, in the order of ``NAMES``."""
+        terms = self.terms
+        return torch.stack(
+            [
+                terms.cross_entropy.double(),
+                terms.distillation.double(),
+                terms.relational.double(),
+                terms.images.double(),
+                self.gate_sum,
+            ]
+        )
 
 
 class Stepper:
@@ -164,23 +180,14 @@ class Stepper:
         return terms
 
     def _read(self, step: int, measured: list[_Measured], grad_norm: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """The step's one host read: (4,) sums over micro-batches and ranks, and the gradient norm; all finite."""
-        rows = torch.stack(
-            [
-                torch.stack([m.terms.cross_entropy.double(), m.terms.distillation.double()])
-                for m in measured
-            ]
-        )  # fmt: skip
-        extra = torch.stack(
-            [torch.stack([m.terms.relational.double(), m.terms.images.double(), m.gate_sum]) for m in measured]
-        )
-        table = torch.cat([rows, extra], dim=1)
+        """The step's one host read: (5,) sums (``_Measured.NAMES``) over micro-batches and ranks, and the gradient
+        norm; all finite."""
+        table = torch.stack([m.row() for m in measured])
         host = torch.cat([table.flatten(), grad_norm.double().reshape(1)]).cpu()
-        local, norm = host[:-1].reshape(len(measured), 5), float(host[-1])
+        local, norm = host[:-1].reshape(table.shape), float(host[-1])
         reduced = self.accelerator.reduce(table.sum(dim=0), reduction="sum").cpu()
-        names = ("cross_entropy", "distillation", "relational", "images", "teacher gate")
         for row, m in zip(local, measured, strict=True):
-            bad = [name for name, value in zip(names, row.tolist(), strict=True) if not math.isfinite(value)]
+            bad = [name for name, value in zip(_Measured.NAMES, row.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
                 raise NonFiniteError(
                     f"step {step}: {bad[-1] if 'teacher gate' in bad else bad[0]} is not finite for samples "

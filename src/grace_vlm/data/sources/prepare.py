@@ -78,9 +78,9 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
         (staging / "images").mkdir(parents=True)
         info = _write(staging, out, source, seed, sizes)
         _publish(staging, out)
-    except BaseException:
+    finally:
+        # Gone by its rename if all went well.
         shutil.rmtree(staging, ignore_errors=True)
-        raise
     return info
 
 
