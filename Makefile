@@ -19,9 +19,13 @@ demo: .venv/.stamp  ## the whole method on real pictures, in minutes
 
 demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (hours on a CPU)
 	test -d runs/toy || $(BIN)/grace data prepare toy runs/toy
-	$(BIN)/grace train recipes/toy_teacher_sft_bf16.yaml --out runs/toy-teacher --resume
-	$(BIN)/grace train recipes/toy_student_sft_bf16.yaml --out runs/toy-student --resume model.processor=runs/toy-teacher model.tower=runs/toy-teacher
-	$(BIN)/grace demo --teacher runs/toy-teacher --student runs/toy-student --out runs/demo-from-scratch
+	$(BIN)/grace train recipes/toy_teacher_1_describe.yaml --out runs/toy-teacher-1 --resume
+	$(BIN)/grace train recipes/toy_teacher_2_answer.yaml --out runs/toy-teacher-2 --resume
+	$(BIN)/grace train recipes/toy_teacher_3_answer.yaml --out runs/toy-teacher-3 --resume
+	$(BIN)/grace train recipes/toy_student_1_describe.yaml --out runs/toy-student-1 --resume model.processor=runs/toy-teacher-1
+	$(BIN)/grace train recipes/toy_student_2_answer.yaml --out runs/toy-student-2 --resume
+	$(BIN)/grace train recipes/toy_student_3_answer.yaml --out runs/toy-student-3 --resume
+	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
 test: .venv/.stamp lint types  ## lint, types, tests, coverage
 	$(BIN)/python -m pytest -m "not soak and not interop" --cov=grace_vlm --cov-report=term:skip-covered
@@ -33,12 +37,12 @@ interop: .venv/.stamp  ## clean environments with other people's programs
 	$(BIN)/python -m pytest -m interop
 
 lint: .venv/.stamp
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 format: .venv/.stamp  ## ruff, in place
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 types: .venv/.stamp
 	$(BIN)/mypy

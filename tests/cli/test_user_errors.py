@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -154,43 +156,47 @@ def test_resume_with_another_recipe(world: Path, fails: Any) -> None:
     fails(5, line, "train", world / "recipe.yaml", "optim.num_steps=3", "--out", world / "run", "--resume")
 
 
-def test_checkpoint_with_one_flipped_bit(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_with_one_flipped_bit(world: Path, tmp_path: Path, fails: Any) -> None:
     checkpoint = tmp_path / "step-000001"
     shutil.copytree(world / "run" / "checkpoints" / "step-000001", checkpoint)
     file = checkpoint / "masters.safetensors"
     data = bytearray(file.read_bytes())
+    before = hashlib.sha256(data).hexdigest()
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    monkeypatch.setattr(sys, "argv", ["grace", "inspect", str(checkpoint)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 5
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith(f"error: {file} ")
-    assert error.count("sha256") >= 1
+    line = (
+        f"{file} is corrupt: sha256 is {hashlib.sha256(data).hexdigest()}, its manifest says {before}; "
+        "use another copy or an earlier checkpoint"
+    )
+    fails(5, line, "inspect", checkpoint)
 
 
-def test_full_disk(
+def test_no_room_on_the_disk(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=300k tmpfs {tmp_path} 2>/dev/null"):
-        # Not allowed to mount here: a free-space answer of 0 takes the same way.
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    """Told before a byte is written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    folder = tmp_path / "q"
+    code, out, error = grace(capsys, monkeypatch, "quantize", world / "student", folder, "--scheme", "w4g128")
+    whole = rf"error: cannot write {folder}: [1-9][0-9,]+ bytes needed, 0 free; make room or write elsewhere\n"
+    assert re.fullmatch(whole, error)
+    assert (code, out, os.listdir(tmp_path)) == (5, "", [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_disk_that_fills_up(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real full disk that is only noticed while writing."""
+    if os.system(f"mount -t tmpfs -o size=300k tmpfs {tmp_path} 2>/dev/null"):
+        pytest.skip("not allowed to mount here")
     try:
-        monkeypatch.setattr(
-            sys, "argv", ["grace", "quantize", str(world / "student"), str(tmp_path / "q"), "--scheme", "w4g128"]
-        )
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 5
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: cannot write {tmp_path}/q: ")
-        assert error.count("\n") == 1
-        assert not (tmp_path / "q").exists()
-        assert not list(tmp_path.glob(".partial-*"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+        folder = tmp_path / "q"
+        code, out, error = grace(capsys, monkeypatch, "quantize", world / "student", folder, "--scheme", "w4g128")
+        reason = r"the disk is full \([0-9,]+ bytes needed\); what was there before is untouched"
+        assert re.fullmatch(rf"error: cannot write {folder}: {reason}\n", error)
+        assert (code, out, os.listdir(tmp_path)) == (5, "", [])
     finally:
         os.system(f"umount {tmp_path} 2>/dev/null")
 

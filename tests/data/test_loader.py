@@ -240,7 +240,7 @@ def test_a_batch_is_padded_right_and_says_what_it_holds(tmp_path: Path, encoder:
 
 def test_targets_are_the_next_tokens(tmp_path: Path, encoder: Encoder) -> None:
     batch = TrainLoader(make_reader(write_rows(tmp_path), encoder), 5, seed=1).next()
-    positions, targets = batch.targets()
+    positions, targets = batch.supervised, batch.targets
     width = batch.input_ids.shape[1]
     expected = [
         (row * width + column, int(batch.input_ids[row, column + 1]))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from grace_vlm.data.check import check_file
 from grace_vlm.data.sources import SOURCES, charts, diagrams, digits, easy_vqa, grids, prepare, scenes
+from grace_vlm.data.sources.choose import choose_questions
 from grace_vlm.data.sources.questions import CHOICE_REQUEST, ask
 from grace_vlm.errors import ConfigError
 from grace_vlm.media.canvas import COLORS
@@ -263,10 +264,13 @@ def test_made_again_it_has_the_same_bytes_and_no_picture_in_two_splits(tmp_path:
     assert files == tree(tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # no staging folder stays
     num_parts = 2 if source in ("mix", "toy") else 1
-    assert info.num_images == {"train": 40 * num_parts, "val": 20 * num_parts, "test": 20 * num_parts}
+    num_images = {"train": 40 * num_parts, "val": 20 * num_parts, "test": 20 * num_parts}
+    if source == "toy":
+        num_images["train_questions"] = num_images["train"]
+    assert info.num_images == num_images
     pictures_of: dict[str, set[str]] = {}
     ids: list[str] = []
-    for split in ("train", "val", "test"):
+    for split in num_images:
         rows = [json.loads(line) for line in (tmp_path / "a" / f"{split}.jsonl").read_text().splitlines()]
         assert len(rows) == info.num_rows[split]
         ids += [row["id"] for row in rows]
@@ -275,9 +279,11 @@ def test_made_again_it_has_the_same_bytes_and_no_picture_in_two_splits(tmp_path:
         assert (report.faults, report.num_images) == ((), info.num_images[split])
     assert len(ids) == len(set(ids)) == sum(info.num_rows.values())
     assert source == "toy" or len(ids) == sum(info.num_questions.values())
-    assert len(set.union(*pictures_of.values())) == sum(info.num_images.values())
+    more = pictures_of.pop("train_questions", pictures_of["train"])
+    assert more == pictures_of["train"]
+    assert len(set.union(*pictures_of.values())) == sum(num_images[split] for split in pictures_of)
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["rows_sha256"] == {split: files[f"{split}.jsonl"] for split in pictures_of}
+    assert manifest["rows_sha256"] == {name: files[f"{name}.jsonl"] for name in num_images}
     assert tree(tmp_path / "a") != tree(prepare(source, tmp_path / "c", seed=4, **SMALL).out)
 
 
@@ -340,3 +346,31 @@ def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
         "README.md", "images", "manifest.json", "test.jsonl", "train.jsonl", "val.jsonl",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_chosen_questions_are_the_first_of_each_part(tmp_path: Path) -> None:
+    prepare("toy", tmp_path / "toy", **SMALL)
+    rows = (tmp_path / "toy" / "test.jsonl").read_text().splitlines()
+    easy = [row for row in rows if '"kind": "easy_' in row]
+    scenes_rows = [row for row in rows if '"kind": "easy_' not in row]
+    chosen = choose_questions(tmp_path / "toy" / "test.jsonl", 7, 11).decode().splitlines()
+    assert chosen == easy[:7] + scenes_rows[:11]
+
+
+def test_the_second_stage_asks_many_short_rows_of_what_can_be_asked(tmp_path: Path) -> None:
+    prepare("toy", tmp_path / "toy", **SMALL)
+    rows = [json.loads(line) for line in (tmp_path / "toy" / "train_questions.jsonl").read_text().splitlines()]
+    by_picture: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        turns = row["conversations"]
+        assert 2 <= len(turns) <= 8
+        assert turns[0]["value"].startswith("<image>\n")
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        by_picture.setdefault(row["image"], []).extend((q["value"], a["value"]) for q, a in pairs)
+    scene_counts = [len(asked) for image, asked in by_picture.items() if "scene" in image]
+    assert len(scene_counts) == SMALL["num_train_images"]
+    assert max(scene_counts) == 20
+    assert min(scene_counts) >= 12
+    for asked in by_picture.values():
+        texts = [text.removeprefix("<image>\n").split("\n")[0] for text, _ in asked]
+        assert len(set(texts)) == len(texts)

@@ -10,7 +10,7 @@ from toy_world import TEXTS, World, picture
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.load import load_model, pick_device, resolve_source
-from grace_vlm.models.toy import SPECIAL_TOKENS, TOY_SIZES, build_toy_model, build_toy_processor, copy_tower
+from grace_vlm.models.toy import SPECIAL_TOKENS, TOY_SIZES, build_toy_model, build_toy_processor
 
 
 def test_what_auto_classes_open_is_the_real_thing(world: World) -> None:
@@ -86,23 +86,6 @@ def test_an_unknown_size_is_an_error(world: World) -> None:
     with pytest.raises(ConfigError) as caught:
         build_toy_model("huge", world.processor)
     assert str(caught.value) == "unknown toy size 'huge'; expected one of student, teacher, tiny"
-
-
-def test_copy_tower_gives_the_same_features_and_keeps_the_mergers(world: World) -> None:
-    source = build_toy_model("teacher", world.processor, seed=1)
-    target = build_toy_model("student", world.processor, seed=2)
-    merger = target.model.visual.merger.linear_fc1.weight.clone()
-    copy_tower(source, target)
-    inputs = world.inputs([["<128x128>", "<64x200>"]])
-    with torch.no_grad():
-        ours, theirs = (
-            world.adapter.tower(model, world.pixels(inputs), world.grids(inputs)) for model in (target, source)
-        )
-    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(ours, theirs, strict=True))
-    assert torch.equal(target.model.visual.merger.linear_fc1.weight, merger)
-    tiny = build_toy_model("tiny", world.processor)
-    with pytest.raises(ConfigError, match=r"model\.tower has another geometry: .* is .* there"):
-        copy_tower(source, tiny)
 
 
 def test_load_model_widens_bf16_values_on_a_cpu(toy_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Batch:
         position_ids: (3, B, S) int64.
         attention_mask: (B, S) int64 with left padding; None with right padding, where causal attention never lets a
             real token see a pad.
+        supervised: (n_supervised,) int64, the flat positions in B*S whose next token is supervised.
+        targets: (n_supervised,) int64, those next tokens.
         pictures: in row order. image_lengths: visual tokens of each.
         sample_ids: ids of the rows, what errors name.
     """
@@ -29,6 +32,8 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
+    supervised: torch.Tensor
+    targets: torch.Tensor
     pictures: tuple[Picture, ...]
     image_lengths: tuple[int, ...]
     sample_ids: tuple[str, ...]
@@ -37,26 +42,20 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.input_ids.numel())
 
-    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(flat positions in B*S whose next token is supervised, those next tokens), both (n_supervised,).
-
-        The shift happens here and nowhere else: the state at position t predicts token t + 1.
-        """
-        shifted = torch.full_like(self.labels, IGNORE_INDEX)
-        shifted[:, :-1] = self.labels[:, 1:]
-        flat = shifted.reshape(-1)
-        positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
-        return positions, flat[positions]
-
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
-            self.pictures,
-            self.image_lengths,
-            self.sample_ids,
+        """The batch with its tensors on ``device``; pictures stay where they are kept."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            supervised=move(self.supervised),
+            targets=move(self.targets),
         )
 
 
@@ -80,11 +79,17 @@ def collate(
         labels[row, where] = sample.labels
         positions[:, row, where] = sample.positions
         mask[row, where] = 1
+    # The shift happens here and nowhere else, on the host: the state at position t predicts token t + 1.
+    next_labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
+    next_labels[:, :-1] = labels[:, 1:]
+    supervised = np.flatnonzero(next_labels != IGNORE_INDEX)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         torch.from_numpy(positions),
         torch.from_numpy(mask) if padding == "left" else None,
+        torch.from_numpy(supervised),
+        torch.from_numpy(next_labels.reshape(-1)[supervised]),
         tuple(pictures),
         tuple(image_lengths),
         tuple(sample.row_id for sample in samples),

@@ -2,12 +2,14 @@
 
 Transformers 5.17 and 5.23 attend picture by picture in a Python loop under SDPA. Pictures of one grid need no loop:
 they are one batch for the attention. ``tower`` says so through an attention function of ours and one "sequence" that
-holds all of them; everything else is the stock tower.
+holds all of them. The positions of a grid are made once and repeated: the stock tower makes them picture by picture,
+some thirty small operations each, which on a GPU is most of a small step. Everything else is the stock tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,23 @@ def _attend_equal_grids(
 
     out = F.scaled_dot_product_attention(by_picture(query), by_picture(key), by_picture(value), scale=kwargs["scaling"])
     return out.permute(0, 2, 1, 3).reshape(1, total, heads, dim), None
+
+
+@lru_cache(maxsize=256)
+def _grid_positions(grid: Grid, side: int, merge: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the stock tower derives from one grid, by the keyword that takes it ready-made; first axis: patches."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+    one = torch.tensor([grid])
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        one, side, mode="bilinear", align_corners=True, spatial_merge_size=merge
+    )
+    tables = {
+        "interp_indices": indices,
+        "interp_weights": weights,
+        "position_ids": get_vision_position_ids(one, merge),
+    }
+    return {name: table.to(device) for name, table in tables.items()}
 
 
 class Qwen3VLAdapter:
@@ -84,12 +103,15 @@ class Qwen3VLAdapter:
         try:
             for grid in sorted(set(grids)):
                 members = [i for i, other in enumerate(grids) if other == grid]
-                patches = torch.cat([pixels[i].to(device, dtype, non_blocking=True) for i in members])
+                patches = torch.cat([pixels[i].to(device, non_blocking=True) for i in members]).to(dtype)
+                config = visual.config
+                positions = _grid_positions(grid, visual.num_grid_per_side, config.spatial_merge_size, device)
                 state = visual(
                     patches,
-                    grid_thw=torch.tensor([grid] * len(members), device=device),
+                    grid_thw=torch.tensor([grid] * len(members)),
                     cu_seqlens=torch.tensor([0, patches.shape[0]], dtype=torch.int32),
                     num_pictures=len(members) * grid[0],
+                    **{name: table.repeat(len(members), 1) for name, table in positions.items()},
                 )
                 hidden = state.last_hidden_state.chunk(len(members))
                 deepstack = [layer.chunk(len(members)) for layer in state.deepstack_features]

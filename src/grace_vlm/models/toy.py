@@ -171,18 +171,3 @@ def build_toy_model(size: str, processor: Any, seed: int = 0) -> Any:
     model.generation_config.eos_token_id = token_id("<|im_end|>")
     model.generation_config.pad_token_id = token_id("<|endoftext|>")
     return model.float()
-
-
-@torch.no_grad()
-def copy_tower(source: Any, target: Any) -> None:
-    """Give ``target`` the patch embedding, positions and blocks of ``source``'s vision tower (equal widths).
-
-    Mergers lead to each model's own text width and keep their start.
-    """
-    own = dict(target.model.visual.named_parameters())
-    for name, parameter in source.model.visual.named_parameters():
-        if "merger" in name:
-            continue
-        if name not in own or own[name].shape != parameter.shape:
-            raise ConfigError(f"model.tower has another geometry: {name} is {tuple(parameter.shape)} there")
-        own[name].copy_(parameter)

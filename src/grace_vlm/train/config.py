@@ -29,7 +29,6 @@ class ModelConfig(_Section):
     student: str = Field(description="model folder, run folder, hub id, or toy:SIZE for a random start")
     teacher: str | None = Field(None, description="model folder, run folder or hub id; kd and grace need it")
     processor: str | None = Field(None, description="where a toy:SIZE takes its processor; null trains a tokenizer")
-    tower: str | None = Field(None, description="where a toy:SIZE takes the blocks of its vision tower; null: random")
     train: Literal["default", "all"] = Field(
         "default", description="default: language model and merger; all: the vision tower too"
     )

@@ -36,7 +36,7 @@ from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import linear_shapes
 from grace_vlm.models.load import LoadedModel, load_model, load_processor, pick_device
 from grace_vlm.models.registry import adapter_for
-from grace_vlm.models.toy import build_toy_model, build_toy_processor, copy_tower
+from grace_vlm.models.toy import build_toy_model, build_toy_processor
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.quant.plan import QuantPlan, make_plan
 from grace_vlm.train.card import model_card
@@ -62,8 +62,6 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
     else:
         processor = build_toy_processor(turn.text for row in rows for turn in getattr(row, "turns", ()))
     model = build_toy_model(name.removeprefix("toy:"), processor, recipe.runtime.seed)
-    if recipe.model.tower:
-        copy_tower(load_model(recipe.model.tower, "cpu").model, model)
     model = model.to(pick_device(recipe.runtime.device)).eval()
     return LoadedModel(model, processor, adapter_for(model.config.model_type), name)
 

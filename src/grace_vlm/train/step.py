@@ -133,10 +133,9 @@ class Stepper:
 
     def _counts(self, batch: Batch, signal: TeacherSignal | None) -> torch.Tensor:
         """(tokens, sum of gate, images) of a micro-batch, FP64 so that sums over ranks are exact."""
-        positions, _ = batch.targets()
         gate = signal.gate.double().sum() if signal else torch.zeros((), dtype=torch.float64, device=self.device)
         images = sum(length >= self.objective.min_tokens for length in batch.image_lengths)
-        host = torch.tensor([positions.numel(), images], dtype=torch.float64, device=self.device)
+        host = torch.tensor([batch.targets.numel(), images], dtype=torch.float64, device=self.device)
         return torch.stack([host[0], gate, host[1]])
 
     def _forward_backward(
@@ -156,8 +155,7 @@ class Stepper:
             self.vision.of(batch.pictures),
             tap=config.relational_layer if objective.is_relational and batch.pictures else None,
         )
-        positions, targets = batch.targets()
-        hidden = states.last.reshape(-1, states.last.shape[-1])[positions]
+        hidden = states.last.reshape(-1, states.last.shape[-1])[batch.supervised]
         logits = self.student.adapter.head(self.student.model)(hidden)
         per_step = config.normalization == "global"
         counts = (whole if per_step else own).float()
@@ -165,7 +163,7 @@ class Stepper:
         terms = compute_terms(
             objective,
             logits,
-            targets,
+            batch.targets,
             Normalizers(tokens=counts[0], gate=counts[1], images=counts[2]),
             distillation_weight=self.distillation_weight() * ramp(step, config.distillation_warmup_steps),
             relational_ramp=ramp(step, config.relational_warmup_steps),

@@ -41,8 +41,7 @@ class OnlineTeacher:
             self.vision.of(batch.pictures),
             tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
         )
-        positions, _ = local.targets()
-        hidden = states.last.reshape(-1, states.last.shape[-1])[positions]
+        hidden = states.last.reshape(-1, states.last.shape[-1])[local.supervised]
         gate = self.objective.gate_of(self.adapter.head(self.model)(hidden))
         relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
         return TeacherSignal(hidden.to(where), gate.to(where), relational.to(where), batch.image_lengths)

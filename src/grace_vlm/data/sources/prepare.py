@@ -8,10 +8,12 @@ The folder::
     OUT/manifest.json                                  the same for machines, with SHA-256 of the rows and pictures
 
 A row is ``{"id", "image", "kind", "form", "conversations"}``; ``kind`` is what the question asks and ``form`` is
-``open``, ``yes_no`` or ``choice``, for accuracies by kind. The source ``toy`` is ``mix`` with more scenes and a train
-split laid out as LLaVA's: one conversation and one caption a picture (``_dense_rows``). The same source, seed and
-sizes give the same bytes. All is written into ``OUT.partial-<pid>`` and renamed at the end, so OUT is complete or
-absent.
+``open``, ``yes_no`` or ``choice``, for accuracies by kind. The source ``toy`` is ``mix`` with 12,000 scenes to train
+on, laid out for two stages as LLaVA's data is: ``train.jsonl`` has one caption and one conversation a picture (learn
+to see), ``train_questions.jsonl`` 20 questions a scene, four a row (learn to look things up).
+
+The same source, seed and sizes give the same bytes. All is written into ``OUT.partial-<pid>`` and renamed at the end,
+so OUT is complete or absent.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace_vlm.data.sources import easy_vqa, scenes
-from grace_vlm.data.sources.questions import AskedPicture, Sizes
+from grace_vlm.data.sources.questions import AskedPicture, Question, Sizes
 from grace_vlm.errors import ConfigError
 
 _PARTS = {"easy-vqa": (easy_vqa,), "scenes": (scenes,), "mix": (easy_vqa, scenes), "toy": (easy_vqa, scenes)}
@@ -41,7 +43,7 @@ _SIZE_NAMES = tuple(size.name for size in dataclasses.fields(Sizes))
 
 @dataclass(frozen=True)
 class PreparedInfo:
-    """What was written: by split the pictures, the rows and the SHA-256 of the rows' file; by kind the questions."""
+    """What was written: by file of rows its pictures, its rows and its SHA-256; by kind the questions."""
 
     out: Path
     source: str
@@ -58,7 +60,8 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
 
     Args:
         sizes: ``num_train_images``, ``num_val_images``, ``num_test_images``, of each part of the source; what is not
-            given is the part's default (3600/400/1000 for easy-vqa, 6000/300/600 for scenes).
+            given is the part's default (3600/400/1000 for easy-vqa; 6000/300/600 for scenes, with 12,000 to train on
+            in toy).
 
     Raises:
         ConfigError: an unknown source or size, an existing ``out`` without ``overwrite``, a missing package.
@@ -112,14 +115,20 @@ def _write(folder: Path, out: Path, source: str, seed: int, sizes: Mapping[str, 
     tally = _Tally()
     images_sha256 = hashlib.sha256()
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    if source == "toy":
+        lines["train_questions"] = []
     for picture in _pictures(source, seed, sizes):
         (folder / "images" / picture.name).write_bytes(picture.png)
         images_sha256.update(picture.name.encode() + hashlib.sha256(picture.png).digest())
         tally.num_images[picture.split] += 1
         tally.num_questions.update(question.kind for question in picture.questions)
-        is_dense = source == "toy" and picture.split == "train"
-        lines[picture.split].extend(_dense_rows(picture) if is_dense else _rows(picture))
-    for split in SPLITS:
+        if source == "toy" and picture.split == "train":
+            lines["train"].extend(_dense_rows(picture))
+            tally.num_images["train_questions"] += 1
+            lines["train_questions"].extend(_short_conversations(picture))
+        else:
+            lines[picture.split].extend(_rows(picture))
+    for split in lines:
         content = "".join(lines[split]).encode()
         (folder / f"{split}.jsonl").write_bytes(content)
         tally.num_rows[split] = len(lines[split])
@@ -128,8 +137,8 @@ def _write(folder: Path, out: Path, source: str, seed: int, sizes: Mapping[str, 
         out=out,
         source=source,
         seed=seed,
-        num_images={split: tally.num_images[split] for split in SPLITS},
-        num_rows={split: tally.num_rows[split] for split in SPLITS},
+        num_images={name: tally.num_images[name] for name in lines},
+        num_rows=dict(tally.num_rows),
         num_questions=dict(sorted(tally.num_questions.items())),
         rows_sha256=tally.rows_sha256,
         images_sha256=images_sha256.hexdigest(),
@@ -155,10 +164,21 @@ def _rows(picture: AskedPicture) -> Iterator[str]:
 
 def _dense_rows(picture: AskedPicture) -> Iterator[str]:
     """As LLaVA's mix and ShareGPT4V lay their rows out: all questions in one conversation, and a caption."""
-    turns = [(question.text, question.answer) for question in picture.questions]
-    yield _row(picture, "questions", "conversation", "conversation", turns)
+    yield _conversation(picture, "questions", picture.questions)
     if picture.caption:
         yield _row(picture, "caption", "caption", "caption", [(CAPTION_REQUEST, picture.caption)])
+
+
+def _short_conversations(picture: AskedPicture) -> Iterator[str]:
+    """Many questions in rows of four: few enough that the last question is easily found again."""
+    questions = picture.more_questions or picture.questions
+    for start in range(0, len(questions), 4):
+        yield _conversation(picture, f"more-{start:02d}", questions[start : start + 4])
+
+
+def _conversation(picture: AskedPicture, suffix: str, questions: Sequence[Question]) -> str:
+    turns = [(question.text, question.answer) for question in questions]
+    return _row(picture, suffix, "conversation", "conversation", turns)
 
 
 def _row(picture: AskedPicture, suffix: str, kind: str, form: str, turns: list[tuple[str, str]]) -> str:
@@ -179,7 +199,7 @@ def _row(picture: AskedPicture, suffix: str, kind: str, form: str, turns: list[t
 
 def _readme(info: PreparedInfo) -> str:
     licences = "\n".join(f"- {part.LICENCE}" for part in _PARTS[info.source])
-    splits = "\n".join(f"| {split} | {info.num_images[split]} | {info.num_rows[split]} |" for split in SPLITS)
+    splits = "\n".join(f"| {name} | {info.num_images[name]} | {rows} |" for name, rows in info.num_rows.items())
     kinds = "\n".join(f"| {kind} | {count} |" for kind, count in info.num_questions.items())
     return f"""# {info.source}, seed {info.seed}
 
@@ -190,7 +210,7 @@ Licence:
 
 {licences}
 
-| split | pictures | rows |
+| rows of | pictures | rows |
 |---|---|---|
 {splits}
 

@@ -20,6 +20,8 @@ Candidate = tuple[str, str]
 Kinds = Mapping[str, Callable[[Scene], list[Candidate]]]
 
 NUM_QUESTIONS = 6
+NUM_MORE_QUESTIONS = 20
+"""Of a training picture, for the second stage of training."""
 CHOICE_FRACTION = 0.25
 CHOICE_REQUEST = "Answer with the option's letter from the given choices directly."
 
@@ -36,14 +38,15 @@ class Question:
 
 @dataclass(frozen=True)
 class AskedPicture:
-    """One picture of a prepared set: its split, its file name without folder, its PNG bytes, its questions, and a
-    caption that tells all there is to see (empty where nobody knows)."""
+    """One picture of a prepared set: its split, its file name without folder, its PNG bytes, its questions, a
+    caption that tells all there is to see (empty where nobody knows), and more questions if it is trained on."""
 
     split: str
     name: str
     png: bytes
     questions: tuple[Question, ...]
     caption: str
+    more_questions: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)
