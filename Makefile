@@ -19,12 +19,12 @@ demo: .venv/.stamp  ## the whole method on real pictures, in minutes
 
 demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (hours on a CPU)
 	test -d runs/toy || $(BIN)/grace data prepare toy runs/toy
-	$(BIN)/grace train recipes/toy_teacher_1_describe.yaml --out runs/toy-teacher-1 --resume
-	$(BIN)/grace train recipes/toy_teacher_2_answer.yaml --out runs/toy-teacher-2 --resume
-	$(BIN)/grace train recipes/toy_teacher_3_answer.yaml --out runs/toy-teacher-3 --resume
-	$(BIN)/grace train recipes/toy_student_1_describe.yaml --out runs/toy-student-1 --resume model.processor=runs/toy-teacher-1
-	$(BIN)/grace train recipes/toy_student_2_answer.yaml --out runs/toy-student-2 --resume
-	$(BIN)/grace train recipes/toy_student_3_answer.yaml --out runs/toy-student-3 --resume
+	$(BIN)/grace train recipes/toy_teacher_1_sft_bf16.yaml --out runs/toy-teacher-1 --resume
+	$(BIN)/grace train recipes/toy_teacher_2_sft_bf16.yaml --out runs/toy-teacher-2 --resume
+	$(BIN)/grace train recipes/toy_teacher_3_sft_bf16.yaml --out runs/toy-teacher-3 --resume
+	$(BIN)/grace train recipes/toy_student_1_sft_bf16.yaml --out runs/toy-student-1 --resume model.processor=runs/toy-teacher-1
+	$(BIN)/grace train recipes/toy_student_2_sft_bf16.yaml --out runs/toy-student-2 --resume
+	$(BIN)/grace train recipes/toy_student_3_sft_bf16.yaml --out runs/toy-student-3 --resume
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
 test: .venv/.stamp lint types  ## lint, types, tests, coverage

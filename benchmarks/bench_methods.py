@@ -5,7 +5,7 @@
     python benchmarks/report_methods.py           # docs/results.md from the CSV files
 
 Rows are appended to ``benchmarks/results/methods_<command>.csv`` as they finish; those that are there are not run
-again. The recipe is ``recipes/toy_comparison_w2g128.yaml``; a row is that recipe with the overrides below, so all
+again. The recipe is ``recipes/toy_comparison_grace_w2g128.yaml``; a row is that recipe with the overrides below, so all
 have the same data, order of rows per seed and number of steps. ``correct`` holds one bit a question, in hexadecimal:
 what paired tests need.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path("runs/comparison")
-RECIPE = Path("recipes/toy_comparison_w2g128.yaml")
+RECIPE = Path("recipes/toy_comparison_grace_w2g128.yaml")
 RESULTS = Path("benchmarks/results")
 SIZES = {"num_train_images": 1200, "num_val_images": 200, "num_test_images": 340}
 FIELDS = (

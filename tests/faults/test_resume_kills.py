@@ -119,14 +119,18 @@ def kill_somewhere(pid: int, run: Path, rng: random.Random, seconds: float, insi
     return bool(partials(run))
 
 
-def run_kills(server: ForkServer, world: dict[str, Any], tmp_path: Path, num_kills: int, seed: int) -> int:
-    """Kill and resume ``num_kills`` runs; returns how many kills fell inside a save."""
+def run_kills(
+    server: ForkServer, world: dict[str, Any], tmp_path: Path, num_kills: int, num_cut_saves: int, seed: int
+) -> None:
+    """Kill and resume ``num_kills`` runs, and more of them (at most four times as many) until ``num_cut_saves`` kills
+    fell inside a save: on a busy machine an aimed kill often comes too late."""
     rng = random.Random(seed)
-    cut_saves = 0
-    for number in range(num_kills):
+    number = cut_saves = 0
+    while number < num_kills or (cut_saves < num_cut_saves and number < 4 * num_kills):
         run = tmp_path / f"run{number}"
+        is_aimed = number % 2 == 0 or number >= num_kills
         pid = server.start(world["folder"], run)
-        cut_saves += kill_somewhere(pid, run, rng, world["seconds"] * 0.8, inside_save=number % 2 == 0)
+        cut_saves += kill_somewhere(pid, run, rng, world["seconds"] * 0.8, is_aimed)
         assert server.wait() in (-9, 0)
         server.start(world["folder"], run)
         assert server.wait() == 0
@@ -134,7 +138,8 @@ def run_kills(server: ForkServer, world: dict[str, Any], tmp_path: Path, num_kil
         assert tensors == world["outcome"][0], f"kill {number}"
         assert lines == world["outcome"][1], f"kill {number}"
         assert partials(run) == [], "a stale partial was left"
-    return cut_saves
+        number += 1
+    assert cut_saves >= num_cut_saves
 
 
 def test_undisturbed_run_trains(world: dict[str, Any]) -> None:
@@ -151,9 +156,9 @@ def test_same_seed_same_bytes(server: ForkServer, world: dict[str, Any], tmp_pat
 
 
 def test_eight_kills(server: ForkServer, world: dict[str, Any], tmp_path: Path) -> None:
-    assert run_kills(server, world, tmp_path, 8, seed=1) >= 2
+    run_kills(server, world, tmp_path, 8, num_cut_saves=2, seed=1)
 
 
 @pytest.mark.soak
 def test_forty_kills(server: ForkServer, world: dict[str, Any], tmp_path: Path) -> None:
-    assert run_kills(server, world, tmp_path, 40, seed=2) >= 12
+    run_kills(server, world, tmp_path, 40, num_cut_saves=12, seed=2)
