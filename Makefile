@@ -17,7 +17,7 @@ help:  ## this list
 demo: .venv/.stamp  ## the whole method on real pictures, in minutes
 	$(BIN)/grace demo
 
-demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (hours on a CPU)
+demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (under an hour on a GPU, days on a CPU)
 	test -d runs/toy || $(BIN)/grace data prepare toy runs/toy
 	$(BIN)/grace train recipes/toy_teacher_1_sft_bf16.yaml --out runs/toy-teacher-1 --resume
 	$(BIN)/grace train recipes/toy_teacher_2_sft_bf16.yaml --out runs/toy-teacher-2 --resume

@@ -12,6 +12,7 @@ from toy_world import SIZES, World
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import linear_shapes
+from grace_vlm.models.qwen3_vl import _grid_positions
 from grace_vlm.models.registry import adapter_for
 
 MIXED = [
@@ -178,6 +179,20 @@ def test_gradient_reaches_the_merger_and_the_words_but_not_the_tower(world: Worl
     assert any(name.startswith("model.visual.merger.") for name in grads)
     assert "model.language_model.embed_tokens.weight" in grads
     assert not any(name.startswith(world.adapter.frozen) for name in grads)
+
+
+def test_a_tower_first_asked_in_inference_mode_can_be_trained(world: World) -> None:
+    _grid_positions.cache_clear()
+    inputs = world.inputs([["<128x128>"]])
+    pixels, grids = world.pixels(inputs), world.grids(inputs)
+    with torch.inference_mode():
+        world.adapter.tower(world.model, pixels, grids)
+    assert not any(table.is_inference() for table in _grid_positions(grids[0], 16, 2, torch.device("cpu")).values())
+    embedding = world.model.model.visual.pos_embed.weight
+    world.adapter.tower(world.model, pixels, grids)[0].hidden.sum().backward()
+    assert embedding.grad is not None
+    assert float(embedding.grad.abs().sum()) > 0
+    world.model.zero_grad(set_to_none=True)
 
 
 def test_frozen_names_are_tower_and_deepstack_and_quantizable_the_decoder(world: World) -> None:

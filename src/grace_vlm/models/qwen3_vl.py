@@ -41,16 +41,18 @@ def _grid_positions(grid: Grid, side: int, merge: int, device: torch.device) -> 
     """What the stock tower derives from one grid, by the keyword that takes it ready-made; first axis: patches."""
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-    one = torch.tensor([grid])
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        one, side, mode="bilinear", align_corners=True, spatial_merge_size=merge
-    )
-    tables = {
-        "interp_indices": indices,
-        "interp_weights": weights,
-        "position_ids": get_vision_position_ids(one, merge),
-    }
-    return {name: table.to(device) for name, table in tables.items()}
+    # Kept for training too, whoever asks first: what inference mode makes, autograd refuses.
+    with torch.inference_mode(False):
+        one = torch.tensor([grid])
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            one, side, mode="bilinear", align_corners=True, spatial_merge_size=merge
+        )
+        tables = {
+            "interp_indices": indices,
+            "interp_weights": weights,
+            "position_ids": get_vision_position_ids(one, merge),
+        }
+        return {name: table.to(device) for name, table in tables.items()}
 
 
 class Qwen3VLAdapter:
