@@ -17,7 +17,6 @@ import csv
 import itertools
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -84,6 +83,7 @@ class Job:
 
 def prepare_data() -> None:
     """The toy source in small, and the questions of each split."""
+    from grace_vlm.checkpoint.atomic import write_bytes_atomic
     from grace_vlm.data.sources.choose import choose_questions
     from grace_vlm.data.sources.prepare import prepare
 
@@ -91,8 +91,9 @@ def prepare_data() -> None:
     if not data.exists():
         prepare("toy", data, **SIZES)
     for split, num_easy, num_scenes in (("val", 200, 1000), ("test", 400, 2000)):
-        chosen = choose_questions(data / f"{split}.jsonl", num_easy, num_scenes)
-        (data / f"questions_{split}.jsonl").write_bytes(chosen)
+        questions = data / f"questions_{split}.jsonl"
+        if not questions.exists():
+            write_bytes_atomic(questions, choose_questions(data / f"{split}.jsonl", num_easy, num_scenes))
 
 
 def start_worker(queue: Any, num_threads: int) -> None:
@@ -147,7 +148,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "last_distillation": last.get("distillation", ""),
         "last_weight": last.get("weight", ""),
         "seconds": f"{time.perf_counter() - started:.1f}",
-        "hardware": hardware() if torch.cuda.is_available() else f"{platform.machine()} cores",
+        "hardware": hardware(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": os.environ.get("GRACE_COMMIT", ""),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -45,12 +46,26 @@ Outcomes = dict[tuple[str, str], dict[str, list[int]]]
 
 
 def load_outcomes(rows: list[dict[str, str]]) -> Outcomes:
-    """The bits of every row."""
+    """The bits of every row; a row that stands there twice (at two learning rates) is an error."""
     outcomes: Outcomes = defaultdict(dict)
     for row in rows:
+        if row["seed"] in outcomes[row["name"], row["scheme"]]:
+            sys.exit(f"{row['name']} {row['scheme']} seed {row['seed']} stands in the CSV twice; remove the older row")
         bits = bin(int(row["correct"], 16))[2:].zfill(int(row["num_scored"]))
         outcomes[row["name"], row["scheme"]][row["seed"]] = [int(bit) for bit in bits]
     return outcomes
+
+
+def common_seeds(
+    first: dict[str, list[int]], second: dict[str, list[int]]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Both with the seeds that both have; what was not trained has none and stands beside each seed of the other."""
+    for one, other, is_swapped in ((first, second, False), (second, first, True)):
+        if set(one) == {""}:
+            spread = dict.fromkeys(other, one[""])
+            return (other, spread) if is_swapped else (spread, other)
+    seeds = sorted(first.keys() & second.keys())
+    return {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
 
 
 def accuracies(runs: dict[str, list[int]]) -> list[float]:
@@ -99,11 +114,12 @@ def pair_table(outcomes: Outcomes, pictures: list[str]) -> list[str]:
         first, second = outcomes.get((name, scheme)), outcomes.get((other, scheme))
         if not first or not second:
             continue
+        first, second = common_seeds(first, second)
+        if not first:
+            continue
         mean, half, p = difference(first, second, pictures)
-        theirs = accuracies(second)
-        own = accuracies(first)
-        base = theirs if len(theirs) == len(own) else theirs * len(own)
-        by_seed = ", ".join(f"{a - b:+.2f}" for a, b in zip(own, base, strict=False)) if len(own) > 1 else ""
+        own, theirs = accuracies(first), accuracies(second)
+        by_seed = ", ".join(f"{a - b:+.2f}" for a, b in zip(own, theirs, strict=True)) if len(own) > 1 else ""
         lines.append(
             f"| {scheme.removesuffix('g128').upper()} | {LABELS[name]} - {LABELS[other]} "
             f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] | {p:.3g} | {by_seed} |"

@@ -35,7 +35,7 @@ def recipes() -> str:
         "# Recipes",
         "",
         "A recipe is YAML; `grace train RECIPE key=value ...` overrides single keys. Unknown keys are errors, and a",
-        "default stands in one place only (`src/grace_vlm/train/config.py`, from which this page is made by `make docs`).",
+        "default stands in one place only (`src/grace_vlm/train/config.py`, which `make docs` made this page from).",
         "",
         "| key | default | what it is |",
         "|---|---|---|",

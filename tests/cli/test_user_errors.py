@@ -210,3 +210,20 @@ def test_pack_refuses_what_has_no_grid(world: Path, fails: Any) -> None:
     line = f"{world}/student has no grid, so there is nothing to pack; quantize it first (grace quantize)"
     fails(4, line, "pack", world / "student", world / "packed")
     assert not (world / "packed").exists()
+
+
+def test_a_demo_folder_of_other_inputs(world: Path, fails: Any, tmp_path: Path) -> None:
+    (tmp_path / "inputs.json").write_text('{"teacher": "other", "student": "mine", "steps": null}')
+    line = (
+        f"{tmp_path} is a demo of other inputs (teacher was other, now nowhere; steps was None, now 7); "
+        "choose another --out or remove it"
+    )
+    fails(2, line, "demo", "--out", tmp_path, "--teacher", "nowhere", "--student", "mine", "--steps", "7")
+    assert os.listdir(tmp_path) == ["inputs.json"]
+
+
+def test_a_demo_outside_a_clone(fails: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "recipes/toy_qat_w4g128.yaml does not exist; run grace demo in a clone of the repository"
+    fails(2, line, "demo")
+    assert os.listdir(tmp_path) == []

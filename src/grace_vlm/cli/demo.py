@@ -42,11 +42,12 @@ def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Folder of the demo."),
     teacher: str = typer.Option("assets/toy-teacher", "--teacher", help="Teacher: model or run folder."),
     student: str = typer.Option("assets/toy-student", "--student", help="Base student: model or run folder."),
-    steps: int = typer.Option(None, "--steps", help="Optimizer steps of QAT and GRACE; default: the recipes'."),
+    steps: int = typer.Option(None, "--steps", min=2, help="Optimizer steps of QAT and GRACE; default: the recipes'."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.evals.compare import table
 
+    _require_same_inputs(out, {"teacher": _identity(teacher), "student": _identity(student), "steps": steps})
     result_path, page = out / "results.json", out / "report.html"
     if not (result_path.is_file() and page.is_file()):
         _Demo(out, teacher, student, steps).run()
@@ -59,6 +60,34 @@ def demo(
             print(f"{'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['value']}")
         print(f"page: {page}")
     raise typer.Exit(0 if all(check["passed"] for check in result["checks"]) else 1)
+
+
+def _identity(source: str) -> str:
+    """A base by its name and, if it is a sealed folder, the hash of its manifest."""
+    marker = Path(source) / "manifest.sha256"
+    return f"{source} {marker.read_text(encoding='utf-8')[:16]}" if marker.is_file() else source
+
+
+def _require_same_inputs(out: Path, inputs: dict[str, Any]) -> None:
+    """A demo folder is of one pair of bases and one number of steps: they are noted at its start and compared later."""
+    from grace_vlm.checkpoint.atomic import write_json_atomic
+
+    for name in ("toy_qat_w4g128", "toy_grace_w4g128"):
+        if not (Path("recipes") / f"{name}.yaml").is_file():
+            raise ConfigError(f"recipes/{name}.yaml does not exist; run grace demo in a clone of the repository")
+    note = out / "inputs.json"
+    if note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {before.get(name)}, now {value}" for name, value in inputs.items() if before.get(name) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"{out} is a demo of other inputs ({'; '.join(changed)}); choose another --out or remove it"
+            )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(note, inputs)
 
 
 @dataclass(frozen=True)
@@ -187,7 +216,7 @@ def training_checks(lines: list[dict[str, Any]], minimum: float, maximum: float)
     inside = min(weights) > minimum and max(weights) < maximum and len(set(weights)) > 1
     flipped = sum(x["codes_flipped"] for x in lines)
     checks = [
-        _check("images in the relation loss", f"{entered} of {images}", entered >= 0.9 * images),
+        _check("images in the relation loss", f"{entered} of {images}", images > 0 and entered >= 0.9 * images),
         _check("adaptive weight inside its bounds, moving", f"{weights[0]:.3f} to {weights[-1]:.3f}", inside),
         _check("codes flipped", f"{flipped:,}", flipped > 0),
         _check("mean scale drift", f"{lines[-1]['scale_drift']:.4f}", lines[-1]["scale_drift"] > 0),

@@ -36,7 +36,7 @@ def _attend_equal_grids(
     return out.permute(0, 2, 1, 3).reshape(1, total, heads, dim), None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _grid_positions(grid: Grid, side: int, merge: int, device: torch.device) -> dict[str, torch.Tensor]:
     """What the stock tower derives from one grid, by the keyword that takes it ready-made; first axis: patches."""
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids

@@ -76,7 +76,7 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
     out = Path(out)
     if os.path.lexists(out) and not overwrite:
         raise ConfigError(f"{out} exists; give another folder or --overwrite")
-    staging = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    staging = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
     try:
         (staging / "images").mkdir(parents=True)
         info = _write(staging, out, source, seed, sizes)
@@ -92,7 +92,7 @@ def _publish(staging: Path, out: Path) -> None:
     if not os.path.lexists(out):
         staging.rename(out)
         return
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    old = out.absolute().with_name(f"{out.absolute().name}.old-{os.getpid()}")
     out.rename(old)
     staging.rename(out)
     if old.is_dir() and not old.is_symlink():
