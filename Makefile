@@ -36,7 +36,7 @@ soak: .venv/.stamp  ## kills and long property runs
 interop: .venv/.stamp  ## clean environments with other people's programs
 	$(BIN)/python -m pytest -m interop
 
-lint: .venv/.stamp
+lint: .venv/.stamp  ## ruff
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 

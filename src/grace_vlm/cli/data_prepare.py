@@ -15,7 +15,7 @@ Example: grace data prepare easy-vqa runs/data/easy-vqa"""
 
 
 def prepare_data(
-    source: str = typer.Argument(..., help="easy-vqa, scenes or mix (both)."),
+    source: str = typer.Argument(..., help="easy-vqa, scenes, mix (both), or toy (for the shipped bases)."),
     out: Path = typer.Argument(..., help="Folder to make: images/ and train, val, test .jsonl."),
     seed: int = typer.Option(0, "--seed", help="Same seed, same bytes."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder."),
