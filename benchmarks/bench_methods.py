@@ -36,6 +36,8 @@ FIELDS = (
     "hardware", "torch", "transformers", "commit", "correct",
 )  # fmt: skip
 
+KEY = ("name", "scheme", "seed", "learning_rate")
+"""What tells rows apart: ``Job.key``."""
 METHODS: dict[str, tuple[str, ...]] = {
     "sft": ("method=sft", "model.teacher=null"),
     "qat": ("method=qat", "model.teacher=null"),
@@ -49,8 +51,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "grace_no_adaptive": ("loss.adaptive=false",),
 }
 SEARCHED = {"sft": "bf16", "qat": "w2g128", "kd": "w2g128", "grace": "w2g128"}
-"""Methods with a learning rate of their own, and the scheme it is searched at; the others take that of grace, but
-kd_gated and grace_rate_of_kd that of kd."""
+"""Methods with a learning rate of their own, and the scheme it is searched at."""
+BORROWED = {"kd_gated": "kd", "grace_rate_of_kd": "kd"}
+"""Whose rate another method takes; those that stand nowhere take that of grace."""
 RATES = (1e-4, 3e-4, 1e-3)
 ABLATIONS = ("grace_no_gate", "grace_no_decoupled", "grace_no_relational", "grace_no_adaptive")
 TRAINED = [
@@ -112,14 +115,12 @@ def run_job(job: Job) -> dict[str, Any]:
     from grace_vlm.evals.compare import hardware
     from grace_vlm.evals.run import QuestionFile, answer_all
     from grace_vlm.models.load import load_model
-    from grace_vlm.train.config import load_recipe
 
     started = time.perf_counter()
-    recipe = load_recipe(RECIPE)
-    loaded = None
+    recipe = recipe_of(job)
     diary: list[dict[str, Any]] = []
     if job.name in METHODS:
-        loaded, diary = _train(job)
+        loaded, diary = _train(job, recipe)
     elif job.name == "teacher":
         loaded = load_model(str(recipe.model.teacher), "auto")
     else:
@@ -132,9 +133,7 @@ def run_job(job: Job) -> dict[str, Any]:
     first, last = (diary[0], diary[-1]) if diary else ({}, {})
     return {
         "name": job.name,
-        "method": next((part[7:] for part in METHODS.get(job.name, ()) if part.startswith("method=")), "grace")
-        if job.name in METHODS
-        else job.name,
+        "method": recipe.method if job.name in METHODS else job.name,
         "scheme": job.scheme,
         "seed": job.key[2],
         "learning_rate": job.key[3],
@@ -156,12 +155,12 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _train(job: Job) -> tuple[Any, list[dict[str, Any]]]:
-    from grace_vlm.models.load import load_model
+def recipe_of(job: Job) -> Any:
+    """The recipe of a training row; for the others the recipe that names their models."""
     from grace_vlm.train.config import load_recipe
-    from grace_vlm.train.loop import train
-    from grace_vlm.train.record import read_metrics
 
+    if job.name not in METHODS:
+        return load_recipe(RECIPE)
     assert job.learning_rate is not None
     overrides = [
         *METHODS[job.name],
@@ -171,8 +170,16 @@ def _train(job: Job) -> tuple[Any, list[dict[str, Any]]]:
         # Ten times the rate of the weights, as in the recipe.
         f"optim.scale_learning_rate={10 * job.learning_rate}",
     ]
+    return load_recipe(RECIPE, overrides)
+
+
+def _train(job: Job, recipe: Any) -> tuple[Any, list[dict[str, Any]]]:
+    from grace_vlm.models.load import load_model
+    from grace_vlm.train.loop import train
+    from grace_vlm.train.record import read_metrics
+
     out = ROOT / "runs" / "_".join(part for part in job.key if part)
-    final = train(load_recipe(RECIPE, overrides), out, overwrite=True)
+    final = train(recipe, out, overwrite=True)
     loaded = load_model(str(final), "auto")
     diary = read_metrics(out / "metrics.jsonl")
     shutil.rmtree(out)
@@ -197,10 +204,9 @@ def all_jobs(rates: dict[str, float]) -> list[Job]:
     """Every row of the comparison, the most wanted first."""
     jobs = [Job("teacher", "bf16"), Job("student", "bf16")]
     jobs += [Job(f"rtn_{rule}", f"w{bits}g128") for bits in (8, 4, 3, 2) for rule in ("mse", "minmax")]
-    searched = {"kd_gated": "kd", "grace_rate_of_kd": "kd"}
     for seed in (0, 1, 2):
         for name, scheme in TRAINED:
-            method = searched.get(name, name if name in SEARCHED else "grace")
+            method = name if name in SEARCHED else BORROWED.get(name, "grace")
             jobs.append(Job(name, scheme, seed, rates[method]))
     return jobs
 
@@ -228,7 +234,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def run_all(jobs: list[Job], path: Path, workers: int, num_gpus: int, deadline: float) -> None:
     """Run the jobs that ``path`` lacks, appending each row as it comes; none is begun after ``deadline`` seconds."""
-    done = {tuple(row[key] for key in ("name", "scheme", "seed", "learning_rate")) for row in read_rows(path)}
+    done = {tuple(row[field] for field in KEY) for row in read_rows(path)}
     left = [job for job in jobs if job.key not in done]
     print(f"{len(left)} of {len(jobs)} rows to make, {workers} at a time", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -255,7 +261,7 @@ def run_all(jobs: list[Job], path: Path, workers: int, num_gpus: int, deadline: 
                 row = future.result()
                 writer.writerow(row)
                 file.flush()
-                shown = [str(row[key]) for key in ("name", "scheme", "seed", "learning_rate", "accuracy", "seconds")]
+                shown = [str(row[field]) for field in (*KEY, "accuracy", "seconds")]
                 print(f"[{elapsed:6.0f} s]", *shown, flush=True)
             if elapsed < deadline:
                 running |= {pool.submit(run_job, job) for job in itertools.islice(waiting, len(finished))}

@@ -60,12 +60,10 @@ def common_seeds(
     first: dict[str, list[int]], second: dict[str, list[int]]
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Both with the seeds that both have; what was not trained has none and stands beside each seed of the other."""
-    for one, other, is_swapped in ((first, second, False), (second, first, True)):
-        if set(one) == {""}:
-            spread = dict.fromkeys(other, one[""])
-            return (other, spread) if is_swapped else (spread, other)
-    seeds = sorted(first.keys() & second.keys())
-    return {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
+    both = (first, second)
+    seeds = sorted(seed for seed in first.keys() | second.keys() if all(seed in runs or "" in runs for runs in both))
+    one, two = ({seed: runs[seed] if seed in runs else runs[""] for seed in seeds} for runs in both)
+    return one, two
 
 
 def accuracies(runs: dict[str, list[int]]) -> list[float]:
@@ -138,21 +136,24 @@ def search_table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def machines(rows: list[dict[str, str]]) -> str:
+    """What rows were measured on, each machine once."""
+    return "; ".join(
+        sorted({f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
+    )
+
+
 def main() -> None:
     prepare_data()
     questions = (ROOT / "data" / "questions_test.jsonl").read_text().splitlines()
     pictures = [json.loads(line)["image"] for line in questions]
     rows, searched = read_rows(RESULTS / "methods_run.csv"), read_rows(RESULTS / "methods_search.csv")
     outcomes = load_outcomes(rows)
-    machines = sorted({f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
-    searchers = sorted(
-        {f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}" for row in searched}
-    )
     text = "\n".join(
         [
             BEGIN,
             f"{len(rows)} rows; {len(pictures)} questions about {len(set(pictures))} held-out pictures. "
-            f"Rows: {'; '.join(machines)}. Search: {'; '.join(searchers)}.",
+            f"Rows: {machines(rows)}. Search: {machines(searched)}.",
             "",
             *accuracy_table(outcomes),
             "",

@@ -63,11 +63,15 @@ def test_the_interval_is_that_of_a_mean_over_pictures() -> None:
 
 def test_the_committed_rows_are_the_jobs_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    jobs = [job.key for job in bench_methods.all_jobs(bench_methods.best_rates())]
+    all_jobs = bench_methods.all_jobs(bench_methods.best_rates())
+    jobs = [job.key for job in all_jobs]
     assert len(set(jobs)) == len(jobs)
     with (ROOT / "benchmarks" / "results" / "methods_run.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {tuple(r[key] for key in ("name", "scheme", "seed", "learning_rate")) for r in rows} == set(jobs)
+    methods = {job.key: bench_methods.recipe_of(job).method for job in all_jobs if job.seed is not None}
     for r in rows:
+        key = tuple(r[field] for field in bench_methods.KEY)
+        assert r["method"] == methods.get(key, r["name"])
         assert bin(int(r["correct"], 16)).count("1") == int(r["num_correct"])
         assert float(r["accuracy"]) == pytest.approx(int(r["num_correct"]) / int(r["num_scored"]), abs=1e-5)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -374,3 +375,11 @@ def test_the_second_stage_asks_many_short_rows_of_what_can_be_asked(tmp_path: Pa
     for asked in by_picture.values():
         texts = [text.removeprefix("<image>\n").split("\n")[0] for text, _ in asked]
         assert len(set(texts)) == len(texts)
+
+
+def test_the_working_folder_itself_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prepare("scenes", Path("."), overwrite=True, **SMALL).num_images["train"] == 40
+    assert os.listdir(tmp_path) == ["here"]
+    assert (tmp_path / "here" / "train.jsonl").is_file()

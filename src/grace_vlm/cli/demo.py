@@ -31,6 +31,7 @@ SEED = 1
 """Of the data. The shipped bases were trained on pictures of seed 0: these are new to them."""
 PICTURES = {"num_train_images": 100, "num_val_images": 1, "num_test_images": 340}
 """The rows of 2 x 100 training pictures are seen twice in the recipes' 96 steps."""
+QAT_RECIPE, GRACE_RECIPE = (Path("recipes") / f"toy_{method}_w4g128.yaml" for method in ("qat", "grace"))
 RTN_ROWS = tuple(
     (f"rtn_w{bits}{suffix}", f"w{bits}g128", rule)
     for bits in (4, 3, 2)
@@ -47,6 +48,9 @@ def demo(
 ) -> None:
     from grace_vlm.evals.compare import table
 
+    for recipe in (QAT_RECIPE, GRACE_RECIPE):
+        if not recipe.is_file():
+            raise ConfigError(f"{recipe} does not exist; run grace demo in a clone of the repository")
     _require_same_inputs(out, {"teacher": _identity(teacher), "student": _identity(student), "steps": steps})
     result_path, page = out / "results.json", out / "report.html"
     if not (result_path.is_file() and page.is_file()):
@@ -64,7 +68,9 @@ def demo(
 
 def _identity(source: str) -> str:
     """A base by its name and, if it is a sealed folder, the hash of its manifest."""
-    marker = Path(source) / "manifest.sha256"
+    from grace_vlm.checkpoint.manifest import MARKER
+
+    marker = Path(source) / MARKER
     return f"{source} {marker.read_text(encoding='utf-8')[:16]}" if marker.is_file() else source
 
 
@@ -72,9 +78,6 @@ def _require_same_inputs(out: Path, inputs: dict[str, Any]) -> None:
     """A demo folder is of one pair of bases and one number of steps: they are noted at its start and compared later."""
     from grace_vlm.checkpoint.atomic import write_json_atomic
 
-    for name in ("toy_qat_w4g128", "toy_grace_w4g128"):
-        if not (Path("recipes") / f"{name}.yaml").is_file():
-            raise ConfigError(f"recipes/{name}.yaml does not exist; run grace demo in a clone of the repository")
     note = out / "inputs.json"
     if note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
@@ -106,7 +109,6 @@ class _Demo:
         from grace_vlm.evals.report import render_report
         from grace_vlm.formats.pack import pack
 
-        self.out.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.out):
             sweep_partials(self.out)
             self._stage("data", self._prepare_data)
@@ -115,8 +117,8 @@ class _Demo:
             self._stage("student", partial(copy_model, self.student))
             for name, scheme, rule in RTN_ROWS:
                 self._stage(name, partial(self._round, scheme, rule))
-            self._stage("qat_w4", partial(self._train, "qat_w4", "toy_qat_w4g128"))
-            self._stage("grace_w4", partial(self._train, "grace_w4", "toy_grace_w4g128"))
+            self._stage("qat_w4", partial(self._train, "qat_w4", QAT_RECIPE))
+            self._stage("grace_w4", partial(self._train, "grace_w4", GRACE_RECIPE))
             self._stage("grace_w4_packed", lambda dst: pack(self.out / "grace_w4", dst, "compressed-tensors"))
             self._compare()
             render_report(self.out)
@@ -145,7 +147,7 @@ class _Demo:
 
         write_bytes_atomic(dst, choose_questions(dst.parent / "test.jsonl", NUM_EASY, NUM_SCENES))
 
-    def _train(self, name: str, recipe_name: str, dst: Path) -> None:
+    def _train(self, name: str, recipe_path: Path, dst: Path) -> None:
         from grace_vlm.train.config import load_recipe
         from grace_vlm.train.loop import train
 
@@ -153,11 +155,11 @@ class _Demo:
             f"data.train={self.out / 'data' / 'train_questions.jsonl'}",
             f"model.student={self.out / 'student'}",
         ]
-        if recipe_name == "toy_grace_w4g128":
+        if recipe_path == GRACE_RECIPE:
             overrides.append(f"model.teacher={self.out / 'teacher'}")
         if self.steps is not None:
             overrides.append(f"optim.num_steps={self.steps}")
-        recipe = load_recipe(Path("recipes") / f"{recipe_name}.yaml", overrides)
+        recipe = load_recipe(recipe_path, overrides)
         run = self.out / "training" / name
         with ProgressBar(name) as bar:
             final = train(

@@ -43,7 +43,7 @@ class Batch:
         return int(self.input_ids.numel())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on ``device``; pictures stay where they are kept."""
+        """The batch with what a step computes with on ``device``; labels and pictures stay where they are."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
@@ -51,7 +51,6 @@ class Batch:
         return dataclasses.replace(
             self,
             input_ids=move(self.input_ids),
-            labels=move(self.labels),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
             supervised=move(self.supervised),

@@ -76,11 +76,12 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
     out = Path(out)
     if os.path.lexists(out) and not overwrite:
         raise ConfigError(f"{out} exists; give another folder or --overwrite")
-    staging = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
+    target = out.absolute()  # "." has no name to stage beside
+    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         (staging / "images").mkdir(parents=True)
         info = _write(staging, out, source, seed, sizes)
-        _publish(staging, out)
+        _publish(staging, target)
     finally:
         # Gone by its rename if all went well.
         shutil.rmtree(staging, ignore_errors=True)
@@ -92,7 +93,7 @@ def _publish(staging: Path, out: Path) -> None:
     if not os.path.lexists(out):
         staging.rename(out)
         return
-    old = out.absolute().with_name(f"{out.absolute().name}.old-{os.getpid()}")
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
     out.rename(old)
     staging.rename(out)
     if old.is_dir() and not old.is_symlink():
