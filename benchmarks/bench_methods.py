@@ -187,11 +187,10 @@ def _train(job: Job, recipe: Any) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _round(loaded: Any, job: Job) -> None:
-    from grace_vlm.models.adapter import linear_shapes
+    from grace_vlm.models.adapter import plan_model
     from grace_vlm.ptq.rtn import round_to_nearest
-    from grace_vlm.quant.plan import make_plan
 
-    plan = make_plan(linear_shapes(loaded.model), loaded.adapter.quantizable, job.scheme)
+    plan = plan_model(loaded.model, loaded.adapter, job.scheme)
     round_to_nearest(loaded.model, plan, "mse" if job.name == "rtn_mse" else "minmax")
 
 

@@ -13,6 +13,7 @@ COMMANDS = (
     "demo",
     "data prepare",
     "data check",
+    "plan",
     "train",
     "quantize",
     "pack",

@@ -91,7 +91,7 @@ def test_plan_lists_every_linear(world: Path, grace: Any, document: Any) -> None
     assert len(plan["linears"]) == 14
     assert len(plan["linears"]) + len(plan["bf16"]) == 27
     out = grace("train", world / "recipe.yaml", "--out", world / "never", "--plan")[1]
-    assert len(out.splitlines()) == 27 + 2
+    assert len(out.splitlines()) == 28 + 2, "27 linears and the embedding"
     assert not (world / "never").exists()
 
 

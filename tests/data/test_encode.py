@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,13 @@ def model(processor: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def encoder(processor: Any, model: Any) -> Encoder:
-    return Encoder(processor, adapter_for("qwen3_vl"), model)
+    return Encoder(processor, adapter_for("qwen3_vl"), model.config)
 
 
 def row(*texts: str, image: str | None = None) -> Row:
     roles = ("user", "assistant") * (len(texts) // 2 + 1)
-    return Row(7, "the-id", image, tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False)))
+    images = () if image is None else (image,)
+    return Row(7, "the-id", images, tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False)))
 
 
 def messages(given: Row) -> list[dict[str, Any]]:
@@ -57,7 +59,7 @@ def messages(given: Row) -> list[dict[str, Any]]:
 
 def stock_ids(processor: Any, given: Row) -> list[int]:
     text = processor.apply_chat_template(messages(given), tokenize=False)
-    picture = Image.new("RGB", (160, 128)) if given.image else None
+    picture = Image.new("RGB", (160, 128)) if given.images else None
     return processor(text=[text], images=[picture] if picture else None, return_tensors="np")["input_ids"][0].tolist()
 
 
@@ -88,22 +90,22 @@ ORDINARY = [
 
 @pytest.mark.parametrize("given", ORDINARY)
 def test_ids_are_the_stock_processors_own(processor: Any, encoder: Encoder, given: Row) -> None:
-    sample = encoder.encode(given, [GRID] if given.image else [])
+    sample = encoder.encode(given, [GRID] if given.images else [])
     assert sample.input_ids.tolist() == stock_ids(processor, given)
     assert sample.input_ids.dtype == sample.labels.dtype == np.int64
     assert sample.labels.shape == sample.input_ids.shape
     assert sample.positions.shape == (3, sample.num_tokens)
     assert (sample.row_index, sample.row_id) == (7, "the-id")
-    assert sample.images == (("a.png",) if given.image else ())
+    assert sample.images == (("a.png",) if given.images else ())
 
 
 @pytest.mark.parametrize("given", ORDINARY)
 def test_labels_stand_on_the_answers_through_the_end_token(processor: Any, encoder: Encoder, given: Row) -> None:
-    sample = encoder.encode(given, [GRID] if given.image else [])
+    sample = encoder.encode(given, [GRID] if given.images else [])
     answers = [turn.text + "<|im_end|>" for turn in given.turns if turn.role == "assistant"]
     assert supervised_text(processor, sample) == answers
     visual = sample.input_ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert visual.sum() == (NUM_VISUAL if given.image else 0)
+    assert visual.sum() == (NUM_VISUAL if given.images else 0)
     assert (sample.labels[visual] == -100).all()
 
 
@@ -151,7 +153,7 @@ def test_white_space_around_a_text_is_stripped(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("given", ORDINARY)
 def test_a_prompt_is_the_beginning_of_the_whole(processor: Any, encoder: Encoder, given: Row) -> None:
-    grids = [GRID] if given.image else []
+    grids = [GRID] if given.images else []
     whole, prompt = encoder.encode(given, grids), encoder.prompt(given, grids)
     n = prompt.num_tokens
     assert prompt.input_ids.tolist() == whole.input_ids[:n].tolist()
@@ -184,14 +186,35 @@ def test_encoding_twice_gives_the_same_and_shares_nothing(encoder: Encoder) -> N
     assert encoder.encode(ORDINARY[1], [GRID]).labels.tolist() == second.labels.tolist()
 
 
-def test_a_template_that_does_not_close_an_answer_is_an_error(processor: Any, model: Any) -> None:
-    class Other:
-        tokenizer = processor.tokenizer
+class Other:
+    """A processor with a chat template of its own."""
 
-        @staticmethod
-        def apply_chat_template(given: list[dict[str, Any]], **_: Any) -> str:
-            return "".join(f"{m['role']}: {m['content'][0]['text']}</s>" for m in given)
+    def __init__(self, tokenizer: Any, write: Callable[[list[dict[str, Any]]], str]) -> None:
+        self.tokenizer, self.write = tokenizer, write
 
+    def apply_chat_template(self, given: list[dict[str, Any]], **_: Any) -> str:
+        return self.write(given)
+
+
+def test_a_template_that_does_not_close_an_answer_gets_the_end_of_sequence(processor: Any, model: Any) -> None:
+    plain = Other(processor.tokenizer, lambda given: " ".join(f"{m['role']}: {m['content'][0]['text']}" for m in given))
+    sample = Encoder(plain, adapter_for("qwen3_vl"), model.config).encode(row("a", "b", "c", "d"), [])
+    assert supervised_text(processor, sample) == ["b", "d<|im_end|>"]
+    text = "user: a assistant: b user: c assistant: d<|im_end|>"
+    assert sample.input_ids.tolist() == processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_loses_a_text_or_a_picture_is_an_error(processor: Any, model: Any) -> None:
+    deaf = Other(processor.tokenizer, lambda given: given[0]["content"][-1]["text"])
     with pytest.raises(ConfigError) as caught:
-        Encoder(Other(), adapter_for("qwen3_vl"), model).encode(row("a", "b"), [])
-    assert str(caught.value) == "the chat template does not close an answer with <|im_end|>"
+        Encoder(deaf, adapter_for("qwen3_vl"), model.config).encode(row("a", "b"), [])
+    assert str(caught.value) == (
+        "the chat template leaves out or repeats a text of the conversation; it cannot be used"
+    )
+    blind = Other(processor.tokenizer, lambda given: " ".join(m["content"][-1]["text"] for m in given))
+    with pytest.raises(ConfigError) as caught:
+        Encoder(blind, adapter_for("qwen3_vl"), model.config).encode(row("<image>a", "b", image="a.png"), [GRID])
+    assert str(caught.value) == (
+        "the chat template writes 0 image tokens for 1 images; "
+        "the processor's template and the model's image token do not belong together"
+    )

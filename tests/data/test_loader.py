@@ -15,8 +15,9 @@ from PIL import Image
 from grace_vlm.data.collate import Batch
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.ledger import Ledger
-from grace_vlm.data.loader import RowReader, TrainLoader
-from grace_vlm.data.pictures import PictureStore
+from grace_vlm.data.loader import TrainLoader
+from grace_vlm.data.pictures import PictureStore, patchify_of
+from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import DataError
 from grace_vlm.models.registry import adapter_for
@@ -29,7 +30,7 @@ BAD = (3, 12, 15)
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     processor = build_toy_processor(["what is it number one two three?", "yes", "no"] * 3, vocab_size=380)
-    return Encoder(processor, adapter_for("qwen3_vl"), build_toy_model("tiny", processor))
+    return Encoder(processor, adapter_for("qwen3_vl"), build_toy_model("tiny", processor).config)
 
 
 def write_rows(folder: Path, bad: Iterable[int] = ()) -> Path:
@@ -59,10 +60,11 @@ def write_rows(folder: Path, bad: Iterable[int] = ()) -> Path:
 
 
 def make_reader(path: Path, encoder: Encoder, **options: Any) -> RowReader:
-    store = PictureStore(encoder.processor.image_processor, options.pop("pixel_bytes", 0))
-    ledger = Ledger(path.parent / "ledger.jsonl")
-    settings = {"max_bad_fraction": 0.5, "max_tokens": 512, **options}
-    return RowReader(RowFile(path), encoder, store, ledger, **settings)
+    patchify = patchify_of(encoder.adapter, encoder.config, encoder.processor)
+    store = PictureStore(patchify, options.pop("pixel_bytes", 0))
+    ledger, max_bad_fraction = Ledger(path.parent / "ledger.jsonl"), options.pop("max_bad_fraction", 0.5)
+    settings = {"max_tokens": 512, **options}
+    return RowReader(Preparer(RowFile(path), encoder, store, **settings), ledger, max_bad_fraction)
 
 
 def ids(loader: TrainLoader, num_batches: int) -> list[tuple[str, ...]]:
@@ -201,13 +203,12 @@ def test_a_row_over_the_token_limit_goes_to_the_ledger(tmp_path: Path, encoder: 
     generous = make_reader(path, encoder)
     lengths = {}
     for i in range(NUM_ROWS):
-        entry = generous.read(i)
-        assert entry is not None
-        lengths[i] = entry[1].num_tokens
+        ((_, sample, _),) = generous.read_many([i])
+        lengths[i] = sample.num_tokens
     limit = sorted(lengths.values())[-3]
     reader = make_reader(path, encoder, max_tokens=limit)
     for i in range(NUM_ROWS):
-        assert (reader.read(i) is None) == (lengths[i] > limit)
+        assert (reader.read_many([i]) == []) == (lengths[i] > limit)
     assert reader.ledger is not None
     for fault in reader.ledger.faults:
         assert fault.kind == "too_many_tokens"
@@ -221,9 +222,7 @@ def test_a_batch_is_padded_right_and_says_what_it_holds(tmp_path: Path, encoder:
     assert batch.attention_mask is None
     picture = iter(zip(batch.pictures, batch.image_lengths, strict=True))
     for row, name in enumerate(batch.sample_ids):
-        entry = reader.read(int(name[1:]))
-        assert entry is not None
-        _, sample, own = entry
+        ((_, sample, own),) = reader.read_many([int(name[1:])])
         n = sample.num_tokens
         assert batch.input_ids[row, :n].tolist() == sample.input_ids.tolist()
         assert batch.labels[row, :n].tolist() == sample.labels.tolist()

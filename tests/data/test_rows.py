@@ -37,7 +37,7 @@ def test_a_row(tmp_path: Path) -> None:
     assert rows.row(0) == Row(
         index=0,
         id="17",
-        image="x/1.png",
+        images=("x/1.png",),
         turns=(
             Turn("user", "what?\n<image>"),
             Turn("assistant", "a cat"),
@@ -54,7 +54,20 @@ def test_a_missing_marker_puts_the_picture_first_and_text_needs_none(tmp_path: P
     turns = (("human", "hi"), ("gpt", "ho"))
     rows = write_lines(tmp_path / "a.jsonl", row("a", image="1.png", turns=turns), row("b", turns=turns))
     assert [found.turns[0].text for found in rows] == ["<image>\nhi", "hi"]
-    assert [found.image for found in rows] == ["1.png", None]
+    assert [found.images for found in rows] == [("1.png",), ()]
+
+
+def test_several_pictures_go_where_their_markers_stand_or_all_first(tmp_path: Path) -> None:
+    turns = (("human", "left <image> or right <image>?"), ("gpt", "left"), ("human", "and <image>"), ("gpt", "no"))
+    plain = (("human", "same?"), ("gpt", "yes"))
+    rows = write_lines(
+        tmp_path / "a.jsonl",
+        row("a", image=["1.png", "sub/2.png", "1.png"], turns=turns),
+        row("b", image=["1.png", "2.png"], turns=plain),
+        row("c", image=[], turns=plain),
+    )
+    assert [found.images for found in rows] == [("1.png", "sub/2.png", "1.png"), ("1.png", "2.png"), ()]
+    assert [found.turns[0].text for found in rows] == [turns[0][1], "<image>\n<image>\nsame?", "same?"]
 
 
 H, G = ("human", "q"), ("gpt", "a")
@@ -82,7 +95,25 @@ FAULTS = [
     (row("x", image="a/../../b"), "image_path_outside", "'a/../../b': the path is absolute or leaves the root"),
     (row("x", image="..\\b"), "image_path_outside", "'..\\\\b': the path is absolute or leaves the root"),
     (row("x", image="C:\\b"), "image_path_outside", "'C:\\\\b': the path is absolute or leaves the root"),
-    (row("x", image=["1.png"]), "bad_json", "image is no string; one relative path is expected"),
+    (row("x", image=7), "bad_json", "image is no string; a relative path or a list of them is expected"),
+    (row("x", image=["1.png", 7]), "bad_json", "image is no string; a relative path or a list of them is expected"),
+    (row("x", image=["1.png", "/b"]), "image_path_outside", "'/b': the path is absolute or leaves the root"),
+    (
+        row("x", image=["1.png", "2.png"], turns=(("human", "<image>"), G)),
+        "too_few_image_tokens",
+        "1 <image> for 2 images",
+    ),
+    (
+        row("x", image=["1.png"], turns=(("human", "<image><image>"), G)),
+        "too_many_image_tokens",
+        "2 <image> for 1 image",
+    ),
+    (row("x", image=[], turns=(("human", "<image>"), G)), "image_token_without_image", "1 <image> and no image"),
+    (
+        row("x", image=["1.png", "2.png"], turns=(("human", "<image>"), ("gpt", "<image>"))),
+        "too_many_image_tokens",
+        "2 <image> for 2 images",
+    ),
     (row("x", turns=(("human", "\ud800"), G)), "bad_utf8", "the value of turn 0 holds a lone surrogate"),
 ]
 FAULTS_WITHOUT_ID = [
@@ -114,8 +145,8 @@ def test_a_fault_stands_in_its_own_place(tmp_path: Path, content: object, row_id
     assert (before.id, after.id, after.index) == ("before", "after", 2)
 
 
-def test_there_are_twenty_kinds() -> None:
-    assert len(KINDS) == 20
+def test_there_are_twenty_one_kinds() -> None:
+    assert len(KINDS) == 21
 
 
 def test_the_later_of_duplicate_ids(tmp_path: Path) -> None:
@@ -137,7 +168,7 @@ def test_pictures(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([row(name, image=name) for name in names]))
     rows = RowFile(path, root=tmp_path / "root")
-    loaded = [rows.load_image(found) for found in rows]
+    loaded = [rows.load_image(found, found.images[0]) for found in rows]
     assert [image.conversions for image in loaded[:2]] == [("alpha",)] * 2
     assert loaded[2:] == [
         Fault(2, "link.png", "image_path_outside", "'link.png': a link leaves the root"),

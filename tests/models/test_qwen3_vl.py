@@ -12,7 +12,7 @@ from toy_world import SIZES, World
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import linear_shapes
-from grace_vlm.models.qwen3_vl import _grid_positions
+from grace_vlm.models.qwen3_vl import _grid_tables
 from grace_vlm.models.registry import adapter_for
 
 MIXED = [
@@ -126,7 +126,7 @@ def test_positions_are_those_of_get_rope_index(world: World, rows: list[list[str
 
 def test_positions_of_text_alone_count_from_zero(world: World) -> None:
     ids = np.array([5, 6, 7, 8])
-    assert world.adapter.positions(world.model, ids, []).tolist() == [[0, 1, 2, 3]] * 3
+    assert world.adapter.positions(world.model.config, ids, []).tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_tower_in_batches_of_one_grid_is_the_stock_tower_picture_by_picture(world: World) -> None:
@@ -140,7 +140,7 @@ def test_tower_in_batches_of_one_grid_is_the_stock_tower_picture_by_picture(worl
             assert torch.equal(output.hidden, expected.last_hidden_state)
             assert len(output.deepstack) == len(expected.deepstack_features) == 1
             assert torch.equal(output.deepstack[0], expected.deepstack_features[0])
-            assert output.deepstack[0].shape[0] == world.adapter.num_visual_tokens(world.model, grid)
+            assert output.deepstack[0].shape[0] == world.adapter.num_visual_tokens(world.model.config, grid)
             assert output.num_bytes == 4 * (output.hidden.numel() + output.deepstack[0].numel())
 
 
@@ -182,12 +182,12 @@ def test_gradient_reaches_the_merger_and_the_words_but_not_the_tower(world: Worl
 
 
 def test_a_tower_first_asked_in_inference_mode_can_be_trained(world: World) -> None:
-    _grid_positions.cache_clear()
+    _grid_tables.cache_clear()
     inputs = world.inputs([["<128x128>"]])
     pixels, grids = world.pixels(inputs), world.grids(inputs)
     with torch.inference_mode():
         world.adapter.tower(world.model, pixels, grids)
-    assert not any(table.is_inference() for table in _grid_positions(grids[0], 16, 2, torch.device("cpu")).values())
+    assert not any(table.is_inference() for table in _grid_tables(grids[0], 16, 2, torch.device("cpu")).values())
     embedding = world.model.model.visual.pos_embed.weight
     world.adapter.tower(world.model, pixels, grids)[0].hidden.sum().backward()
     assert embedding.grad is not None
@@ -200,11 +200,14 @@ def test_frozen_names_are_tower_and_deepstack_and_quantizable_the_decoder(world:
     assert all(any(name.startswith(prefix) for name in names) for prefix in world.adapter.frozen)
     trained = [name for name in names if not name.startswith(world.adapter.frozen)]
     assert all(name.startswith(("model.language_model.", "model.visual.merger.", "lm_head")) for name in trained)
-    shapes = linear_shapes(world.model)
-    quantized = [name for name in shapes if re.fullmatch(world.adapter.quantizable, name)]
+    shapes = linear_shapes(world.model, world.adapter.parts)
+    quantized = [name for name in shapes if re.fullmatch(world.adapter.parts["language"], name)]
     assert len(quantized) == 7 * 4
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
-    assert shapes["lm_head"] == (world.model.config.text_config.vocab_size, 128)
+    embedding = "model.language_model.embed_tokens"
+    size = (world.model.config.text_config.vocab_size, 128)
+    assert shapes["lm_head"] == (*size, "head", embedding, False)
+    assert shapes[embedding] == (*size, "head", None, True)
 
 
 def test_a_cache_gives_the_logits_of_the_whole(world: World) -> None:
@@ -225,4 +228,16 @@ def test_a_cache_gives_the_logits_of_the_whole(world: World) -> None:
 def test_an_architecture_without_an_adapter_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         adapter_for("gpt2")
-    assert str(caught.value) == "model type 'gpt2' has no adapter; supported: qwen3_vl"
+    assert str(caught.value) == (
+        "model type 'gpt2' has no adapter; supported: llava, qwen2_5_vl, qwen2_vl, qwen3_vl "
+        "(docs/extending.md: a new one is one file)"
+    )
+
+
+def test_a_mixture_of_experts_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapter_for("qwen3_vl_moe")
+    assert str(caught.value) == (
+        "model type 'qwen3_vl_moe' is a mixture of experts, which is not supported: its experts are no linear layers "
+        "that a grid applies to; use a dense model (llava, qwen2_5_vl, qwen2_vl, qwen3_vl)"
+    )

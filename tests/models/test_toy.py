@@ -85,7 +85,10 @@ def test_the_teacher_is_deeper_and_wider() -> None:
 def test_an_unknown_size_is_an_error(world: World) -> None:
     with pytest.raises(ConfigError) as caught:
         build_toy_model("huge", world.processor)
-    assert str(caught.value) == "unknown toy size 'huge'; expected one of student, teacher, tiny"
+    assert (
+        str(caught.value)
+        == "unknown toy size 'huge'; expected one of student, teacher, tiny, qwen2_vl, qwen2_5_vl, llava"
+    )
 
 
 def test_load_model_widens_bf16_values_on_a_cpu(toy_folder: Path) -> None:

@@ -61,5 +61,5 @@ class World:
         for row in range(ids.shape[0]):
             real = ids[row][mask[row]]
             own = [next(grids) for _ in range(int((real == start).sum()))]
-            out[:, row, mask[row]] = self.adapter.positions(self.model, real, own)
+            out[:, row, mask[row]] = self.adapter.positions(self.model.config, real, own)
         return torch.from_numpy(out)

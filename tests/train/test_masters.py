@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from torch.nn.utils import parametrize
 from grace_vlm.models.adapter import linear_shapes
 from grace_vlm.models.qwen3_vl import Qwen3VLAdapter
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
+from grace_vlm.quant.affine import bake, quantize_tensor
 from grace_vlm.quant.lsq import LsqFakeQuantize
 from grace_vlm.quant.plan import QuantPlan, make_plan
+from grace_vlm.quant.scale_init import init_scale
 from grace_vlm.quant.scheme import QuantScheme
 from grace_vlm.train.masters import Masters
 
@@ -105,6 +109,7 @@ def test_accumulators_start_again_and_leaves_keep_no_gradient() -> None:
         assert all(p.grad is None for p in net.parameters())
         masters.collect()
         grads.append({name: p.grad.clone() for name, p in masters.masters() if p.grad is not None})
+        masters.materialize()
         assert all(bool((a == 0).all()) for a in masters.accumulators())
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
@@ -165,15 +170,31 @@ def test_a_scale_that_starts_as_stored_is_stored_as_it_started() -> None:
 def test_quantized_is_what_the_leaves_hold() -> None:
     net = Net(torch.float32)
     masters = Masters(net, net_plan(net))
-    quantized, codes = masters.quantized(), masters.codes()
+    quantized = masters.quantized()
     assert set(quantized) == {"first", "second"}
     for name, tensor in quantized.items():
         leaf = net.get_submodule(name).weight
         groups = tensor.codes.float().reshape(leaf.shape[0], -1, 16)
         value = (groups * tensor.scale.float().unsqueeze(-1)).reshape(leaf.shape).bfloat16().float()
         assert torch.equal(value, leaf), name
-        assert torch.equal(tensor.codes, codes[f"{name}.weight"])
         assert tensor.scheme == QuantScheme(4, 16)
+
+
+def test_flips_are_counted_from_the_leaves() -> None:
+    net = Net(torch.float32)
+    masters = Masters(net, net_plan(net))
+    before = {name: tensor.codes for name, tensor in masters.quantized().items()}
+    assert masters.num_codes == sum(codes.numel() for codes in before.values())
+    assert masters.materialize(count_flips=True) == 0
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate((*masters.masters(), *masters.log_scales())):
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    after = {name: tensor.codes for name, tensor in masters.quantized().items()}
+    flips = sum(int((after[name] != codes).sum()) for name, codes in before.items())
+    assert flips > 20
+    assert masters.materialize(count_flips=True) == flips
+    assert masters.materialize(count_flips=True) == 0
+    assert masters.materialize() == 0
 
 
 def test_an_update_reaches_the_leaves_only_when_they_are_written() -> None:
@@ -210,10 +231,22 @@ def test_state_goes_round() -> None:
     assert fresh.scale_drift() == masters.scale_drift()
 
 
-def test_a_frozen_linear_on_the_plan_is_refused() -> None:
-    net = Net()
-    with pytest.raises(AssertionError, match=r"stem\.weight has a grid but is frozen"):
-        Masters(net, make_plan(linear_shapes(net), "stem", "w4g16"))
+def test_a_frozen_linear_on_the_plan_is_rounded_once_and_stays() -> None:
+    net = Net(torch.float32)
+    net.stem.weight.requires_grad_(False)
+    before = net.stem.weight.detach().clone()
+    masters = Masters(net, make_plan(linear_shapes(net), "stem|first", "w4g16"))
+    rounded = masters.quantized()["stem"]
+    expected = quantize_tensor(before, init_scale(before, rounded.scheme, "mse"), rounded.scheme)
+    assert torch.equal(rounded.codes, expected.codes)
+    assert torch.equal(rounded.scale, expected.scale)
+    assert torch.equal(net.stem.weight, bake(expected).float())
+    assert not torch.equal(net.stem.weight, before)
+    assert "stem.weight" not in dict(masters.masters())
+    assert set(masters.quantized()) == {"stem", "first"}
+    baked = net.stem.weight.clone()
+    masters.materialize()
+    assert torch.equal(net.stem.weight, baked)
 
 
 def test_without_a_grid_there_are_no_scales_and_no_drift() -> None:
@@ -232,7 +265,7 @@ def test_a_tied_head_is_one_master_with_both_gradients() -> None:
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter.copy_(parameter.bfloat16())
-    plan = make_plan(linear_shapes(model), Qwen3VLAdapter.quantizable, "bf16")
+    plan = make_plan(linear_shapes(model), Qwen3VLAdapter.parts["language"], "bf16")
     masters = Masters(model, plan)
     names = [name for name, _ in masters.masters()]
     assert "model.language_model.embed_tokens.weight" in names
@@ -248,3 +281,15 @@ def test_a_tied_head_is_one_master_with_both_gradients() -> None:
         assert reference is not None
         assert torch.allclose(master.grad, reference, rtol=1e-4, atol=1e-6), name
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_masters_and_their_model_are_freed() -> None:
+    """A comparison trains many models in one process; none may stay behind."""
+    net = Net(torch.float32)
+    masters = Masters(net, net_plan(net))
+    F.cross_entropy(net(torch.zeros(2, 16)), torch.tensor([0, 1])).backward()
+    masters.collect()
+    watched = [weakref.ref(net), weakref.ref(masters), weakref.ref(net.first.weight)]
+    del net, masters
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None, None]

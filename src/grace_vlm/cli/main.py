@@ -49,6 +49,7 @@ def _register() -> None:
         evaluate,
         inspect,
         pack,
+        plan,
         quantize,
         train,
         verify,
@@ -57,6 +58,7 @@ def _register() -> None:
     app.command("demo", help=demo.HELP)(demo.demo)
     data_app.command("prepare", help=data_prepare.HELP)(data_prepare.prepare_data)
     data_app.command("check", help=data_check.HELP)(data_check.check_data)
+    app.command("plan", help=plan.HELP)(plan.plan_command)
     app.command("train", help=train.HELP)(train.train_model)
     app.command("quantize", help=quantize.HELP)(quantize.quantize_model)
     app.command("pack", help=pack.HELP)(pack.pack_model)

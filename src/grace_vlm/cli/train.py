@@ -20,18 +20,38 @@ Example: grace train recipes/toy_grace_w4g128.yaml --out runs/grace optim.num_st
 def train_model(
     recipe: Path = typer.Argument(..., help="YAML recipe; see recipes/ and docs/recipes.md."),
     overrides: list[str] = typer.Argument(None, help="key=value overrides, for example optim.num_steps=200."),
-    out: Path = typer.Option(..., "--out", help="Run folder to make."),
+    out: Path = typer.Option(None, "--out", help="Run folder to make."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest complete checkpoint."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Clear an existing run folder first."),
     plan_only: bool = typer.Option(False, "--plan", help="Print which linear gets which grid, and stop."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print plan, memory, work and hours, and stop. Needs no GPU."
+    ),
+    fit: str = typer.Option(None, "--fit", help="Change the set-up to fit a GPU of this size, for example 48GB."),
+    gpu: str = typer.Option("h100", "--gpu", help="Whose hours --dry-run states: h100, h200, a100, l40s, rtx4090."),
+    row_tokens: int = typer.Option(512, "--row-tokens", help="--dry-run and --fit: tokens of a row."),
+    visual_tokens: int = typer.Option(196, "--visual-tokens", help="--dry-run and --fit: visual tokens of a row."),
+    supervised_share: float = typer.Option(0.52, "--supervised-share", help="--dry-run and --fit: share supervised."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
+    from grace_vlm.errors import ConfigError
     from grace_vlm.train.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     if plan_only:
         print_plan(loaded, as_json)
         return
+    if dry_run or fit is not None:
+        from grace_vlm.cli.dry_run import Described, check_gpu, fitted, load_of, print_dry_run
+
+        check_gpu(gpu)
+        described = Described(loaded, load_of(row_tokens, visual_tokens, supervised_share))
+        loaded = loaded if fit is None else fitted(loaded, described, fit)
+        if dry_run:
+            print_dry_run(loaded, described, gpu, as_json)
+            return
+    if out is None:
+        raise ConfigError("--out is missing; give the run folder to make, for example --out runs/first")
     from grace_vlm.train.loop import train
     from grace_vlm.train.record import read_metrics
 
@@ -52,12 +72,12 @@ def print_plan(recipe: object, as_json: bool) -> None:
     """The table of ``--plan``."""
     from grace_vlm.data.rows import RowFile
     from grace_vlm.train.config import Recipe
-    from grace_vlm.train.loop import open_student, plan_for
+    from grace_vlm.train.open import open_student, plan_for
 
     assert isinstance(recipe, Recipe)
-    path = Path(recipe.data.train)
-    rows = RowFile(path, Path(recipe.data.root) if recipe.data.root else path.parent)
-    plan = plan_for(recipe, open_student(recipe, rows))
+    rows = RowFile(recipe.data.rows_path, recipe.data.images_root)
+    student = open_student(recipe, rows)
+    plan = plan_for(recipe, (student.model, student.adapter))
     if as_json:
         emit_json(plan.to_json())
     else:

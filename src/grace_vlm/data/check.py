@@ -55,7 +55,7 @@ def check_file(
     conversions: Counter[str] = Counter()
     faults: list[Fault] = []
     for num_done, row in enumerate(rows, start=1):
-        fault = row if isinstance(row, Fault) else _check_image(rows, row, verdicts, conversions)
+        fault = row if isinstance(row, Fault) else _check_images(rows, row, verdicts, conversions)
         if fault is not None:
             faults.append(fault)
         if progress is not None:
@@ -71,16 +71,19 @@ def check_file(
     )
 
 
-def _check_image(rows: RowFile, row: Row, verdicts: dict[str, Fault | None], conversions: Counter[str]) -> Fault | None:
-    """The fault of the row's picture, if any. A bad picture makes every row that shows it bad."""
-    if row.image is None:
-        return None
-    if row.image not in verdicts:
-        loaded = rows.load_image(row)
-        if isinstance(loaded, Fault):
-            verdicts[row.image] = loaded
-        else:
-            verdicts[row.image] = None
-            conversions.update(loaded.conversions)
-    known = verdicts[row.image]
-    return known and Fault(row.index, row.id, known.kind, known.reason)
+def _check_images(
+    rows: RowFile, row: Row, verdicts: dict[str, Fault | None], conversions: Counter[str]
+) -> Fault | None:
+    """The first fault among the row's pictures, if any. A bad picture makes every row that shows it bad."""
+    for image in row.images:
+        if image not in verdicts:
+            loaded = rows.load_image(row, image)
+            if isinstance(loaded, Fault):
+                verdicts[image] = loaded
+            else:
+                verdicts[image] = None
+                conversions.update(loaded.conversions)
+        known = verdicts[image]
+        if known is not None:
+            return Fault(row.index, row.id, known.kind, known.reason)
+    return None

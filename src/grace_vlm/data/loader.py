@@ -1,107 +1,41 @@
-"""Rows in a seeded order, as batches, with a cursor that resumes exactly.
+"""Rows in a seeded order, as micro-batches, with a cursor that resumes exactly.
 
 The order of an epoch is a permutation of *all* rows, good and bad, drawn from (seed, epoch). A bad row is written to
 the ledger and leaves a gap; no neighbour takes its place, so the other rows keep their order and their batches
 whether it is there or not.
+
+A micro-batch is ``micro_batch_size`` rows padded to one length, or, packed, rows laid end to end: as many as the limits
+on rows and tokens allow, which leaves no padding at all. The cursor counts the rows that went into batches, so a run
+that is resumed inside an epoch goes on with the next row, packed or not, for any number of workers.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from grace_vlm.data.collate import Batch, collate
-from grace_vlm.data.encode import Encoder, Sample
-from grace_vlm.data.ledger import BadRowBudget, Ledger
-from grace_vlm.data.pictures import Picture, PictureStore
-from grace_vlm.data.rows import Fault, Row, RowFile
+from grace_vlm.data.collate import Batch, Layout, collate
+from grace_vlm.data.reader import Entry, RowReader
+from grace_vlm.data.rows import Fault
+from grace_vlm.data.workers import Position, prepared
 from grace_vlm.errors import DataError
-from grace_vlm.media.image import LoadedImage
 
-Entry = tuple[Row, Sample, list[Picture]]
-"""A good row, encoded, with its pictures."""
-
-
-class RowReader:
-    """Row -> (sample, its pictures), or a ledger line (no ledger: an evaluation, whose budget is 0)."""
-
-    def __init__(
-        self,
-        rows: RowFile,
-        encoder: Encoder,
-        pictures: PictureStore,
-        ledger: Ledger | None,
-        max_bad_fraction: float,
-        max_tokens: int,
-        samples_kept: int = 0,
-        keeps_features: Callable[[str], bool] = lambda name: False,
-    ) -> None:
-        self.rows, self.encoder, self.pictures, self.ledger = rows, encoder, pictures, ledger
-        self.samples_kept = samples_kept
-        self._samples: dict[int, tuple[Row, Sample]] = {}
-        self.budget = BadRowBudget(max_bad_fraction, len(rows), ledger.faults if ledger else ())
-        self.max_tokens, self.keeps_features = max_tokens, keeps_features
-
-    def read(self, index: int, *, as_prompt: bool = False) -> Entry | None:
-        """One row; None if it is bad: it is then in the ledger, and over budget a ``DataError``."""
-        return next(iter(self.read_many([index], as_prompt=as_prompt)), None)
-
-    def read_many(self, indices: Sequence[int], *, as_prompt: bool = False) -> list[Entry]:
-        """The good rows among ``indices``, in order; their new pictures are patchified together."""
-        rows = [self._samples[i][0] if i in self._samples else self.rows.row(i) for i in indices]
-        pictures = self.pictures_of([row for row in rows if isinstance(row, Row)])
-        entries = []
-        for row in rows:
-            entry = row if isinstance(row, Fault) else self._entry(row, pictures, as_prompt)
-            if not isinstance(entry, Fault):
-                entries.append(entry)
-            elif self.ledger is None or self.ledger.add(entry):
-                self.budget.charge(entry)
-        return entries
-
-    def _entry(self, row: Row, pictures: Mapping[str, Picture | Fault], as_prompt: bool) -> Entry | Fault:
-        own = [] if row.image is None else [pictures[row.image]]
-        good = [picture for picture in own if isinstance(picture, Picture)]
-        for fault in own:
-            if isinstance(fault, Fault):
-                return dataclasses.replace(fault, row=row.index, id=row.id)
-        if row.index in self._samples and not as_prompt:
-            return row, self._samples[row.index][1], good
-        encode = self.encoder.prompt if as_prompt else self.encoder.encode
-        sample = encode(row, [picture.grid for picture in good])
-        if sample.num_tokens > self.max_tokens:
-            reason = f"{sample.num_tokens} tokens; the limit is {self.max_tokens} (data.max_tokens)"
-            return Fault(row.index, row.id, "too_many_tokens", reason)
-        if len(self._samples) < self.samples_kept and not as_prompt:
-            self._samples[row.index] = (row, sample)
-        return row, sample, good
-
-    def pictures_of(self, rows: Sequence[Row]) -> dict[str, Picture | Fault]:
-        """By name, the pictures of rows; with pixels, unless the tower's output for them is kept."""
-        found: dict[str, Picture | Fault] = {}
-        decoded: dict[str, LoadedImage] = {}
-        for row in rows:
-            if row.image is None or row.image in found or row.image in decoded:
-                continue
-            picture = self.pictures.find(row.image, with_pixels=not self.keeps_features(row.image))
-            loaded = picture or self.rows.load_image(row)
-            if isinstance(loaded, LoadedImage):
-                decoded[row.image] = loaded
-            else:
-                found[row.image] = loaded
-        for start in range(0, len(decoded), 64):
-            chunk = list(decoded.items())[start : start + 64]
-            found.update((picture.key, picture) for picture in self.pictures.add_many(chunk))
-        return found
+_PACKED_READ = 8
+"""Rows that a worker prepares at a time where batches have no fixed number of rows."""
 
 
 class TrainLoader:
     """An endless stream of micro-batches.
 
     ``state_dict`` holds the epoch and the number of rows taken from its permutation: resume costs nothing.
+
+    Args:
+        micro_batch_size: rows of a micro-batch; of a packed one with a limit on tokens, the most rows.
+        packed: lay samples end to end instead of padding them.
+        max_batch_tokens: a packed micro-batch ends before the row that would exceed it; None: no limit.
+        num_workers: processes that prepare rows ahead; 0 prepares them here, when they are needed.
     """
 
     def __init__(
@@ -111,31 +45,43 @@ class TrainLoader:
         seed: int,
         *,
         group_by_length: bool = False,
+        packed: bool = False,
+        max_batch_tokens: int | None = None,
+        num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.reader, self.micro_batch_size, self.seed = reader, micro_batch_size, seed
+        self.reader, self.rows = reader, reader.preparer.rows
+        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.packed, self.max_batch_tokens, self.num_workers = packed, max_batch_tokens, num_workers
         self.group_by_length, self.rank, self.world_size = group_by_length, rank, world_size
-        if len(reader.rows) < world_size:
-            raise DataError(f"{len(reader.rows)} rows cannot feed {world_size} processes; add rows or use fewer")
+        if len(self.rows) < world_size:
+            raise DataError(f"{len(self.rows)} rows cannot feed {world_size} processes; add rows or use fewer")
         self.epoch, self.cursor = 0, 0
         self._lengths = self._text_lengths() if group_by_length else []
-        self._order = self._permutation()
+        self._order_of: tuple[int, list[int]] | None = None
+        self._stream: Iterator[tuple[Position, Entry | Fault]] | None = None
+        self._ahead: tuple[Position, Entry] | None = None
 
     def _text_lengths(self) -> list[int]:
         """Characters of each row: what rows of one batch should have in common, known without a tokenizer."""
-        return [sum(len(turn.text) for turn in getattr(row, "turns", ())) for row in self.reader.rows]
+        return [sum(len(turn.text) for turn in getattr(row, "turns", ())) for row in self.rows]
 
-    def _permutation(self) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(len(self.reader.rows), generator=generator).tolist()
+    def _order(self, epoch: int) -> list[int]:
+        if self._order_of is None or self._order_of[0] != epoch:
+            self._order_of = (epoch, self._permutation(epoch))
+        return self._order_of[1]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(len(self.rows), generator=generator).tolist()
         if not self.group_by_length:
             return order
         # Inside windows of 16 batches rows are sorted by length, then the batches are shuffled again. Rows that
         # complete the batch of the epoch before come first and a short last batch stays last, so that batches never
         # straddle two length groups.
         size = self.micro_batch_size * self.world_size
-        begun = -self.epoch * len(order) % size
+        begun = -epoch * len(order) % size
         batches: list[list[int]] = []
         for start in range(begun, len(order), 16 * size):
             window = sorted(order[start : start + 16 * size], key=lambda index: (self._lengths[index], index))
@@ -144,32 +90,85 @@ class TrainLoader:
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return order[:begun] + [index for number in shuffled for index in batches[number]] + short
 
-    def _next_index(self) -> int:
-        if self.cursor >= len(self._order):
-            self.epoch, self.cursor = self.epoch + 1, 0
-            self._order = self._permutation()
-        self.cursor += 1
-        return self._order[self.cursor - 1]
+    def _chunks(self) -> Iterator[list[tuple[Position, int]]]:
+        """Rows of this rank from the cursor on, without end: (position after the row, row number)."""
+        epoch, cursor = self.epoch, self.cursor
+        size = _PACKED_READ if self.max_batch_tokens is not None else self.micro_batch_size
+        while True:
+            share: list[tuple[Position, int]] = []
+            for _ in range(size * self.world_size):
+                if cursor >= len(self.rows):
+                    epoch, cursor = epoch + 1, 0
+                cursor += 1
+                share.append(((epoch, cursor), self._order(epoch)[cursor - 1]))
+            last = share[-1][0]
+            if self.max_batch_tokens is not None:
+                # Ranks go at their own pace, each through its part of every epoch.
+                yield [(place, index) for place, index in share if (place[1] - 1) % self.world_size == self.rank]
+                continue
+            own = share[self.rank :: self.world_size]
+            # Ranks that take whole shares stand at the same place when each has taken its part.
+            yield [(last if number == len(own) - 1 else place, index) for number, (place, index) in enumerate(own)]
+
+    def _next(self) -> tuple[Position, Entry | Fault]:
+        if self._stream is None:
+            self._stream = prepared(self.reader.preparer, self._chunks(), self.num_workers)
+        return next(self._stream)
 
     def next(self) -> Batch:
         """The next micro-batch of this rank; smaller by its bad rows, never empty."""
-        share = self.micro_batch_size * self.world_size
-        for _ in range(2 * len(self.reader.rows) // share + 2):
-            indices = [self._next_index() for _ in range(share)][self.rank :: self.world_size]
-            found = self.reader.read_many(indices)
-            if found:
-                return self._collate(found)
-        raise DataError(f"none of the {len(self.reader.rows)} rows can be used; list them with 'grace data check'")
-
-    def _collate(self, found: list[Entry]) -> Batch:
-        encoder = self.reader.encoder
+        found = self._next_packed() if self.max_batch_tokens is not None else self._next_share()
+        encoder = self.reader.preparer.encoder
         pictures = [picture for _, _, own in found for picture in own]
-        lengths = [encoder.adapter.num_visual_tokens(encoder.model, picture.grid) for picture in pictures]
-        return collate([sample for _, sample, _ in found], pictures, lengths, encoder.tokenizer.pad_token_id)
+        lengths = [encoder.adapter.num_visual_tokens(encoder.config, picture.grid) for picture in pictures]
+        layout: Layout = "packed" if self.packed else "right"
+        return collate([sample for _, sample, _ in found], pictures, lengths, encoder.tokenizer.pad_token_id, layout)
+
+    def _next_share(self) -> list[Entry]:
+        for _ in range(2 * len(self.rows) // (self.micro_batch_size * self.world_size) + 2):
+            found = []
+            for _ in range(self.micro_batch_size):
+                (self.epoch, self.cursor), result = self._next()
+                found.append(self.reader.admit(result))
+            if good := [entry for entry in found if entry is not None]:
+                return good
+        raise self._nothing_good()
+
+    def _next_packed(self) -> list[Entry]:
+        assert self.max_batch_tokens is not None
+        batch: list[Entry] = []
+        num_tokens = num_bad = 0
+        while len(batch) < self.micro_batch_size:
+            if self._ahead is None:
+                place, result = self._next()
+                entry = self.reader.admit(result)
+                if entry is None:
+                    self.epoch, self.cursor = place
+                    num_bad += 1
+                    if num_bad > 2 * len(self.rows):
+                        raise self._nothing_good()
+                    continue
+                self._ahead = (place, entry)
+            place, entry = self._ahead
+            if batch and num_tokens + entry[1].num_tokens > self.max_batch_tokens:
+                break
+            # Only now is the row taken: one that did not fit is read again by a run that resumes here.
+            self._ahead = None
+            self.epoch, self.cursor = place
+            batch.append(entry)
+            num_tokens += entry[1].num_tokens
+        return batch
+
+    def _nothing_good(self) -> DataError:
+        return DataError(f"none of the {len(self.rows)} rows can be used; list them with 'grace data check'")
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        self._stream = self._ahead = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
         self.epoch, self.cursor = int(state["epoch"]), int(state["cursor"])
-        self._order = self._permutation()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.media.image import LoadedImage
-from grace_vlm.models.adapter import Grid
+from grace_vlm.models.adapter import Adapter, Grid
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Picture:
     Args:
         key: its name in the data set; caches are keyed by it.
         grid: (t, h, w) in patches.
-        pixels: (n_patches, patch_dim) FP32, or None where the tower's output is already kept.
+        pixels: what the tower takes, (n_patches, patch_dim) or (3, H, W); None where its output is
+            already kept.
     """
 
     key: str
@@ -28,14 +32,27 @@ class Picture:
     pixels: torch.Tensor | None
 
 
+Patchify = Callable[[Sequence[Any]], list[tuple[Grid, torch.Tensor]]]
+"""Decoded pictures -> (grid, pixels) each: ``Adapter.patchify`` with its image processor and configuration."""
+
+
 class PictureStore:
     """Patchifies pictures with a model's own image processor; keeps patches up to ``budget_bytes``, grids for ever.
 
-    Kept patches live on ``device`` (default: the host), where the tower wants them.
+    Args:
+        patchify: see ``patchify_of``.
+        device: where kept patches live (default: the host); the tower wants them there.
+        dtype: what pixels are cast to, the tower's dtype: BF16 halves what workers hand over.
     """
 
-    def __init__(self, image_processor: Any, budget_bytes: int = 0, device: torch.device | None = None) -> None:
-        self.image_processor, self.budget_bytes, self.device = image_processor, budget_bytes, device
+    def __init__(
+        self,
+        patchify: Patchify,
+        budget_bytes: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.patchify, self.budget_bytes, self.device, self.dtype = patchify, budget_bytes, device, dtype
         self._grids: dict[str, Grid] = {}
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._held_bytes = 0
@@ -52,11 +69,10 @@ class PictureStore:
 
     def add_many(self, decoded: Sequence[tuple[str, LoadedImage]]) -> list[Picture]:
         """``add`` for several: one call of the processor, which stacks pictures of one size."""
-        features = self.image_processor(images=[loaded.image for _, loaded in decoded], return_tensors="pt")
-        grids = [(t, h, w) for t, h, w in features["image_grid_thw"].tolist()]
-        parts = features["pixel_values"].split([t * h * w for t, h, w in grids])
-        # A part of a stacked tensor would keep all of it alive.
-        return [self._keep(name, g, part.clone()) for (name, _), g, part in zip(decoded, grids, parts, strict=True)]
+        made = self.patchify([loaded.image for _, loaded in decoded])
+        return [
+            self._keep(name, g, pixels.to(self.dtype)) for (name, _), (g, pixels) in zip(decoded, made, strict=True)
+        ]
 
     def _keep(self, name: str, grid: Grid, pixels: torch.Tensor) -> Picture:
         if self.budget_bytes and self.device is not None:
@@ -70,3 +86,34 @@ class PictureStore:
             self._pixels[name] = pixels
             self._held_bytes += num_bytes
         return Picture(name, grid, pixels)
+
+
+def patchify_of(
+    adapter: Adapter, config: Any, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Patchify:
+    """How a model's pictures are made, with limits on their area in pixels; the processor itself is left as it is.
+
+    Raises:
+        ConfigError: a limit for a processor of fixed size, or limits that exclude every picture.
+    """
+    image_processor = processor.image_processor
+    if min_pixels is not None or max_pixels is not None:
+        size = dict(image_processor.size)
+        if not {"shortest_edge", "longest_edge"} <= size.keys() or not hasattr(image_processor, "merge_size"):
+            raise ConfigError(
+                f"data.min_pixels and data.max_pixels are for processors that resize to an area; "
+                f"{type(image_processor).__name__} has size {size}; leave them out"
+            )
+        # Transformers' names, kept for history: both are areas in pixels here.
+        size["shortest_edge"] = size["shortest_edge"] if min_pixels is None else min_pixels
+        size["longest_edge"] = size["longest_edge"] if max_pixels is None else max_pixels
+        if max_pixels is not None and min_pixels is None:
+            size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise ConfigError(
+                f"data.min_pixels is {size['shortest_edge']} and data.max_pixels {size['longest_edge']}; "
+                "the least area must not be above the largest"
+            )
+        image_processor = copy.deepcopy(image_processor)
+        image_processor.size = type(image_processor.size)(**size)
+    return functools.partial(adapter.patchify, config, image_processor)

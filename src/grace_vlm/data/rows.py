@@ -2,7 +2,8 @@
 
 The one format is LLaVA's (also ShareGPT4V's): a JSON array of rows, or one row a line (JSONL). A row is::
 
-    {"id": "0001", "image": "images/1.png",            relative to the root; absent or null in a row of text only
+    {"id": "0001", "image": "images/1.png",            relative to the root; a list of them where a row has several;
+                                                       absent or null in a row of text only
      "conversations": [{"from": "human", "value": "<image>\\nhow many circles are there?"},
                        {"from": "gpt", "value": "3"}, ...]}      human and gpt in turn, ending with gpt
 
@@ -14,8 +15,9 @@ silence and never replaced by a neighbour. JSON is read strictly: a duplicate ke
 the object is a fault, and so is a lone surrogate, which no tokenizer can encode. Only a file without structure (an
 array that does not end) is refused as a whole.
 
-``<image>`` marks where the picture goes. A row with a picture has exactly one marker, in a question; where it is
-missing we put the picture first, as LLaVA's own training data does. Keys other than ``kind`` and ``form`` are ignored.
+``<image>`` marks where a picture goes; the first marker is the first picture. A row has one marker a picture, all in
+questions; where there is none at all we put the pictures first, as LLaVA's own training data does. Keys other than
+``kind`` and ``form`` are ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ KINDS = {
     **IMAGE_KINDS,
     "image_path_outside": "the path is absolute or leaves the root",
     "image_token_without_image": "a question has <image> but the row has no image",
-    "too_many_image_tokens": "more <image> markers than the row has images",
+    "too_many_image_tokens": "more <image> markers than the row has images, or one in an answer",
+    "too_few_image_tokens": "fewer <image> markers than the row has images, but not none",
     "no_conversations": "conversations is absent, empty or no list of turns",
     "wrong_role": "a turn is not by the one whose turn it is, human or gpt",
     "answer_first": "the first turn is an answer",
@@ -70,14 +73,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row. ``index`` is its place in the file from 0; ``image`` the path as given, None for text only.
+    """One usable row. ``index`` is its place in the file from 0; ``images`` the paths as given, none for text only.
 
-    With an image, exactly one turn's text holds ``IMAGE_MARKER``, a user's; without, none does.
+    The users' turns hold ``IMAGE_MARKER`` exactly once for each image, in order; no other turn does.
     """
 
     index: int
     id: str
-    image: str | None
+    images: tuple[str, ...]
     turns: tuple[Turn, ...]
     meta: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,13 +149,12 @@ class RowFile:
         with self.path.open("rb") as file:
             return self._row(file, index)
 
-    def load_image(self, row: Row) -> LoadedImage | Fault:
-        """The row's picture (it must have one) as upright RGB, or the fault that makes the row unusable."""
-        assert row.image is not None, row.id
+    def load_image(self, row: Row, image: str) -> LoadedImage | Fault:
+        """One of the row's pictures as upright RGB, or the fault that makes the row unusable."""
         try:
-            return load_image(self._image_path(row.image), self.limits)
+            return load_image(self._image_path(image), self.limits)
         except (ImageFault, _Refused) as error:
-            return Fault(row.index, row.id, error.kind, f"{_show(row.image)}: {error.reason}")
+            return Fault(row.index, row.id, error.kind, f"{_show(image)}: {error.reason}")
 
     def _image_path(self, image: str) -> Path:
         try:
@@ -229,17 +231,18 @@ def _refuse_constant(name: str) -> None:
 
 
 def _build(index: int, row_id: str, record: Mapping[str, Any]) -> Row:
-    image = record.get("image")
-    if image is not None:
+    given = record.get("image")
+    images = tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    for image in images:
         _check_image_path(image, row_id)
     turns = _read_turns(record.get("conversations"), row_id)
     meta = {key: record[key] for key in META_KEYS if isinstance(record.get(key), str)}
-    return Row(index, row_id, image, _place_marker(turns, image is not None, row_id), meta)
+    return Row(index, row_id, images, _place_markers(turns, len(images), row_id), meta)
 
 
 def _check_image_path(image: object, row_id: str) -> None:
     if not isinstance(image, str):
-        raise _Refused("bad_json", "image is no string; one relative path is expected", row_id)
+        raise _Refused("bad_json", "image is no string; a relative path or a list of them is expected", row_id)
     _num_bytes(image, "image", row_id)
     normal = posixpath.normpath(image.replace("\\", "/"))
     if normal.startswith(("/", "../")) or normal == ".." or re.match("[A-Za-z]:", normal):
@@ -276,16 +279,19 @@ def _read_turn(number: int, entry: object, row_id: str) -> Turn:
     return Turn(_ROLES[expected], value)
 
 
-def _place_marker(turns: list[Turn], has_image: bool, row_id: str) -> tuple[Turn, ...]:
-    """The turns with exactly one marker if there is an image. A marker in an answer is one too many."""
+def _place_markers(turns: list[Turn], num_images: int, row_id: str) -> tuple[Turn, ...]:
+    """The turns with exactly one marker an image, in questions. A marker in an answer is one too many."""
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-    if num_markers and not has_image:
+    in_answers = sum(turn.text.count(IMAGE_MARKER) for turn in turns if turn.role == "assistant")
+    if num_markers and not num_images:
         raise _Refused("image_token_without_image", f"{num_markers} {IMAGE_MARKER} and no image", row_id)
-    if has_image and not any(IMAGE_MARKER in turn.text for turn in turns if turn.role == "user"):
-        turns[0] = Turn("user", f"{IMAGE_MARKER}\n{turns[0].text}")
-        num_markers += 1
-    if num_markers > 1:
-        raise _Refused("too_many_image_tokens", f"{num_markers} {IMAGE_MARKER} for 1 image", row_id)
+    if num_markers == in_answers:
+        turns[0] = Turn("user", f"{IMAGE_MARKER}\n" * num_images + turns[0].text)
+        num_markers += num_images
+    if num_markers != num_images or in_answers:
+        kind = "too_few_image_tokens" if num_markers < num_images else "too_many_image_tokens"
+        images = "1 image" if num_images == 1 else f"{num_images} images"
+        raise _Refused(kind, f"{num_markers} {IMAGE_MARKER} for {images}", row_id)
     return tuple(turns)
 
 

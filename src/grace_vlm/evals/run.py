@@ -19,8 +19,8 @@ import torch
 from grace_vlm.data.collate import Batch, collate
 from grace_vlm.data.encode import Encoder, Sample
 from grace_vlm.data.ledger import EVALUATION_MAX_BAD_FRACTION
-from grace_vlm.data.loader import RowReader
-from grace_vlm.data.pictures import Picture, PictureStore
+from grace_vlm.data.pictures import Picture, PictureStore, patchify_of
+from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import IMAGE_MARKER, Fault, Row, RowFile
 from grace_vlm.errors import DataError
 from grace_vlm.evals.answers import is_correct
@@ -35,7 +35,7 @@ PIXEL_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's outcome; ``row`` is its line in the file."""
+    """One question's outcome; ``row`` is its line in the file, ``image`` its first picture."""
 
     row: int
     id: str
@@ -78,36 +78,31 @@ class QuestionFile:
 
     def __init__(self, path: Path, loaded: LoadedModel, root: Path | None = None, limit: int | None = None) -> None:
         rows = RowFile(path, root)
-        self.encoder = Encoder(loaded.processor, loaded.adapter, loaded.model)
-        self.pictures = PictureStore(loaded.processor.image_processor, PIXEL_BYTES)
+        config = loaded.model.config
+        self.encoder = Encoder(loaded.processor, loaded.adapter, config)
+        self.pictures = PictureStore(patchify_of(loaded.adapter, config, loaded.processor), PIXEL_BYTES)
         self.num_total = len(rows) if limit is None else min(limit, len(rows))
         # Grids are all that encoding needs of a picture; pixels are fetched when a model asks.
-        self.reader = RowReader(
-            rows,
-            self.encoder,
-            self.pictures,
-            ledger=None,
-            max_bad_fraction=EVALUATION_MAX_BAD_FRACTION,
-            max_tokens=1 << 20,
-            keeps_features=lambda name: True,
+        self.preparer = Preparer(
+            rows, self.encoder, self.pictures, max_tokens=1 << 20, keeps_features=lambda name: True
         )
-        found = self.reader.read_many(range(self.num_total), as_prompt=True)
+        reader = RowReader(self.preparer, ledger=None, max_bad_fraction=EVALUATION_MAX_BAD_FRACTION)
+        found = reader.read_many(range(self.num_total), as_prompt=True)
         self.entries: list[tuple[Row, Sample]] = [(row, sample) for row, sample, _ in found]
 
     def batch(self, chunk: Sequence[tuple[Row, Sample]], keeps_features: Callable[[str], bool]) -> Batch:
         """Left-padded prompts with their pictures; no pixels where the model keeps the tower's output."""
-        self.reader.keeps_features = keeps_features
-        found = self.reader.pictures_of([row for row, _ in chunk])
+        self.preparer.keeps_features = keeps_features
+        found = self.preparer.pictures_of([row for row, _ in chunk])
         pictures: list[Picture] = []
-        for row, _ in chunk:
-            picture = found[row.image] if row.image is not None else None
+        for name in (name for row, _ in chunk for name in row.images):
+            picture = found[name]
             if isinstance(picture, Fault):
-                raise DataError(f"{row.image}: {picture.reason}; it was readable a moment ago")
-            if picture is not None:
-                pictures.append(picture)
-        lengths = [self.encoder.adapter.num_visual_tokens(self.encoder.model, picture.grid) for picture in pictures]
+                raise DataError(f"{name}: {picture.reason}; it was readable a moment ago")
+            pictures.append(picture)
+        lengths = [self.encoder.adapter.num_visual_tokens(self.encoder.config, picture.grid) for picture in pictures]
         pad = self.encoder.tokenizer.pad_token_id
-        return collate([sample for _, sample in chunk], pictures, lengths, pad, padding="left")
+        return collate([sample for _, sample in chunk], pictures, lengths, pad, "left")
 
 
 def answer_all(
@@ -144,7 +139,8 @@ def _answer(row: Row, text: str) -> Answer:
     gold = row.turns[-1].text
     question = row.turns[-2].text.replace(IMAGE_MARKER, "").strip()
     kind = row.meta.get("kind", "")
-    return Answer(row.index, row.id, kind, row.image, question, gold, text, is_correct(text, gold))
+    image = row.images[0] if row.images else None
+    return Answer(row.index, row.id, kind, image, question, gold, text, is_correct(text, gold))
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:

@@ -18,7 +18,7 @@ A model of several schemes gets several ``config_groups``. Load such a folder in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, summary, write_config
+from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, refuse, summary, write_config
 from grace_vlm.formats.folder import check_tensor
 from grace_vlm.formats.weights import Weights, linears_among, open_weights, write_weights
 from grace_vlm.quant.packing import pack_rows, unpack_rows
@@ -35,7 +35,13 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_ALWAYS_IGNORED = ("lm_head", r"re:.*\.lm_head$", "re:.*visual.*")
+# Whole parts that stay dense, by the patterns that ignore them in both name spaces; their members are not listed.
+_DENSE_PARTS = {
+    "lm_head": ("lm_head", r"re:.*\.lm_head$"),
+    "visual": ("re:.*visual.*",),
+    "vision_tower": ("re:.*vision_tower.*",),
+    "multi_modal_projector": ("re:.*multi_modal_projector.*",),
+}
 
 
 def _pattern(module: str) -> str:
@@ -73,43 +79,40 @@ def quantization_config(linears: Mapping[str, PlanEntry], bf16_names: tuple[str,
         }
         for index, (scheme, names) in enumerate(schemes.values())
     }
-    others = [name for name in bf16_names if "visual" not in name and name.rpartition(".")[2] != "lm_head"]
+    # A part with a grid in it cannot be ignored as a whole.
+    dense_parts = [part for part in _DENSE_PARTS if not any(part in name.split(".") for name in linears)]
+    others = [name for name in bf16_names if not any(part in name.split(".") for part in dense_parts)]
+    # The head and the tower of Qwen are ignored whether or not they are listed (a tied head is not).
+    ignored = [
+        p for part in dense_parts if part in ("lm_head", "visual") or _has(bf16_names, part) for p in _DENSE_PARTS[part]
+    ]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*_ALWAYS_IGNORED, *(_pattern(name) for name in others)],
+        "ignore": [*ignored, *(_pattern(name) for name in others)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def _check_holdable(content: ModelContent) -> None:
-    """``FormatError`` if the layout cannot hold the model exactly, or a runtime could not load it."""
-    for name, entry in content.linears.items():
-        scheme = entry.scheme
-        assert scheme is not None
-        if scheme.num_bits not in (4, 8):
-            raise FormatError(
-                f"{name} is {scheme.name}; compressed-tensors packs 4 or 8 bits: quantize to w4g128 or w8g128"
-            )
-        if scheme.scale_rounding == "fp32":
-            raise FormatError(
-                f"{name} has FP32 scales, which runtimes round to BF16 on loading, so other weights would run than "
-                "were trained; train or quantize with scale_rounding=bf16"
-            )
-        parent, _, leaf = name.rpartition(".")
-        for group in (group for group in _FUSED if leaf in group):
-            for other in group:
-                sibling = content.linears.get(f"{parent}.{other}")
-                found = sibling.scheme if sibling else None
-                exists = sibling is not None or f"{parent}.{other}.weight" in content.dense
-                if exists and (found is None or found.name != scheme.name):
-                    raise FormatError(
-                        f"{name} is {scheme.name} but {parent}.{other} is {found.name if found else 'bf16'}; "
-                        f"vLLM fuses {', '.join(group)}: give them one scheme"
-                    )
+def _has(names: Iterable[str], part: str) -> bool:
+    return any(part in name.split(".") for name in names)
+
+
+def _refusal_of(name: str, scheme: QuantScheme) -> str | None:
+    """Why the layout cannot hold one linear on this grid."""
+    if name.endswith("embed_tokens"):
+        return f"{name} is an embedding with a grid; compressed-tensors packs linears: leave quant.head in bf16"
+    if scheme.num_bits not in (4, 8):
+        return f"{name} is {scheme.name}; compressed-tensors packs 4 or 8 bits: quantize to w4g128 or w8g128"
+    if scheme.scale_rounding == "fp32":
+        return (
+            f"{name} has FP32 scales, which runtimes round to BF16 on loading, so other weights would run than "
+            "were trained; train or quantize with scale_rounding=bf16"
+        )
+    return None
 
 
 def _read_schemes(folder: Path, stated: Mapping[str, Any]) -> dict[tuple[int, int], QuantScheme]:
@@ -142,6 +145,24 @@ class CompressedTensors:
     """The converter; see the head of the file for the bytes."""
 
     name = "compressed-tensors"
+
+    def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
+        for name, entry in linears.items():
+            scheme = entry.scheme
+            assert scheme is not None
+            if (reason := _refusal_of(name, scheme)) is not None:
+                return reason
+            parent, _, leaf = name.rpartition(".")
+            for group in (group for group in _FUSED if leaf in group):
+                for other in (f"{parent}.{member}" for member in group):
+                    found = linears[other].scheme if other in linears else None
+                    exists = found is not None or f"{other}.weight" in dense_names
+                    if exists and (found is None or found.name != scheme.name):
+                        return (
+                            f"{name} is {scheme.name} but {other} is {found.name if found else 'bf16'}; "
+                            f"vLLM fuses {', '.join(group)}: give them one scheme"
+                        )
+        return None
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
         stated = config.get("quantization_config")
@@ -204,7 +225,7 @@ class CompressedTensors:
         )
 
     def write(self, content: ModelContent, stage: Path) -> None:
-        _check_holdable(content)
+        refuse(self, content)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             yield from content.dense.items()

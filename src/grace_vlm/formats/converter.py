@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from grace_vlm.checkpoint.manifest import MANIFEST
+from grace_vlm.errors import FormatError
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -81,6 +82,13 @@ class Converter(Protocol):
         """Is ``folder``, whose configuration is ``config``, of this layout? Looks at content, not at names."""
         ...
 
+    def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
+        """Why the layout cannot hold these quantized linears beside these dense tensors exactly; None if it can.
+
+        It needs names and schemes only, so a plan can be asked before anything is trained.
+        """
+        ...
+
     def inspect(self, folder: Path) -> dict[str, Any]:
         """What ``grace inspect`` prints, JSON-able."""
         ...
@@ -92,6 +100,13 @@ class Converter(Protocol):
     def write(self, content: ModelContent, stage: Path) -> None:
         """Write ``content`` into an empty staging folder; ``FormatError`` if the layout cannot hold it exactly."""
         ...
+
+
+def refuse(converter: Converter, content: ModelContent) -> None:
+    """``FormatError`` if the layout cannot hold ``content`` exactly, or a runtime could not load it."""
+    reason = converter.refusal(content.linears, content.dense)
+    if reason is not None:
+        raise FormatError(reason)
 
 
 def summary(content: ModelContent) -> dict[str, Any]:

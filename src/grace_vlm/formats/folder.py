@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -187,6 +187,9 @@ class ModelFolder:
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
         return "quantization_config" not in config and "qat" not in config
+
+    def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
+        return None
 
     def inspect(self, folder: Path) -> dict[str, Any]:
         return summary(self.read(folder))

@@ -15,6 +15,8 @@ import torch
 
 from grace_vlm.checkpoint.atomic import publish_folder
 from grace_vlm.formats.folder import write_grid
+from grace_vlm.models.adapter import stored_name
+from grace_vlm.models.registry import adapter_for
 from grace_vlm.quant.affine import bake
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -46,7 +48,8 @@ def publish_model(
 
     Args:
         model: a Transformers model whose weights are BF16 values (any dtype).
-        quantized: (codes, scale) by module name; empty for a BF16 model.
+        quantized: (codes, scale) by module name; empty for a BF16 model. Files have the names that Transformers
+            stores, which for some architectures are others (``Adapter.stored_names``).
         bf16_names: the linears that have no grid, for ``plan.json``.
         card: text of README.md.
 
@@ -67,6 +70,8 @@ def publish_model(
         model.save_pretrained(stage, state_dict=state)
         processor.save_pretrained(stage)
         if quantized:
-            write_grid(stage, dict(quantized), bf16_names)
+            adapter = adapter_for(model.config.model_type)
+            stored = {stored_name(adapter, name): tensor for name, tensor in quantized.items()}
+            write_grid(stage, stored, tuple(stored_name(adapter, name) for name in bf16_names))
         (stage / "README.md").write_text(card, encoding="utf-8")
     return dst

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import ConfigError, FormatError
-from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, summary, write_config
+from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, refuse, summary, write_config
 from grace_vlm.formats.folder import check_tensor
 from grace_vlm.formats.weights import Weights, linears_among, open_weights, write_weights
 from grace_vlm.quant.affine import bake, to_groups
@@ -219,14 +219,15 @@ class Official:
             bf16_names=linears_among(weights, dense),
         )
 
-    def write(self, content: ModelContent, stage: Path) -> None:
-        schemes = {entry.scheme for entry in content.linears.values() if entry.scheme}
-        grids = sorted({scheme.name for scheme in schemes})
+    def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
+        grids = sorted({entry.scheme.name for entry in linears.values() if entry.scheme})
         if len(grids) != 1:
-            raise FormatError(
-                f"the official layout has one scheme for the whole model; this one has {', '.join(grids)}"
-            )
-        scheme = next(iter(schemes))
+            return f"the official layout has one scheme for the whole model; this one has {', '.join(grids)}"
+        return None
+
+    def write(self, content: ModelContent, stage: Path) -> None:
+        refuse(self, content)
+        scheme = next(entry.scheme for entry in content.linears.values() if entry.scheme)
         sidecar: dict[str, torch.Tensor] = {}
         for name, tensor in content.quantized.items():
             log_scale = log_of_scale(tensor.scale)

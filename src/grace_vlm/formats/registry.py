@@ -10,6 +10,8 @@ from grace_vlm.formats.compressed_tensors import CompressedTensors
 from grace_vlm.formats.converter import Converter, ModelContent
 from grace_vlm.formats.folder import ModelFolder
 from grace_vlm.formats.qat import Official
+from grace_vlm.models.adapter import Adapter, stored_name
+from grace_vlm.quant.plan import QuantPlan
 
 
 def converters() -> dict[str, Converter]:
@@ -24,6 +26,15 @@ def converter_for(name: str) -> Converter:
     if name not in found:
         raise FormatError(f"unknown format {name!r}; expected one of {', '.join(found)}")
     return found[name]
+
+
+def refusals(plan: QuantPlan, adapter: Adapter) -> dict[str, str | None]:
+    """For each layout, why it cannot hold a planned model, in the names of its files; None where it can."""
+    linears = {stored_name(adapter, entry.name): entry for entry in plan.entries if entry.scheme is not None}
+    dense = {stored_name(adapter, f"{entry.name}.weight") for entry in plan.entries if entry.scheme is None}
+    if not linears:
+        return {}
+    return {name: converter.refusal(linears, dense) for name, converter in converters().items()}
 
 
 def detect(folder: Path) -> Converter:

@@ -3,21 +3,26 @@
 Models are Transformers' own classes. An adapter names the parts of one (decoder, head, vision tower, what may be
 quantized, what is trained) and runs them in the order that the method needs:
 
-    pixels --tower--> TowerOutput --merge--> visual embeddings --decode--> hidden states --head--> logits
-             frozen, once a picture          trained               at every position      at supervised ones
+    pictures --patchify--> pixels --tower--> TowerOutput --merge--> visual embeddings --decode--> hidden states --head--> logits
+                                   frozen, once a picture  trained                at every position  at supervised ones
 
-A new architecture is one file with one class and an entry in ``registry.py``.
-"""
+A new architecture is one file with one class: here with an entry in ``registry.py``, elsewhere as an installed plug-in
+(docs/extending.md). What does not change from one architecture to the next is in ``decoder.py``.
+"""  # noqa: E501 - the drawing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+
+from grace_vlm.quant.plan import LinearShape, Part, QuantPlan, make_plan
+from grace_vlm.quant.scheme import ScaleRounding
 
 Grid = tuple[int, int, int]
 """(temporal, height, width) of a picture in patches."""
@@ -33,7 +38,7 @@ class TowerOutput:
     """
 
     hidden: torch.Tensor
-    deepstack: tuple[torch.Tensor, ...]
+    deepstack: tuple[torch.Tensor, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -54,26 +59,33 @@ class DecoderStates:
 
 
 class Adapter(Protocol):
-    """One architecture. Stateless: every method is given the model."""
+    """One architecture. Stateless: every method is given the model, or only its configuration."""
 
     model_type: str
-    quantizable: str
-    """Regular expression (full match) of the linears that a scheme applies to."""
+    parts: Mapping[Part, str]
+    """Part -> regular expression (full match) of the names of its linears and embeddings. ``language`` is what a
+    recipe's scheme applies to; the other parts stay in BF16 unless a recipe gives them a scheme."""
     frozen: tuple[str, ...]
     """Parameter name prefixes that are not trained by default (vision tower)."""
+    stored_names: tuple[tuple[str, str], ...]
+    """(prefix of a module in the model, prefix in checkpoint files) where Transformers stores another name."""
 
-    def image_token_id(self, model: Any) -> int: ...
+    def image_token_id(self, config: Any) -> int: ...
 
-    def num_visual_tokens(self, model: Any, grid: Grid) -> int: ...
+    def num_visual_tokens(self, config: Any, grid: Grid) -> int: ...
 
-    def positions(self, model: Any, input_ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
-        """(3, S) position ids of one unpadded sequence."""
+    def positions(self, config: Any, input_ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+        """(3, S) position ids of one unpadded sequence; a model with plain positions has three equal rows."""
+        ...
+
+    def patchify(self, config: Any, image_processor: Any, images: Sequence[Any]) -> list[tuple[Grid, torch.Tensor]]:
+        """(grid, pixels) of decoded RGB pictures, as the model's own image processor makes them."""
         ...
 
     def head(self, model: Any) -> nn.Linear: ...
 
     def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
-        """One output a picture; ``pixels[i]`` is (n_patches_i, patch_dim)."""
+        """One output a picture, in order; ``pixels`` and ``grids`` are what ``patchify`` gave."""
         ...
 
     def decode(
@@ -86,6 +98,7 @@ class Adapter(Protocol):
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
         tap: int | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> DecoderStates:
         """Decoder forward.
 
@@ -94,14 +107,50 @@ class Adapter(Protocol):
             vision: the batch's pictures in row order; merged here, with gradient.
             attention_mask: (B, S), only needed with left padding. cache: key-value cache, appended to.
             tap: index into ``hidden_states`` (-2: input of the last layer) of the relational features.
+            segments: lengths of the samples that lie end to end in a (1, S) row; no token sees another sample's.
         """
         ...
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Every ``nn.Linear`` by module name, (out_features, in_features), in model order."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+def linear_shapes(model: nn.Module, parts: Mapping[Part, str] | None = None) -> dict[str, LinearShape]:
+    """Every ``nn.Linear`` by module name in model order, and the embeddings that ``parts`` (an adapter's) names.
+
+    Works on the meta device.
+    """
+    shapes: dict[str, LinearShape] = {}
+    first_of: dict[int, str] = {}
+    for name, module in model.named_modules():
+        part = next((part for part, pattern in (parts or {}).items() if re.fullmatch(pattern, name)), None)
+        is_embedding = isinstance(module, nn.Embedding) and part is not None
+        if isinstance(module, nn.Linear) or is_embedding:
+            weight: Any = module.weight
+            owner = first_of.setdefault(id(weight), name)
+            tied_to = None if owner == name else owner
+            shapes[name] = LinearShape(weight.shape[0], weight.shape[1], part, tied_to, is_embedding)
+    return shapes
+
+
+def plan_model(
+    model: nn.Module,
+    adapter: Adapter,
+    scheme: str,
+    part_schemes: Mapping[Part, str] | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    scale_rounding: ScaleRounding = "bf16",
+) -> QuantPlan:
+    """Which linear gets which grid: ``scheme`` for the language model, then parts, then patterns; the last wins.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, an unknown scheme, a group size that does not divide.
+    """
+    of_parts = [(adapter.parts[part], text) for part, text in (part_schemes or {}).items()]
+    shapes = linear_shapes(model, adapter.parts)
+    return make_plan(shapes, adapter.parts["language"], scheme, [*of_parts, *overrides], scale_rounding)
+
+
+def stored_name(adapter: Adapter, name: str) -> str:
+    """The name that checkpoint files have for a module or tensor of the model."""
+    for ours, theirs in adapter.stored_names:
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name

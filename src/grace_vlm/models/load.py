@@ -6,17 +6,24 @@ values stay BF16's. No code from a checkpoint is ever run (``trust_remote_code``
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import Adapter
+from grace_vlm.models.fp8 import to_fp8
+from grace_vlm.models.known import CLIP_L_336, KNOWN
+from grace_vlm.models.llava_layout import convert_config, is_original_llava, open_original_llava
 from grace_vlm.models.registry import adapter_for
+
+Precision = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,59 @@ def resolve_source(path: str) -> str:
     raise ConfigError(f"{path} does not exist; expected a model folder, a run folder or a hub id like org/name")
 
 
+def _read_config(source: str) -> dict[str, Any]:
+    """config.json of a local folder as it stands; empty for a hub id. Transformers need not know its model type."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON; fetch the model again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def describe_config(path: str) -> Any:
+    """A model's configuration: of a published one from ``known.py``, else of a folder or from the hub.
+
+    Raises:
+        ConfigError: no model there.
+    """
+    from transformers import AutoConfig, CLIPVisionConfig
+
+    if path in KNOWN and not Path(path).exists():
+        stated = copy.deepcopy(KNOWN[path])
+        return AutoConfig.for_model(stated.pop("model_type"), **stated)
+    source = resolve_source(path)
+    stated = _read_config(source)
+    try:
+        if is_original_llava(stated):
+            return convert_config(stated, CLIPVisionConfig(**CLIP_L_336))
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _not_opened(source, error) from error
+
+
+def describe_model(path: str) -> tuple[Any, Adapter]:
+    """A model without weights, on the meta device, from its configuration alone, and its adapter.
+
+    Raises:
+        ConfigError: no model there, or no adapter for it.
+    """
+    return meta_model(describe_config(path))
+
+
+def meta_model(config: Any) -> tuple[Any, Adapter]:
+    """A model of ``config`` on the meta device, and its adapter."""
+    from transformers import AutoModelForImageTextToText
+
+    adapter = adapter_for(config.model_type)
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    return model, adapter
+
+
 def load_processor(path: str) -> Any:
     """The processor of a model folder, run folder or hub id."""
     from transformers import AutoProcessor
@@ -63,8 +123,14 @@ def load_processor(path: str) -> Any:
         raise _not_opened(source, error) from error
 
 
-def load_model(path: str, device: str = "auto") -> LoadedModel:
+def load_model(
+    path: str, device: str = "auto", vision_tower: str | None = None, precision: Precision = "bf16"
+) -> LoadedModel:
     """Open a model for training or evaluation.
+
+    A checkpoint in the original LLaVA layout is converted as it is read; ``vision_tower`` then says where its CLIP
+    tower is, if it is not where its configuration says. With ``precision`` fp8 the decoder's linears are rounded before
+    they reach the device (``fp8.py``), for a teacher.
 
     A packed checkpoint (compressed-tensors) is opened by stock Transformers and dequantized at load; its weights are
     then the baked ones, value for value.
@@ -78,6 +144,9 @@ def load_model(path: str, device: str = "auto") -> LoadedModel:
     transformers_logging.disable_progress_bar()
     source = resolve_source(path)
     target = pick_device(device)
+    if is_original_llava(_read_config(source)):
+        converted, processor = open_original_llava(Path(source), torch.bfloat16, vision_tower)
+        return LoadedModel(_placed(converted, target, precision), processor, adapter_for("llava"), source)
     try:
         config = AutoConfig.from_pretrained(source)
         adapter = adapter_for(config.model_type)
@@ -89,9 +158,16 @@ def load_model(path: str, device: str = "auto") -> LoadedModel:
             )
     except OSError as error:
         raise _not_opened(source, error) from error
-    if target.type == "cpu":
+    return LoadedModel(_placed(model, target, precision), load_processor(source), adapter, source)
+
+
+def _placed(model: Any, device: torch.device, precision: Precision) -> Any:
+    """On its device, in what we compute in there, for evaluation."""
+    if precision == "fp8":
+        to_fp8(model, adapter_for(model.config.model_type))
+    if device.type == "cpu":
         model = model.float()
-    return LoadedModel(model.to(target).eval(), load_processor(source), adapter, source)
+    return model.to(device).eval()
 
 
 def _dequantize_options(config: Any, source: str) -> dict[str, Any]:
@@ -107,6 +183,6 @@ def _dequantize_options(config: Any, source: str) -> dict[str, Any]:
     return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
-def _not_opened(source: str, error: OSError) -> ConfigError:
+def _not_opened(source: str, error: Exception) -> ConfigError:
     reason = (str(error).splitlines() or ["no reason given"])[0]
     return ConfigError(f"{source} cannot be opened as a model: {reason}")

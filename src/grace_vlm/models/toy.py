@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.toy_families import FAMILIES, build_family_model, build_family_processor
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -72,10 +73,10 @@ TOY_SIZES = {
 }
 
 
-def build_toy_processor(texts: Iterable[str], vocab_size: int = 1024, max_pixels: int = 256 * 256) -> Any:
-    """A real ``Qwen3VLProcessor`` whose tokenizer is trained on ``texts``; the same texts give the same tokenizer."""
+def build_qwen_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Any:
+    """A ``Qwen2Tokenizer`` trained on ``texts``, with Qwen's special tokens; the same texts give the same one."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     bpe = Tokenizer(models.BPE())
@@ -101,6 +102,20 @@ def build_toy_processor(texts: Iterable[str], vocab_size: int = 1024, max_pixels
         pad_token="<|endoftext|>",
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def build_toy_processor(
+    texts: Iterable[str], vocab_size: int = 1024, max_pixels: int = 256 * 256, size: str = "tiny", side: int = 112
+) -> Any:
+    """A real processor whose tokenizer is trained on ``texts``: Qwen3-VL's, or that of the family ``size`` names.
+
+    ``side``: of LLaVA's square crops in pixels.
+    """
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    if size in FAMILIES:
+        return build_family_processor(size, texts, build_qwen_tokenizer, side)
     pixels: dict[str, Any] = {
         "patch_size": 16,
         "temporal_patch_size": 2,
@@ -111,18 +126,22 @@ def build_toy_processor(texts: Iterable[str], vocab_size: int = 1024, max_pixels
     }
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=tokenizer,
+        tokenizer=build_qwen_tokenizer(texts, vocab_size),
         video_processor=Qwen3VLVideoProcessor(**pixels),
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_toy_model(size: str, processor: Any, seed: int = 0) -> Any:
-    """A randomly initialised ``Qwen3VLForConditionalGeneration``, FP32, tied head, of a size in ``TOY_SIZES``."""
+    """A randomly initialised FP32 model: Qwen3-VL with a tied head of ``TOY_SIZES``, or one of ``FAMILIES``."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+    if size in FAMILIES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_family_model(size, processor)
     if size not in TOY_SIZES:
-        raise ConfigError(f"unknown toy size {size!r}; expected one of {', '.join(TOY_SIZES)}")
+        raise ConfigError(f"unknown toy size {size!r}; expected one of {', '.join([*TOY_SIZES, *FAMILIES])}")
     s = TOY_SIZES[size]
     token_id = processor.tokenizer.convert_tokens_to_ids
     head_dim = s.hidden // s.heads

@@ -7,10 +7,10 @@ from typing import Literal
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
-from grace_vlm.models.adapter import linear_shapes
+from grace_vlm.models.adapter import plan_model
 from grace_vlm.models.load import load_model
 from grace_vlm.ptq.rtn import round_to_nearest
-from grace_vlm.quant.plan import QuantPlan, make_plan
+from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule
 
 PtqMethod = Literal["rtn"]
@@ -34,7 +34,7 @@ def quantize_folder(
     if scheme == "bf16":
         raise ConfigError("quantize needs a grid, scheme is bf16; use for example --scheme w4g128")
     loaded = load_model(src, "cpu")
-    plan = make_plan(linear_shapes(loaded.model), loaded.adapter.quantizable, scheme)
+    plan = plan_model(loaded.model, loaded.adapter, scheme)
     quantized = round_to_nearest(loaded.model, plan, scale)
     card = f"# {method} {scheme}\n\nRounded to nearest ({scale} scales) from `{src}` by grace-vlm. No training.\n"
     publish_model(dst, loaded.model, loaded.processor, quantized, plan.bf16_names, card, overwrite=overwrite)

@@ -3,6 +3,8 @@
 A plan starts from the adapter's pattern of quantizable linears and one scheme; overrides are (pattern, scheme) pairs
 applied in order, the last match wins. Nothing is silent: a pattern that matches no linear and a group size that does
 not divide are errors, and every linear of the model is listed, quantized or not.
+
+A head that is tied to the embedding is one matrix: it is listed, but the embedding carries its bytes and its grid.
 """
 
 from __future__ import annotations
@@ -10,30 +12,68 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.quant.scheme import QuantScheme, ScaleRounding, parse_scheme
 
+Part = Literal["language", "projector", "tower", "head"]
+"""Where a linear stands: decoder layers, what carries vision into them, the vision tower, embedding and head."""
+
+_WHY_BF16 = {
+    "language": "in the language model, which the recipe keeps in BF16 (scheme, quant.overrides)",
+    "projector": "the paper keeps the projector (quant.projector gives it a grid)",
+    "tower": "the paper keeps the vision tower (quant.tower gives it a grid)",
+    "head": "the paper keeps embedding and head (quant.head gives them a grid)",
+    None: "in no part that the adapter names (quant.overrides gives it a grid)",
+}
+
+
+class LinearShape(NamedTuple):
+    """A weight matrix that could have a grid.
+
+    ``tied_to`` is the module whose weight it shares (a head tied to the embedding), else None.
+    """
+
+    out_features: int
+    in_features: int
+    part: Part | None = None
+    tied_to: str | None = None
+    is_embedding: bool = False
+
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One linear: module name, (out_features, in_features), and its grid (None: BF16)."""
+    """One linear (or embedding): module name, (out_features, in_features), and its grid (None: BF16)."""
 
     name: str
     out_features: int
     in_features: int
     scheme: QuantScheme | None
+    part: Part | None = None
+    tied_to: str | None = None
+    is_embedding: bool = False
 
     @property
     def bf16_bytes(self) -> int:
-        return 2 * self.out_features * self.in_features
+        return 0 if self.tied_to else 2 * self.out_features * self.in_features
+
+    @property
+    def num_scales(self) -> int:
+        return self.out_features * self.in_features // self.scheme.group_size if self.scheme else 0
 
     @property
     def stored_bytes(self) -> float:
         """Bytes once packed: codes and scales, or BF16."""
         bits = self.scheme.bits_per_weight if self.scheme else 16
-        return self.out_features * self.in_features * bits / 8
+        return self.bf16_bytes * bits / 16
+
+    @property
+    def why_bf16(self) -> str:
+        """Why it has no grid; empty if it has one."""
+        if self.tied_to:
+            return f"is the matrix of {self.tied_to}"
+        return "" if self.scheme else _WHY_BF16[self.part]
 
 
 @dataclass(frozen=True)
@@ -49,7 +89,13 @@ class QuantPlan:
 
     @property
     def bf16_names(self) -> tuple[str, ...]:
-        return tuple(entry.name for entry in self.entries if entry.scheme is None)
+        """The linears (no embeddings) that have no grid, their own or one they share."""
+        quantized = self.schemes
+        return tuple(
+            entry.name
+            for entry in self.entries
+            if entry.scheme is None and not entry.is_embedding and entry.tied_to not in quantized
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``grid/plan.json`` (design: a model folder)."""
@@ -81,7 +127,7 @@ class QuantPlan:
 
 
 def make_plan(
-    linears: Mapping[str, tuple[int, int]],
+    linears: Mapping[str, LinearShape | tuple[int, int]],
     quantizable: str,
     scheme: str,
     overrides: Sequence[tuple[str, str]] = (),
@@ -90,7 +136,7 @@ def make_plan(
     """Decide the grid of every linear.
 
     Args:
-        linears: module name -> (out_features, in_features), in model order.
+        linears: module name -> shape, in model order.
         quantizable: regular expression (full match on the module name) of what ``scheme`` applies to.
         scheme: ``"w4g128"``, ``"bf16"``, ...
         overrides: (regular expression, scheme) pairs; the last match wins.
@@ -98,6 +144,7 @@ def make_plan(
     Raises:
         ConfigError: a pattern that matches nothing or is no regular expression, a group size that does not divide.
     """
+    shapes = {name: LinearShape(*shape) for name, shape in linears.items()}
     chosen: dict[str, QuantScheme | None] = dict.fromkeys(linears)
     for pattern, text in [(quantizable, scheme), *overrides]:
         try:
@@ -106,11 +153,15 @@ def make_plan(
             raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
         if not matched:
             raise ConfigError(
-                f"pattern {pattern!r} matches none of the {len(linears)} linears; "
+                f"pattern {pattern!r} matches none of the {sum(not s.is_embedding for s in shapes.values())} linears; "
                 f"names look like {next(iter(linears), 'nothing')!r} (see grace inspect)"
             )
-        chosen.update(dict.fromkeys(matched, parse_scheme(text, scale_rounding)))
-    entries = tuple(PlanEntry(name, *shape, chosen[name]) for name, shape in linears.items())
+        owners = [shapes[name].tied_to or name for name in matched]
+        chosen.update(dict.fromkeys(owners, parse_scheme(text, scale_rounding)))
+    entries = tuple(
+        PlanEntry(name, shape.out_features, shape.in_features, chosen[name], *shape[2:])
+        for name, shape in shapes.items()
+    )
     for entry in entries:
         if entry.scheme is not None:
             entry.scheme.check(entry.out_features, entry.in_features, entry.name)

@@ -17,8 +17,12 @@ from grace_vlm.errors import ConfigError
 from grace_vlm.losses.gdkd import VocabularyPolicy
 from grace_vlm.losses.objective import Method, Objective
 from grace_vlm.quant.lsq import ClipMask, ScaleGradient
+from grace_vlm.quant.plan import Part
 from grace_vlm.quant.scale_init import ScaleRule
 from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
+
+Source = Literal["script", "card", "paper", "ours"]
+"""Where a value of a published run is from: the authors' script, their model card, the paper, or our choice."""
 
 
 class _Section(BaseModel):
@@ -27,10 +31,20 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     student: str = Field(description="model folder, run folder, hub id, or toy:SIZE for a random start")
+    base: str | None = Field(
+        None,
+        description="what a student that is our own run started from; --dry-run describes it until that run exists",
+    )
     teacher: str | None = Field(None, description="model folder, run folder or hub id; kd and grace need it")
+    teacher_precision: Literal["bf16", "fp8"] = Field(
+        "bf16", description="fp8: the teacher's decoder linears in E4M3, a scale a row; it differs a little"
+    )
     processor: str | None = Field(None, description="where a toy:SIZE takes its processor; null trains a tokenizer")
     train: Literal["default", "all"] = Field(
         "default", description="default: language model and merger; all: the vision tower too"
+    )
+    vision_tower: str | None = Field(
+        None, description="CLIP folder or hub id of a student in the original LLaVA layout; null: what its config names"
     )
 
 
@@ -39,6 +53,9 @@ class QuantConfig(_Section):
     scale_init: ScaleRule = Field("mse", description="where scales start")
     clip_mask: ClipMask = Field("official", description="which weights get a gradient")
     scale_gradient: ScaleGradient = Field("none", description="lsq: divide by sqrt(group_size * qmax)")
+    projector: str | None = Field(None, description="scheme of the merger or projector; null: BF16, as published")
+    tower: str | None = Field(None, description="scheme of the vision tower, for example w8g128; null: BF16")
+    head: str | None = Field(None, description="scheme of embedding and head, for example w8g128; null: BF16")
     overrides: dict[str, str] = Field({}, description="pattern of module names -> scheme; the last match wins")
 
 
@@ -68,20 +85,43 @@ class LossConfig(_Section):
     normalization: Literal["global", "microbatch"] = Field(
         "global", description="counts of the optimizer step over all ranks, or of each micro-batch (official)"
     )
-    vocabulary: VocabularyPolicy = Field("equal", description="heads of different width: an error, or common words")
+    vocabulary: VocabularyPolicy = Field(
+        "common", description="heads of different width over one tokenizer: compare the common words, or an error"
+    )
     adaptive_weight: AdaptiveConfig = AdaptiveConfig()
 
 
 class DataConfig(_Section):
-    train: str = Field(description="LLaVA/ShareGPT4V rows, JSON array or JSONL")
+    train: str = Field(description="LLaVA/ShareGPT4V rows, JSON array or JSONL; as given, or below data.root")
     root: str | None = Field(None, description="folder that image paths start from; null: the folder of the rows")
     micro_batch_size: int = Field(8, ge=1, description="rows of one forward on one process")
     accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step on one process")
     max_tokens: int = Field(8192, ge=16, description="longer rows go to the ledger")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="bad rows over all rows before the run stops")
     group_by_length: bool = Field(False, description="batch rows of similar text length; the order stays seeded")
+    packing: bool = Field(False, description="lay the rows of a micro-batch end to end instead of padding them")
+    max_batch_tokens: int | None = Field(
+        None, ge=16, description="packing: tokens a micro-batch may have; micro_batch_size is then the most rows"
+    )
+    workers: int = Field(0, ge=0, description="processes that read and decode ahead; 0: in the training process")
+    min_pixels: int | None = Field(None, ge=1, description="least area of a picture while training; null: processor's")
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest area of a picture while training; null: processor's"
+    )
     pixel_cache_gib: float = Field(0.0, ge=0, description="memory of the training device for decoded pictures, GiB")
     samples_kept: int = Field(0, ge=0, description="encoded rows kept in host memory for the next epoch")
+
+    @property
+    def rows_path(self) -> Path:
+        """The file of rows: as given, or below ``root`` if it is there."""
+        given = Path(self.train)
+        below = Path(self.root) / given if self.root else given
+        return below if below.is_file() and not given.is_file() else given
+
+    @property
+    def images_root(self) -> Path:
+        """The folder that image paths start from."""
+        return Path(self.root) if self.root else self.rows_path.parent
 
 
 class OptimConfig(_Section):
@@ -118,6 +158,9 @@ class Recipe(_Section):
     loss: LossConfig = LossConfig()
     quant: QuantConfig = QuantConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    sources: dict[Source, tuple[str, ...]] = Field(
+        {}, description="of a published run: which keys are from the script, the model card, the paper, or ours"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -128,7 +171,32 @@ class Recipe(_Section):
             raise ConfigError("method qat needs a grid, scheme is bf16; use scheme=w4g128 or method=sft")
         if self.method in ("kd", "grace") and self.model.teacher is None:
             raise ConfigError(f"method {self.method} needs a teacher; set model.teacher to a model folder")
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        data = self.data
+        if data.max_batch_tokens is not None and not data.packing:
+            raise ConfigError("data.max_batch_tokens is for packed rows; set data.packing=true or leave it out")
+        if data.max_batch_tokens is not None and data.max_batch_tokens < data.max_tokens:
+            raise ConfigError(
+                f"data.max_batch_tokens is {data.max_batch_tokens} and a row may have {data.max_tokens} "
+                "(data.max_tokens); a micro-batch must hold the longest row"
+            )
+        if data.packing and data.group_by_length:
+            raise ConfigError("data.group_by_length saves padding and packing has none; choose one of them")
+        kept = (data.pixel_cache_gib, data.samples_kept, self.runtime.tower_cache_gib)
+        if data.workers and any(kept):
+            raise ConfigError(
+                "data.workers read every row anew and cannot share data.pixel_cache_gib, data.samples_kept or "
+                "runtime.tower_cache_gib; set those to 0 or data.workers=0"
+            )
+
+    def part_schemes(self) -> dict[Part, str]:
+        """Schemes of the parts beside the language model that have one."""
+        quant = self.quant
+        named: dict[Part, str | None] = {"projector": quant.projector, "tower": quant.tower, "head": quant.head}
+        return {part: scheme for part, scheme in named.items() if scheme is not None}
 
     def objective(self) -> Objective:
         """The part of the recipe that the loss knows."""

@@ -27,21 +27,19 @@ from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.ledger import Ledger
-from grace_vlm.data.loader import RowReader, TrainLoader
-from grace_vlm.data.pictures import PictureStore
+from grace_vlm.data.loader import TrainLoader
+from grace_vlm.data.pictures import PictureStore, patchify_of
+from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
-from grace_vlm.models.adapter import linear_shapes
-from grace_vlm.models.load import LoadedModel, load_model, load_processor, pick_device
-from grace_vlm.models.registry import adapter_for
-from grace_vlm.models.toy import build_toy_model, build_toy_processor
+from grace_vlm.models.load import pick_device
 from grace_vlm.models.vision import VisionFeatures
-from grace_vlm.quant.plan import QuantPlan, make_plan
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
+from grace_vlm.train.open import choose_trained, open_student, open_teacher, plan_for
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder
 from grace_vlm.train.step import Stepper, StepReport
@@ -52,40 +50,6 @@ Progress = Callable[[StepReport, int], None]
 GIB = 1 << 30
 
 
-def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
-    """The student of a recipe: a folder, or ``toy:SIZE`` from a random start with its own tokenizer."""
-    name = recipe.model.student
-    if not name.startswith("toy:"):
-        return load_model(name, recipe.runtime.device)
-    if recipe.model.processor:
-        processor = load_processor(recipe.model.processor)
-    else:
-        processor = build_toy_processor(turn.text for row in rows for turn in getattr(row, "turns", ()))
-    model = build_toy_model(name.removeprefix("toy:"), processor, recipe.runtime.seed)
-    model = model.to(pick_device(recipe.runtime.device)).eval()
-    return LoadedModel(model, processor, adapter_for(model.config.model_type), name)
-
-
-def plan_for(recipe: Recipe, student: LoadedModel) -> QuantPlan:
-    """Which linear gets which grid; unmatched patterns and groups that do not divide are errors."""
-    return make_plan(
-        linear_shapes(student.model),
-        student.adapter.quantizable,
-        recipe.scheme,
-        list(recipe.quant.overrides.items()),
-        recipe.quant.scale_rounding,
-    )
-
-
-def _choose_trained(recipe: Recipe, student: LoadedModel) -> None:
-    """Set ``requires_grad``: everything, or all but the adapter's frozen prefixes."""
-    for name, parameter in student.model.named_parameters():
-        parameter.requires_grad_(recipe.model.train == "all" or not name.startswith(student.adapter.frozen))
-        if not parameter.requires_grad:
-            # Frozen weights are saved in BF16; what the run sees must be what is saved.
-            parameter.data.copy_(parameter.data.to(torch.bfloat16))
-
-
 class Run:
     """One training run in one folder."""
 
@@ -93,11 +57,10 @@ class Run:
         self.recipe, self.out, self.notify = recipe, out, notify
         self.accelerator = Accelerator(cpu=pick_device(recipe.runtime.device).type == "cpu")
         torch.manual_seed(recipe.runtime.seed)
-        root = Path(recipe.data.root) if recipe.data.root else Path(recipe.data.train).parent
-        rows = RowFile(Path(recipe.data.train), root)
+        rows = RowFile(recipe.data.rows_path, recipe.data.images_root)
         self.student = open_student(recipe, rows)
-        self.plan = plan_for(recipe, self.student)
-        _choose_trained(recipe, self.student)
+        self.plan = plan_for(recipe, (self.student.model, self.student.adapter))
+        choose_trained(recipe, self.student)
         cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
         trained_tower = recipe.model.train == "all"
         self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, trained_tower)
@@ -112,27 +75,7 @@ class Run:
         self.teacher = self._open_teacher(cache_bytes)
         self.adaptive = self._adaptive_weight()
         self.ledger = Ledger(out / "ledger.jsonl")
-        encoder = Encoder(self.student.processor, self.student.adapter, self.student.model)
-        pixels_bytes = int(recipe.data.pixel_cache_gib * GIB)
-        pictures = PictureStore(self.student.processor.image_processor, pixels_bytes, self.accelerator.device)
-        reader = RowReader(
-            rows,
-            encoder,
-            pictures,
-            self.ledger,
-            recipe.data.max_bad_fraction,
-            recipe.data.max_tokens,
-            recipe.data.samples_kept,
-            keeps_features=self._keeps_features,
-        )
-        self.loader = TrainLoader(
-            reader,
-            recipe.data.micro_batch_size,
-            recipe.runtime.seed,
-            group_by_length=recipe.data.group_by_length,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        self.loader = self._open_loader(rows)
         self.stepper = Stepper(
             recipe,
             self.student,
@@ -149,16 +92,44 @@ class Run:
             self.student.model.train()
             require_no_dropout(self.student.model)
 
+    def _open_loader(self, rows: RowFile) -> TrainLoader:
+        data, student = self.recipe.data, self.student
+        config, dtype = student.model.config, next(student.model.parameters()).dtype
+        pictures = PictureStore(
+            patchify_of(student.adapter, config, student.processor, data.min_pixels, data.max_pixels),
+            int(data.pixel_cache_gib * GIB),
+            self.accelerator.device,
+            dtype,
+        )
+        preparer = Preparer(
+            rows,
+            Encoder(student.processor, student.adapter, config),
+            pictures,
+            data.max_tokens,
+            data.samples_kept,
+            # Without a cache there is nothing to ask, and workers could not.
+            self._keeps_features if self.recipe.runtime.tower_cache_gib else None,
+        )
+        return TrainLoader(
+            RowReader(preparer, self.ledger, data.max_bad_fraction),
+            data.micro_batch_size,
+            self.recipe.runtime.seed,
+            group_by_length=data.group_by_length,
+            packed=data.packing,
+            max_batch_tokens=data.max_batch_tokens,
+            num_workers=data.workers,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.vision.keeps(name))
 
     def _open_teacher(self, cache_bytes: int) -> OnlineTeacher | None:
-        objective = self.recipe.objective()
-        if not objective.needs_teacher or self.recipe.model.teacher is None:
+        loaded = open_teacher(self.recipe, self.student)
+        if loaded is None:
             return None
-        loaded = load_model(self.recipe.model.teacher, self.recipe.runtime.device)
-        require_same_tokenizer(self.student.processor.tokenizer, loaded.processor.tokenizer)
-        return OnlineTeacher(loaded, objective, self.recipe.loss.relational_layer, cache_bytes)
+        return OnlineTeacher(loaded, self.recipe.objective(), self.recipe.loss.relational_layer, cache_bytes)
 
     def _adaptive_weight(self) -> AdaptiveWeight | None:
         if self.recipe.method != "grace" or not self.recipe.loss.adaptive:
@@ -213,24 +184,22 @@ class Run:
         for step in range(first, num_steps):
             started = time.perf_counter()
             is_recorded = step % runtime.record_every_steps == 0 or step == num_steps - 1
-            codes_before = self.masters.codes() if is_recorded else {}
             batches = [self.loader.next() for _ in range(self.recipe.data.accumulation)]
-            report = self.stepper.run(step, batches)
+            report = self.stepper.run(step, batches, count_flips=is_recorded)
             if is_recorded:
-                recorder.add(self._line(report, codes_before, time.perf_counter() - started))
+                recorder.add(self._line(report, time.perf_counter() - started))
             progress(report, num_steps)
             done = step + 1
             if runtime.checkpoint_every_steps and done % runtime.checkpoint_every_steps == 0 and done < num_steps:
                 save_checkpoint(self.out / "checkpoints", done, self.state(done), runtime.keep_checkpoints)
 
-    def _line(self, report: StepReport, codes_before: dict[str, torch.Tensor], seconds: float) -> dict[str, Any]:
+    def _line(self, report: StepReport, seconds: float) -> dict[str, Any]:
         line = dataclasses.asdict(report)
-        if codes_before:
-            after = self.masters.codes()
-            flipped = sum(int((after[name] != codes).sum()) for name, codes in codes_before.items())
-            line["codes_flipped"] = flipped
-            line["codes_flipped_fraction"] = flipped / sum(codes.numel() for codes in after.values())
+        if self.masters.num_codes:
+            line["codes_flipped_fraction"] = report.codes_flipped / self.masters.num_codes
             line["scale_drift"] = self.masters.scale_drift()
+        else:
+            del line["codes_flipped"]
         line["tokens_per_second"] = round(report.tokens / seconds, 1)
         return line
 
@@ -245,18 +214,6 @@ class Run:
             model_card(self.recipe, self.plan),
             overwrite=True,
         )
-
-
-def require_same_tokenizer(student: Any, teacher: Any) -> None:
-    """Both must give every id the same word; ``ConfigError`` names the first that differs."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    word = next(word for word in sorted(ours.keys() | theirs.keys(), key=str) if ours.get(word) != theirs.get(word))
-    raise ConfigError(
-        f"student and teacher tokenizers differ: {word!r} is id {ours.get(word)} for the student and "
-        f"{theirs.get(word)} for the teacher; use a teacher of the same family"
-    )
 
 
 def require_no_dropout(model: nn.Module) -> None:

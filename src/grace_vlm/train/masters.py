@@ -8,8 +8,12 @@ else that is trained. They are written **once per optimizer step**, from the mas
     collect:      (dL/dmaster, dL/dlog_scale) <- one straight-through backward of G (quant/lsq.py)
 
 Why an FP32 accumulator: a BF16 sum over 16 micro-batches loses a term that is 2^-8 of the sum, and the published
-accumulation is 16. Each leaf's gradient is added as soon as autograd has it and freed, so no BF16 copy stays.
+accumulation is 16. Each leaf's gradient is added as soon as autograd has it and freed, so no BF16 copy stays. The
+accumulator is then the master's gradient itself: a copy would be 7 GB for Qwen3-VL-2B.
 FP64 models (tests) accumulate in FP64. On a CPU leaves are FP32 tensors that hold BF16 values.
+
+A frozen weight with a grid (the vision tower under ``quant.tower``) is rounded to nearest once, at the start: it is
+what is stored, and the student learns around it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_vlm.quant.affine import compute_dtype, fake_quantize, quantize, quantize_tensor, round_scale
+from grace_vlm.quant.affine import bake, compute_dtype, fake_quantize, quantize, quantize_tensor, round_scale
 from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
@@ -37,6 +41,8 @@ class _Tracked:
     accumulated: torch.Tensor
     scheme: QuantScheme | None = None
     log_scale: nn.Parameter | None = None
+    scale: torch.Tensor | None = None
+    """The scale that the leaf was written with."""
 
 
 class Masters:
@@ -44,7 +50,7 @@ class Masters:
 
     Args:
         model: its parameters with ``requires_grad`` are trained; their values are the masters' start.
-        plan: which linears have a grid. A planned linear that is not trained is not put on the grid: train it.
+        plan: which linears have a grid.
     """
 
     def __init__(
@@ -58,10 +64,12 @@ class Masters:
     ) -> None:
         self.clip_mask, self.scale_gradient = clip_mask, scale_gradient
         self._tracked: dict[str, _Tracked] = {}
+        self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
-                assert name not in schemes, f"{name} has a grid but is frozen"
+                if name in schemes:
+                    self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
             master = nn.Parameter(leaf.detach().to(compute_dtype(leaf), copy=True))
             tracked = _Tracked(leaf, master, torch.zeros_like(master), schemes.get(name))
@@ -69,15 +77,22 @@ class Masters:
                 start = init_scale(master.detach(), tracked.scheme, scale_init)
                 tracked.log_scale = nn.Parameter(start.to(torch.float64).log().to(master.dtype))
             self._tracked[name] = tracked
-            leaf.register_post_accumulate_grad_hook(self._accumulate_into(tracked))
+            leaf.register_post_accumulate_grad_hook(self._add_to(tracked.accumulated))
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
+    @torch.no_grad()
+    def _round(self, name: str, leaf: nn.Parameter, scheme: QuantScheme, scale_init: ScaleRule) -> None:
+        weight = leaf.to(compute_dtype(leaf))
+        self._rounded[name] = quantize_tensor(weight, init_scale(weight, scheme, scale_init), scheme)
+        leaf.copy_(bake(self._rounded[name]))
+
     @staticmethod
-    def _accumulate_into(tracked: _Tracked) -> Any:
+    def _add_to(accumulated: torch.Tensor) -> Any:
+        # It must not hold the leaf: a tensor whose hook holds it is never freed, and the model with it.
         def hook(leaf: torch.Tensor) -> None:
             assert leaf.grad is not None
-            tracked.accumulated.add_(leaf.grad)
+            accumulated.add_(leaf.grad)
             leaf.grad = None
 
         return hook
@@ -96,25 +111,38 @@ class Masters:
         return round_scale(tracked.log_scale.detach().exp(), tracked.scheme.scale_rounding)
 
     @torch.no_grad()
-    def materialize(self) -> None:
-        """Write every leaf from its master."""
+    def materialize(self, count_flips: bool = False) -> int:
+        """Write every leaf from its master; accumulators start again at 0.
+
+        Returns:
+            how many codes changed since the last call, if they are counted (a host read), else 0. The old codes are
+            read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
+        """
+        flipped: list[torch.Tensor] = []
         for tracked in self._tracked.values():
+            tracked.accumulated.zero_()
+            tracked.master.grad = None
             if tracked.scheme is None:
                 # FP64 models (tests) keep the master's value: they check gradients, not rounding.
                 exact = tracked.master.dtype == torch.float64
                 tracked.leaf.copy_(tracked.master if exact else tracked.master.to(torch.bfloat16))
-            else:
-                tracked.leaf.copy_(fake_quantize(tracked.master, self._scale(tracked), tracked.scheme))
+                continue
+            scale = self._scale(tracked)
+            if count_flips:
+                assert tracked.scale is not None
+                old = quantize(tracked.leaf.to(tracked.master.dtype), tracked.scale, tracked.scheme)
+                flipped.append((old != quantize(tracked.master, scale, tracked.scheme)).sum())
+            tracked.leaf.copy_(fake_quantize(tracked.master, scale, tracked.scheme))
+            tracked.scale = scale
+        return int(torch.stack(flipped).sum()) if flipped else 0
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Turn the accumulated gradients into ``.grad`` of masters and log-scales; accumulators start again at 0."""
+        """Turn the accumulated gradients into ``.grad`` of masters and log-scales, until ``materialize``."""
         for tracked in self._tracked.values():
-            if tracked.scheme is None:
-                tracked.master.grad = tracked.accumulated.clone()
-            else:
+            if tracked.scheme is not None:
                 assert tracked.log_scale is not None
-                tracked.master.grad, tracked.log_scale.grad = lsq_backward(
+                grad, tracked.log_scale.grad = lsq_backward(
                     tracked.accumulated,
                     tracked.master,
                     tracked.log_scale,
@@ -122,20 +150,17 @@ class Masters:
                     self.clip_mask,
                     self.scale_gradient,
                 )
-            tracked.accumulated.zero_()
+                tracked.accumulated.copy_(grad)
+            tracked.master.grad = tracked.accumulated
 
     def accumulators(self) -> list[torch.Tensor]:
         """The gradient sums, for the reduction over ranks (before ``collect``)."""
         return [tracked.accumulated for tracked in self._tracked.values()]
 
-    @torch.no_grad()
-    def codes(self) -> dict[str, torch.Tensor]:
-        """Current codes of every quantized weight, (out, in) int8."""
-        return {
-            name: quantize(tracked.master, self._scale(tracked), tracked.scheme)
-            for name, tracked in self._tracked.items()
-            if tracked.scheme is not None
-        }
+    @property
+    def num_codes(self) -> int:
+        """Trained weights on a grid."""
+        return sum(tracked.master.numel() for tracked in self._tracked.values() if tracked.scheme is not None)
 
     @torch.no_grad()
     def scale_drift(self) -> float:
@@ -146,11 +171,12 @@ class Masters:
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
         """(codes, scale) by module name: what is saved. Computed with the scale that is stored."""
-        return {
+        trained = {
             name.removesuffix(".weight"): quantize_tensor(tracked.master, self._scale(tracked), tracked.scheme)
             for name, tracked in self._tracked.items()
             if tracked.scheme is not None
         }
+        return {**self._rounded, **trained}
 
     @torch.no_grad()
     def load_state_dict(self, masters: dict[str, torch.Tensor], log_scales: dict[str, torch.Tensor]) -> None:

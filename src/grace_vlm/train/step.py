@@ -36,7 +36,7 @@ class StepReport:
     """What one optimizer step measured, over all micro-batches and ranks.
 
     ``distillation`` is the unscaled GDKD (T^2 included), ``relational`` the mean of 1 - CKA; a term that the method
-    lacks is None. ``weight`` is the beta that was in force.
+    lacks is None. ``weight`` is the beta that was in force. ``codes_flipped`` is 0 where they were not counted.
     """
 
     step: int
@@ -52,6 +52,7 @@ class StepReport:
     tokens: int
     images: int
     images_in_relation: int
+    codes_flipped: int
 
 
 def ramp(step: int, warmup_steps: int) -> float:
@@ -111,7 +112,7 @@ class Stepper:
         """beta in force: the adaptive one, or the fixed one."""
         return self.adaptive.value if self.adaptive is not None else self.loss_config.fixed_weight
 
-    def run(self, step: int, batches: list[Batch]) -> StepReport:
+    def run(self, step: int, batches: list[Batch], count_flips: bool = False) -> StepReport:
         """One optimizer step (0-based ``step``); ``NonFiniteError`` leaves every weight as it was."""
         local = [batch.to(self.device) for batch in batches]
         signals = [self.teacher.signal(batch) for batch in local] if self.teacher else [None] * len(local)
@@ -128,8 +129,8 @@ class Stepper:
         grad_norm = self.optimizer.clip()
         values, norm = self._read(step, measured, grad_norm)
         rate = self.optimizer.step(step)
-        self.masters.materialize()
-        return self._report(step, local, values, whole.tolist(), norm, rate)
+        flipped = self.masters.materialize(count_flips)
+        return self._report(step, local, values, whole.tolist(), norm, rate, flipped)
 
     def _counts(self, batch: Batch, signal: TeacherSignal | None) -> torch.Tensor:
         """(tokens, sum of gate, images) of a micro-batch, FP64 so that sums over ranks are exact."""
@@ -154,6 +155,7 @@ class Stepper:
             batch.position_ids,
             self.vision.of(batch.pictures),
             tap=config.relational_layer if objective.is_relational and batch.pictures else None,
+            segments=batch.segments,
         )
         hidden = states.last.reshape(-1, states.last.shape[-1])[batch.supervised]
         logits = self.student.adapter.head(self.student.model)(hidden)
@@ -200,7 +202,14 @@ class Stepper:
         return reduced, norm
 
     def _report(
-        self, step: int, batches: list[Batch], sums: torch.Tensor, counts: list[float], norm: float, rate: float
+        self,
+        step: int,
+        batches: list[Batch],
+        sums: torch.Tensor,
+        counts: list[float],
+        norm: float,
+        rate: float,
+        flipped: int,
     ) -> StepReport:
         cross_entropy_sum, distillation_sum, relational_sum, images_in, _ = sums.tolist()
         tokens, gate_sum, images = counts
@@ -230,4 +239,5 @@ class Stepper:
             tokens=sum(batch.num_tokens for batch in batches),
             images=int(images),
             images_in_relation=int(images_in),
+            codes_flipped=flipped,
         )

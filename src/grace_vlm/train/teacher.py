@@ -40,6 +40,7 @@ class OnlineTeacher:
             local.position_ids,
             self.vision.of(batch.pictures),
             tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
+            segments=batch.segments,
         )
         hidden = states.last.reshape(-1, states.last.shape[-1])[local.supervised]
         gate = self.objective.gate_of(self.adapter.head(self.model)(hidden))

@@ -19,18 +19,20 @@ so OUT is complete or absent.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace_vlm.data.sources import easy_vqa, scenes
 from grace_vlm.data.sources.questions import AskedPicture, Question, Sizes
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError
 
 _PARTS = {"easy-vqa": (easy_vqa,), "scenes": (scenes,), "mix": (easy_vqa, scenes), "toy": (easy_vqa, scenes)}
 # What the toy bases are trained on: more scenes, because they are told apart by what they can do with them.
@@ -38,6 +40,7 @@ _TOY_SCENES = Sizes(num_train_images=12_000, num_val_images=300, num_test_images
 SOURCES = tuple(_PARTS)
 SPLITS = ("train", "val", "test")
 CAPTION_REQUEST = "describe the picture."
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 _SIZE_NAMES = tuple(size.name for size in dataclasses.fields(Sizes))
 
 
@@ -74,18 +77,53 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
         if value < 0:
             raise ConfigError(f"{name}={value}: a number of pictures is expected, 0 or more")
     out = Path(out)
+    refuse_existing(out, overwrite)
+    with staged_folder(out) as staging:
+        (staging / "images").mkdir()
+        return _write(staging, out, source, seed, sizes)
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """``ConfigError`` if ``out`` is there and may not be replaced."""
     if os.path.lexists(out) and not overwrite:
         raise ConfigError(f"{out} exists; give another folder or --overwrite")
+
+
+def check_place(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """``ConfigError`` if ``out`` must not be replaced, which must never cost ``inputs`` or somebody's own files."""
+    refuse_existing(out, overwrite)
+    if not os.path.lexists(out):
+        return
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{out} holds {path}, which is read; give another folder")
+    if not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} was not made by grace (no manifest.json); delete it yourself or give another folder")
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside ``out`` that becomes ``out`` if the block ends well, and vanishes if it does not.
+
+    Raises:
+        CheckpointError: the disk refuses; what was at ``out`` before is untouched.
+    """
     target = out.absolute()  # "." has no name to stage beside
     staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        (staging / "images").mkdir(parents=True)
-        info = _write(staging, out, source, seed, sizes)
+        staging.mkdir(parents=True)
+        yield staging
         _publish(staging, target)
+    except OSError as error:
+        # Files that are read lie elsewhere; a full disk names no file.
+        where = Path(os.fsdecode(error.filename)) if error.filename else staging
+        if error.errno not in _REFUSALS or not (where.is_relative_to(staging) or target.is_relative_to(where)):
+            raise
+        reason = os.strerror(error.errno).lower()
+        raise CheckpointError(f"cannot write {out}: {reason}; what was there before is untouched") from error
     finally:
         # Gone by its rename if all went well.
         shutil.rmtree(staging, ignore_errors=True)
-    return info
 
 
 def _publish(staging: Path, out: Path) -> None:

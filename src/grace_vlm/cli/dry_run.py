@@ -1,0 +1,108 @@
+"""What ``grace train --dry-run`` and ``--fit`` print: plan, tokens, memory, work and hours, without a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grace_vlm.cli.output import emit_json, print_table, say
+
+if TYPE_CHECKING:
+    from grace_vlm.train.config import Recipe
+    from grace_vlm.train.estimate import Estimate, Load
+
+
+class Described:
+    """The models of a recipe on the meta device, described once for any number of estimates."""
+
+    def __init__(self, recipe: Recipe, load: Load) -> None:
+        from grace_vlm.train.open import describe, describe_student, plan_for
+
+        self.load = load
+        self.student = describe_student(recipe)
+        needs_teacher = recipe.objective().needs_teacher and recipe.model.teacher is not None
+        self.teacher = describe(str(recipe.model.teacher)) if needs_teacher else None
+        self.plan = plan_for(recipe, self.student)
+
+    def estimate(self, recipe: Recipe) -> Estimate:
+        from grace_vlm.train.estimate import estimate
+
+        return estimate(recipe, self.plan, self.student, self.teacher, self.load)
+
+
+def fitted(recipe: Recipe, described: Described, size: str) -> Recipe:
+    """The recipe changed to fit a GPU; what was changed is said."""
+    from grace_vlm.train.estimate import GIB
+    from grace_vlm.train.fit import RESERVED_BYTES, fit, gpu_bytes
+
+    chosen, changes = fit(recipe, gpu_bytes(size), described.estimate)
+    peak_gib = described.estimate(chosen).peak_bytes / GIB
+    say(f"fits {size}: {peak_gib:.1f} GiB of tensors and {RESERVED_BYTES / GIB:.0f} GiB reserved")
+    for change in changes or ["the recipe as it is"]:
+        say(f"  {change}")
+    return chosen
+
+
+def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool) -> None:
+    """The whole report."""
+    from grace_vlm.cli.plan import plan_facts, print_facts, print_plan
+    from grace_vlm.train.estimate import GIB
+
+    found = described.estimate(recipe)
+    facts = plan_facts(recipe.model.student, *described.student, described.plan)
+    if as_json:
+        emit_json({"plan": facts, "load": vars(described.load), **found.to_json(gpu), "rows": _count_rows(recipe)})
+        return
+    print_plan(described.plan)
+    print_facts(facts)
+    print()
+    rows = [(part, f"{size / GIB:.2f}") for part, size in found.memory.items()]
+    print_table(("memory", "GiB"), [*rows, ("peak", f"{found.peak_bytes / GIB:.2f}")])
+    print()
+    work = [(part, f"{flop / 1e12:.1f}") for part, flop in found.flop_by_part.items()]
+    print_table(("work of a step", "TFLOP"), [*work, ("total", f"{found.flop / 1e12:.1f}")])
+    load = described.load
+    print(
+        f"\nassumed rows: {load.row_tokens} tokens, {load.visual_tokens} of them visual, "
+        f"{load.supervised_share:.0%} supervised (--row-tokens, --visual-tokens, --supervised-share)"
+    )
+    print(f"a step: {found.num_rows} rows, {found.tokens:,} tokens on one process")
+    print(
+        f"the run: {found.num_steps:,} steps of about {found.step_seconds(gpu):.1f} s, {found.hours(gpu):,.1f} hours on "
+        f"one {gpu}"
+    )
+    count = _count_rows(recipe)
+    if count is None:
+        print(f"data: {recipe.data.train} is not there yet")
+    else:
+        needed = found.num_rows * found.num_steps
+        print(f"data: {count:,} rows in {recipe.data.train}; the run takes {needed:,}, {needed / count:.2f} epochs")
+
+
+def _count_rows(recipe: Recipe) -> int | None:
+    from grace_vlm.data.rows import scan_elements
+
+    path = recipe.data.rows_path
+    return sum(1 for _ in scan_elements(path)) if path.is_file() else None
+
+
+def load_of(row_tokens: int, visual_tokens: int, supervised_share: float) -> Any:
+    """What rows are assumed to look like; ``ConfigError`` if they cannot."""
+    from grace_vlm.errors import ConfigError
+    from grace_vlm.train.estimate import Load
+
+    if not 0 <= visual_tokens <= row_tokens or not 0 < supervised_share <= 1:
+        raise ConfigError(
+            f"rows of {row_tokens} tokens, {visual_tokens} visual, share {supervised_share} supervised cannot be; "
+            "expected 0 <= --visual-tokens <= --row-tokens and 0 < --supervised-share <= 1"
+        )
+    return Load(row_tokens, visual_tokens, supervised_share)
+
+
+def check_gpu(gpu: str) -> str:
+    """``gpu`` itself if its rate is known."""
+    from grace_vlm.errors import ConfigError
+    from grace_vlm.train.estimate import GPUS
+
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu!r} is unknown; expected one of {', '.join(GPUS)}")
+    return gpu

@@ -1,0 +1,106 @@
+"""Worker processes that prepare rows ahead of the step: torch's DataLoader, fed with chunks of row numbers.
+
+Results come in the order of the chunks, so a run does not depend on which worker was faster, and no more than
+``PREFETCH_CHUNKS`` chunks a worker wait in memory. A worker that dies (killed, out of memory) ends the run with an
+error within ``POLL_SECONDS``, one that hangs within ``HANG_SECONDS``; none of its rows is skipped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from grace_vlm.data.reader import Entry, Preparer
+from grace_vlm.data.rows import Fault
+from grace_vlm.errors import DataError
+
+Position = tuple[int, int]
+"""(epoch, rows taken from its order)."""
+Chunk = list[tuple[Position, int]]
+"""(position after the row, row number) of the rows that are prepared together."""
+
+PREFETCH_CHUNKS = 4
+POLL_SECONDS = 5
+HANG_SECONDS = 120
+
+
+class _Prepared(Dataset[Any]):
+    def __init__(self, preparer: Preparer) -> None:
+        self.preparer = preparer
+
+    def __getitem__(self, chunk: Chunk) -> list[tuple[Position, Entry | Fault]]:
+        results = self.preparer.prepare([index for _, index in chunk])
+        return [(place, result) for (place, _), result in zip(chunk, results, strict=True)]
+
+
+class _Chunks:
+    """What DataLoader calls a sampler: it may be iterated, and that is all."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self.chunks = chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self.chunks
+
+
+def _as_it_is(results: Any) -> Any:
+    return results
+
+
+def _one_thread(_: int) -> None:
+    """A worker is one core's work; its kernels would otherwise start a thread for every core."""
+    torch.set_num_threads(1)
+
+
+def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> Iterator[tuple[Position, Entry | Fault]]:
+    """Each row of ``chunks`` with its position, in order; prepared by ``num_workers`` processes, or here when 0.
+
+    Raises:
+        DataError: a worker died or gave no answer for ``HANG_SECONDS``.
+    """
+    dataset = _Prepared(preparer)
+    if num_workers == 0:
+        for chunk in chunks:
+            yield from dataset[chunk]
+        return
+    # Forked from a server that has no CUDA context and no threads, and that has imported what the work needs once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        sampler=_Chunks(chunks),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH_CHUNKS,
+        multiprocessing_context=context,
+        worker_init_fn=_one_thread,
+        timeout=POLL_SECONDS,
+    )
+    waiting = iter(loader)
+    while True:
+        yield from _next_results(waiting)
+
+
+def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]]:
+    """The next chunk. DataLoader looks for dead workers when its wait runs out, so it waits briefly and again."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while True:
+        try:
+            results: list[tuple[Position, Entry | Fault]] = next(waiting)
+            return results
+        except (RuntimeError, ConnectionError) as error:
+            # A worker that dies while it hands a tensor over breaks the connection that carries it.
+            reason = str(error).splitlines()[0]
+            if isinstance(error, RuntimeError) and "DataLoader" not in reason:
+                raise
+            is_late = "timed out" in reason
+            if is_late and time.monotonic() < deadline:
+                continue
+            what = f"gave nothing for {HANG_SECONDS} seconds" if is_late else f"died: {reason}"
+            raise DataError(f"a loader worker {what}; no row was skipped, run again with --resume") from error

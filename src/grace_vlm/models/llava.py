@@ -1,0 +1,94 @@
+"""LLaVA-1.5: a CLIP tower of fixed size, a two-layer projector, a Llama decoder with plain positions.
+
+Transformers' layout is opened as it is; the original layout (``mm_projector`` keys, external tower) is converted when
+it is opened (``llava_layout.py``). The whole tower is frozen; the projector is trained with the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
+from grace_vlm.models.decoder import place_visual, run_decoder
+from grace_vlm.quant.plan import Part
+
+
+class LlavaAdapter:
+    """``LlavaForConditionalGeneration``. Language model and projector are trained, the tower is not."""
+
+    model_type = "llava"
+    parts: Mapping[Part, str] = {
+        "language": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        "projector": r"model\.multi_modal_projector\.linear_[12]",
+        "tower": r"model\.vision_tower\..*layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
+        "head": r"lm_head|model\.language_model\.embed_tokens",
+    }
+    frozen: tuple[str, ...] = ("model.vision_tower.",)
+    stored_names: tuple[tuple[str, str], ...] = (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head", "language_model.lm_head"),
+    )
+
+    def image_token_id(self, config: Any) -> int:
+        return config.image_token_id
+
+    def num_visual_tokens(self, config: Any, grid: Grid) -> int:
+        # The "default" strategy drops the class token, "full" keeps it.
+        return grid[0] * (grid[1] * grid[2] + (config.vision_feature_select_strategy == "full"))
+
+    def positions(self, config: Any, input_ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+        """0, 1, 2, ... on all axes: visual tokens count like words."""
+        return np.broadcast_to(np.arange(len(input_ids)), (3, len(input_ids))).copy()
+
+    def patchify(self, config: Any, image_processor: Any, images: Sequence[Any]) -> list[tuple[Grid, torch.Tensor]]:
+        """(1, height, width) in patches and (3, H, W) of each picture."""
+        pixels = torch.stack(list(image_processor(images=list(images), return_tensors="pt")["pixel_values"]))
+        size = config.vision_config.patch_size
+        return [((1, part.shape[1] // size, part.shape[2] // size), part.clone()) for part in pixels]
+
+    def head(self, model: Any) -> nn.Linear:
+        return model.lm_head
+
+    def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
+        tower, config = model.model.vision_tower, model.config
+        weight = next(tower.parameters())
+        images = torch.stack([part.to(weight.device, non_blocking=True) for part in pixels]).to(weight.dtype)
+        states = tower(images, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if config.vision_feature_select_strategy == "default":
+            chosen = [state[:, 1:] for state in chosen]
+        return [TowerOutput(hidden) for hidden in torch.cat(chosen, dim=-1)]
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        vision: Sequence[TowerOutput],
+        *,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        tap: int | None = None,
+        segments: tuple[int, ...] | None = None,
+    ) -> DecoderStates:
+        language = model.model.language_model
+        merged = model.model.multi_modal_projector(torch.cat([p.hidden for p in vision])) if vision else None
+        embeds, mask = place_visual(language.embed_tokens(input_ids), input_ids, model.config.image_token_id, merged)
+        return run_decoder(
+            language,
+            embeds,
+            position_ids[0],
+            mask,
+            attention_mask=attention_mask,
+            cache=cache,
+            tap=tap,
+            segments=segments,
+        )

@@ -1,0 +1,243 @@
+"""What a run will cost, from its recipe and the models' configurations alone: memory by part, FLOP, hours.
+
+Memory is the peak of what PyTorch allocates on one GPU, at the end of a micro-batch's forward pass:
+
+    leaves 2 B a weight, teacher 2 B, and for every trained weight a master, a gradient and two moments, 4 B each;
+    activations that the backward pass will read: with checkpointing one (tokens, d) a layer, and one layer opened;
+    logits of student and teacher at supervised positions and what the loss keeps of them.
+
+``benchmarks/bench_true_size.py memory`` compares it with measured peaks. Time is what the GPU computes, at the share of
+its rate that our products reach, and what the host needs to launch it: a constant for every pass through a layer, which
+at two rows a micro-batch is most of a step. Both constants are from one H100 and its host; expect 30 % either way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grace_vlm.models.adapter import Adapter
+from grace_vlm.quant.plan import QuantPlan
+from grace_vlm.train.config import Recipe
+
+GPUS: Mapping[str, float] = {
+    "h100": 989e12,
+    "h200": 989e12,
+    "a100": 312e12,
+    "l40s": 362e12,
+    "rtx4090": 165e12,
+}
+"""Dense BF16 FLOP/s by the vendor's data sheet."""
+ACHIEVED_FRACTION = 0.5
+"""Of the data sheet's rate, what the products of a step reach once they run (benchmarks/results/true_size.csv)."""
+LAUNCH_SECONDS = 0.0024
+"""Of the host, for one pass of one micro-batch through one decoder layer."""
+LOSS_BYTES = 42
+"""A supervised position and word: logits of both models in BF16 and the FP32 tensors that autograd keeps of the
+cross-entropy, the divergences and the gate (measured, benchmarks/results/true_size.csv)."""
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Load:
+    """What rows look like: tokens of a row, how many of them are visual, which share is supervised."""
+
+    row_tokens: int = 512
+    visual_tokens: int = 196
+    supervised_share: float = 0.52
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory by part in bytes, work of an optimizer step, and of the whole run.
+
+    Args:
+        num_rows: of one optimizer step on one process; ``tokens`` likewise.
+        flop: of one optimizer step; ``flop_by_part`` adds up to it.
+        layer_passes: of one optimizer step: micro-batches times decoder layers times passes, student and teacher.
+    """
+
+    memory: Mapping[str, int]
+    num_rows: int
+    tokens: int
+    flop_by_part: Mapping[str, float]
+    num_steps: int
+    layer_passes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def flop(self) -> float:
+        return sum(self.flop_by_part.values())
+
+    def step_seconds(self, gpu: str) -> float:
+        """One optimizer step on one GPU of that name."""
+        return self.flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS
+
+    def hours(self, gpu: str) -> float:
+        """The whole run on one GPU of that name."""
+        return self.step_seconds(gpu) * self.num_steps / 3600
+
+    def to_json(self, gpu: str) -> dict[str, Any]:
+        return {
+            "memory_bytes": dict(self.memory),
+            "peak_bytes": self.peak_bytes,
+            "rows_per_step": self.num_rows,
+            "tokens_per_step": self.tokens,
+            "flop_by_part": dict(self.flop_by_part),
+            "flop_per_step": self.flop,
+            "num_steps": self.num_steps,
+            "gpu": gpu,
+            "seconds_per_step": self.step_seconds(gpu),
+            "hours": self.hours(gpu),
+        }
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Shapes of one model that the formulas need."""
+
+    num_parameters: int
+    linear_parameters: Mapping[str, int]
+    hidden: int
+    intermediate: int
+    layers: int
+    attention: int
+    key_value: int
+    vocabulary: int
+    vision_hidden: int
+
+    @classmethod
+    def of(cls, model: Any, adapter: Adapter) -> _Sizes:
+        text = model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        linear: dict[str, int] = {}
+        for name, module in model.named_modules():
+            part = next((part for part, pattern in adapter.parts.items() if re.fullmatch(pattern, name)), None)
+            if part is not None and part != "head":
+                linear[part] = linear.get(part, 0) + module.weight.numel()
+        vision = model.config.vision_config
+        return cls(
+            sum(p.numel() for p in model.parameters()),
+            linear,
+            text.hidden_size,
+            text.intermediate_size,
+            text.num_hidden_layers,
+            text.num_attention_heads * head_dim,
+            text.num_key_value_heads * head_dim,
+            text.vocab_size,
+            getattr(vision, "embed_dim", None) or vision.hidden_size,
+        )
+
+
+def _layer_bytes(sizes: _Sizes, tokens: int) -> int:
+    """What one decoder layer keeps for its backward pass, in BF16 with FP32 inside the norms."""
+    norms = 2 * sizes.hidden * (4 + 4 + 2)
+    attention = sizes.attention * (2 + 10 + 8) + 2 * sizes.key_value * (2 + 10 + 4) + 2 * sizes.hidden
+    return tokens * (norms + attention + 4 * 2 * sizes.intermediate + 4 * sizes.hidden)
+
+
+def _forward_flop(sizes: _Sizes, tokens: int, row_tokens: int, patches: int) -> dict[str, float]:
+    """FLOP of a forward pass by part, without the head. Attention is causal inside a row."""
+    linear = sizes.linear_parameters
+    return {
+        "decoder": 2.0 * linear.get("language", 0) * tokens,
+        "attention": 2.0 * sizes.layers * sizes.attention * row_tokens * tokens,
+        "tower": 2.0 * (linear.get("tower", 0) * patches + linear.get("projector", 0) * patches / 4),
+    }
+
+
+def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
+    is_all = recipe.model.train == "all"
+    return sum(p.numel() for name, p in model.named_parameters() if is_all or not name.startswith(adapter.frozen))
+
+
+def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, int]:
+    own = _Sizes.of(*student)
+    trained = _trained_parameters(recipe, *student)
+    data = recipe.data
+    tokens = data.max_batch_tokens or data.micro_batch_size * load.row_tokens
+    rows = tokens / load.row_tokens
+    supervised = tokens * load.supervised_share
+    num_scales = sum(entry.num_scales for entry in plan.entries)
+    checkpointing = recipe.runtime.gradient_checkpointing
+    kept = (
+        own.layers * tokens * own.hidden * 2 + _layer_bytes(own, tokens)
+        if checkpointing
+        else (own.layers * _layer_bytes(own, tokens))
+    )
+    loss_bytes = LOSS_BYTES if teacher is not None else 14
+    parts = {
+        "student weights": 2 * own.num_parameters,
+        "masters": 4 * trained,
+        "gradients": 4 * trained,
+        "moments": 8 * trained,
+        # log-scale, gradient, two moments, the start for the diary; and the scale in use.
+        "scales": 22 * num_scales,
+        "activations": int(kept),
+        "loss": int(loss_bytes * supervised * own.vocabulary),
+    }
+    if teacher is not None:
+        theirs = _Sizes.of(*teacher)
+        is_fp8 = recipe.model.teacher_precision == "fp8"
+        parts["teacher weights"] = 2 * theirs.num_parameters - is_fp8 * theirs.linear_parameters.get("language", 0)
+        visual = rows * load.visual_tokens
+        parts["teacher signals"] = int(data.accumulation * 2 * theirs.hidden * (supervised + visual))
+    return parts
+
+
+def _student_passes(recipe: Recipe) -> int:
+    """Forward, twice that backward, and the forward again where activations are not kept."""
+    return 4 if recipe.runtime.gradient_checkpointing else 3
+
+
+def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, float]:
+    data = recipe.data
+    tokens = (data.max_batch_tokens or data.micro_batch_size * load.row_tokens) * data.accumulation
+    patches = int(tokens / load.row_tokens * load.visual_tokens * 4)
+    supervised = tokens * load.supervised_share
+    own = _Sizes.of(*student)
+    forward = _forward_flop(own, tokens, load.row_tokens, patches)
+    passes = _student_passes(recipe)
+    parts = {f"student {part}": flop * (1 if part == "tower" else passes) for part, flop in forward.items()}
+    parts["student head"] = 6.0 * own.hidden * own.vocabulary * supervised
+    if teacher is not None:
+        theirs = _Sizes.of(*teacher)
+        for part, flop in _forward_flop(theirs, tokens, load.row_tokens, patches).items():
+            parts[f"teacher {part}"] = flop
+        # Once for the gate, once for the loss.
+        parts["teacher head"] = 4.0 * theirs.hidden * theirs.vocabulary * supervised
+    return parts
+
+
+def estimate(
+    recipe: Recipe,
+    plan: QuantPlan,
+    student: tuple[Any, Adapter],
+    teacher: tuple[Any, Adapter] | None,
+    load: Load = Load(),
+) -> Estimate:
+    """The cost of a run on one GPU.
+
+    Args:
+        student, teacher: models on the meta device with their adapters (``models.load.describe_model``); the teacher
+            is None for methods without one.
+    """
+    data = recipe.data
+    tokens = (data.max_batch_tokens or data.micro_batch_size * load.row_tokens) * data.accumulation
+    return Estimate(
+        memory=_memory(recipe, plan, student, teacher, load),
+        num_rows=round(tokens / load.row_tokens),
+        tokens=tokens,
+        flop_by_part=_flop(recipe, student, teacher, load),
+        num_steps=recipe.optim.num_steps,
+        layer_passes=data.accumulation
+        * (
+            _student_passes(recipe) * student[0].config.text_config.num_hidden_layers
+            + (teacher[0].config.text_config.num_hidden_layers if teacher is not None else 0)
+        ),
+    )

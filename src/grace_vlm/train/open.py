@@ -1,0 +1,116 @@
+"""Open what a recipe names: student, teacher, plan. ``toy:`` and ``random:`` names are made, the rest is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_vlm.data.rows import RowFile
+from grace_vlm.errors import ConfigError
+from grace_vlm.models.adapter import Adapter, plan_model
+from grace_vlm.models.fp8 import to_fp8
+from grace_vlm.models.load import LoadedModel, describe_model, load_model, load_processor, meta_model, pick_device
+from grace_vlm.models.random_start import PREFIX as RANDOM
+from grace_vlm.models.random_start import build_random_model, random_config
+from grace_vlm.models.registry import adapter_for
+from grace_vlm.models.tokenizers import require_same_tokens
+from grace_vlm.models.toy import build_toy_model, build_toy_processor
+from grace_vlm.quant.plan import QuantPlan
+from grace_vlm.train.config import Recipe
+
+TOY = "toy:"
+
+
+def describe_student(recipe: Recipe) -> tuple[Any, Adapter]:
+    """The student on the meta device; its base while the student is a run that is not there yet."""
+    name, base = recipe.model.student, recipe.model.base
+    return describe(name if base is None or Path(name).exists() else base)
+
+
+def describe(name: str) -> tuple[Any, Adapter]:
+    """The model that a recipe names, on the meta device, and its adapter; ``ConfigError`` if it cannot be described."""
+    if name.startswith(TOY):
+        raise ConfigError(f"{name} has no size before its tokenizer is trained on the rows; --dry-run needs a model")
+    return meta_model(random_config(name)) if name.startswith(RANDOM) else describe_model(name)
+
+
+def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
+    """The student of a recipe: a folder, a hub id, or a random start with a tokenizer trained on the rows' texts."""
+    name, device = recipe.model.student, pick_device(recipe.runtime.device)
+    if name.startswith(TOY):
+        size = name.removeprefix(TOY)
+        processor = _open_processor(recipe, rows, size)
+        model = build_toy_model(size, processor, recipe.runtime.seed).to(device).eval()
+        return LoadedModel(model, processor, adapter_for(model.config.model_type), name)
+    if name.startswith(RANDOM):
+        config = random_config(name)
+        side = getattr(config.vision_config, "image_size", 112)
+        processor = _open_processor(recipe, rows, config.model_type, side)
+        model = build_random_model(config, processor.tokenizer, device, recipe.runtime.seed)
+        return LoadedModel(model, processor, adapter_for(config.model_type), name)
+    if recipe.model.base is not None and not Path(name).exists():
+        raise ConfigError(
+            f"{name} does not exist: this recipe goes on from that run; train it first, "
+            f"or start from its base with model.student={recipe.model.base}"
+        )
+    return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
+
+
+def _open_processor(recipe: Recipe, rows: RowFile, size: str, side: int = 112) -> Any:
+    if recipe.model.processor:
+        return load_processor(recipe.model.processor)
+    texts = (turn.text for row in rows for turn in getattr(row, "turns", ()))
+    return build_toy_processor(texts, size=size, side=side)
+
+
+def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
+    """The teacher, if the method needs one; ``ConfigError`` if its tokens are not the student's."""
+    name = recipe.model.teacher
+    if name is None or not recipe.objective().needs_teacher:
+        return None
+    if name.startswith((TOY, RANDOM)):
+        teacher = _random_teacher(recipe, name, student)
+    else:
+        teacher = load_model(name, recipe.runtime.device, precision=recipe.model.teacher_precision)
+    require_same_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
+    if teacher.adapter.model_type != student.adapter.model_type:
+        raise ConfigError(
+            f"the teacher is {teacher.adapter.model_type} and the student {student.adapter.model_type}; both see the "
+            "same visual tokens only if they are of one family"
+        )
+    return teacher
+
+
+def _random_teacher(recipe: Recipe, name: str, student: LoadedModel) -> LoadedModel:
+    """A teacher that knows nothing, over the student's tokenizer: for trying a set-up."""
+    device, seed = pick_device(recipe.runtime.device), recipe.runtime.seed + 1
+    if name.startswith(TOY):
+        model = build_toy_model(name.removeprefix(TOY), student.processor, seed)
+    else:
+        model = build_random_model(random_config(name), student.processor.tokenizer, device, seed)
+    adapter = adapter_for(model.config.model_type)
+    if recipe.model.teacher_precision == "fp8":
+        to_fp8(model, adapter)
+    return LoadedModel(model.to(device).eval(), student.processor, adapter, name)
+
+
+def plan_for(recipe: Recipe, student: tuple[Any, Adapter]) -> QuantPlan:
+    """Which linear gets which grid; unmatched patterns and groups that do not divide are errors."""
+    return plan_model(
+        *student,
+        recipe.scheme,
+        recipe.part_schemes(),
+        list(recipe.quant.overrides.items()),
+        recipe.quant.scale_rounding,
+    )
+
+
+def choose_trained(recipe: Recipe, student: LoadedModel) -> None:
+    """Set ``requires_grad``: everything, or all but the adapter's frozen prefixes."""
+    for name, parameter in student.model.named_parameters():
+        parameter.requires_grad_(recipe.model.train == "all" or not name.startswith(student.adapter.frozen))
+        if not parameter.requires_grad:
+            # Frozen weights are saved in BF16; what the run sees must be what is saved.
+            parameter.data.copy_(parameter.data.to(torch.bfloat16))

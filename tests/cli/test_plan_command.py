@@ -1,0 +1,156 @@
+"""``grace plan``, ``grace train --dry-run`` and ``--fit``: what is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grace_vlm.cli import main as cli
+from grace_vlm.errors import GraceError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def grace(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process: (standard output, standard error); a user error as its line."""
+
+    def run(*words: object) -> tuple[str, str]:
+        try:
+            cli.app([str(word) for word in words], standalone_mode=False)
+        except GraceError as error:
+            return "", str(error)
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+def document(found: tuple[str, str]) -> Any:
+    assert found[0], found[1]
+    return json.loads(found[0])
+
+
+def test_the_published_student(grace: Any) -> None:
+    plan = document(grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--json"))
+    assert (plan["num_linears"], plan["num_scales"], plan["num_parameters"]) == (196, 11_010_048, 2_127_532_032)
+    assert plan["bytes_by_part"]["language"]["bf16_bytes"] == 2 * 1_409_286_144
+    assert plan["bytes_by_part"]["language"]["stored_bytes"] == 1_409_286_144 * 4.125 / 8
+    assert plan["bf16_bytes"] == 2 * 2_127_532_032
+    assert plan["formats"] == {"grace": None, "compressed-tensors": None, "official": None}
+    by_name = {entry["name"]: entry for entry in plan["linears"]}
+    assert by_name["model.language_model.layers.27.mlp.down_proj"] == {
+        "name": "model.language_model.layers.27.mlp.down_proj",
+        "part": "language",
+        "out_features": 2048,
+        "in_features": 6144,
+        "scheme": "w4g128",
+        "num_scales": 2048 * 48,
+        "bf16_bytes": 2 * 2048 * 6144,
+        "stored_bytes": 2048 * 6144 * 4.125 / 8,
+        "why_bf16": None,
+    }
+    assert by_name["model.visual.blocks.0.attn.qkv"]["why_bf16"] == (
+        "the paper keeps the vision tower (quant.tower gives it a grid)"
+    )
+
+
+def test_the_table_has_a_line_a_kind_and_says_why(grace: Any) -> None:
+    out = grace("plan", "llava-hf/llava-1.5-7b-hf")[0]
+    line = next(line for line in out.splitlines() if line.startswith("model.language_model.layers.N.mlp.gate_proj"))
+    assert line.split()[1:] == ["32", "11008", "x", "4096", "w4g128", "2,885,681,152", "743,964,672"]
+    assert "bf16: lm_head, model.language_model.embed_tokens" in out.replace(
+        "bf16: model.language_model.embed_tokens, lm_head", "bf16: lm_head, model.language_model.embed_tokens"
+    )
+    assert "224 linears on a grid, 50,593,792 scales, 3.13x smaller once packed" in out
+    every = grace("plan", "llava-hf/llava-1.5-7b-hf", "--all")[0]
+    assert "model.language_model.layers.31.mlp.gate_proj" in every
+
+
+def test_a_mix_is_said_by_the_formats(grace: Any) -> None:
+    head = document(grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--head", "w8g128", "--tower", "w8g128", "--json"))
+    assert head["num_linears"] == 196 + 24 * 4 + 1
+    assert head["formats"] == {
+        "grace": None,
+        "compressed-tensors": "model.language_model.embed_tokens is an embedding with a grid; compressed-tensors packs "
+        "linears: leave quant.head in bf16",
+        "official": "the official layout has one scheme for the whole model; this one has w4g128, w8g128",
+    }
+    tower = document(grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--tower", "w8g128", "--json"))
+    assert tower["formats"]["compressed-tensors"] is None
+    down = document(grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--override", ".*up_proj=w8g128", "--json"))
+    assert "vLLM fuses gate_proj, up_proj: give them one scheme" in down["formats"]["compressed-tensors"]
+
+
+def test_errors_of_plan_are_one_line(grace: Any) -> None:
+    assert grace("plan", "nowhere/at/all")[1] == (
+        "nowhere/at/all does not exist; expected a model folder, a run folder or a hub id like org/name"
+    )
+    assert grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--override", "w8g128")[1] == (
+        "--override 'w8g128' is not PATTERN=SCHEME, for example '.*down_proj=w8g128'"
+    )
+    assert grace("plan", "Qwen/Qwen3-VL-2B-Instruct", "--scheme", "int4")[1] == (
+        "unknown scheme 'int4'; expected bf16 or w{8,4,3,2}g{N}, for example w4g128"
+    )
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.yaml")) if "toy" not in path.stem])
+def test_every_published_recipe_says_what_it_costs(grace: Any, name: str) -> None:
+    found = document(grace("train", RECIPES / f"{name}.yaml", "--dry-run", "--json", "--gpu", "a100"))
+    assert found["rows_per_step"] in (512, 256)
+    assert found["tokens_per_step"] == found["rows_per_step"] * 512
+    assert found["peak_bytes"] == sum(found["memory_bytes"].values())
+    assert set(found["memory_bytes"]) == {
+        "student weights",
+        "masters",
+        "gradients",
+        "moments",
+        "scales",
+        "activations",
+        "loss",
+        "teacher weights",
+        "teacher signals",
+    }
+    assert found["flop_per_step"] == pytest.approx(sum(found["flop_by_part"].values()))
+    assert found["hours"] > 1
+    assert found["rows"] is None
+
+
+def test_the_dry_run_in_words(grace: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "train.jsonl"
+    rows.write_text('{"id": 1}\n' * 10)
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    out = grace("train", recipe, f"data.train={rows}", "--dry-run", "--row-tokens", "400", "--visual-tokens", "100")[0]
+    assert "196 linears on a grid" in out
+    assert "a step: 512 rows, 204,800 tokens on one process" in out
+    assert "assumed rows: 400 tokens, 100 of them visual, 52% supervised" in out
+    assert f"data: 10 rows in {rows}; the run takes 665,088, 66508.80 epochs" in out
+    assert grace("train", recipe, "--dry-run", "--gpu", "tpu")[1].startswith(
+        "--gpu 'tpu' is unknown; expected one of h100"
+    )
+    assert grace("train", recipe, "--dry-run", "--row-tokens", "10")[1].startswith("rows of 10 tokens, 196 visual")
+    assert grace("train", recipe)[1] == "--out is missing; give the run folder to make, for example --out runs/first"
+
+
+def test_fit_changes_the_least_and_refuses_what_cannot_be(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    whole = grace("train", recipe, "--dry-run", "--fit", "80GB", "--json")
+    assert "  the recipe as it is" in whole[1]
+    small = grace("train", recipe, "--dry-run", "--fit", "48GB", "--json")
+    assert "  model.teacher_precision=fp8: " in small[1]
+    assert document(small)["peak_bytes"] + (2 << 30) <= 48 << 30 < document(whole)["peak_bytes"]
+    assert document(small)["rows_per_step"] == 512
+    refused = grace("train", recipe, "--dry-run", "--fit", "24GB")[1]
+    assert refused.startswith("no set-up of this recipe fits 24 GiB: the smallest needs 45.")
+    assert refused.endswith("use a larger GPU or smaller models")
+    assert grace("train", recipe, "--dry-run", "--fit", "big")[1] == (
+        "--fit 'big' is no size of a GPU; expected for example 24GB, 40GB, 48GB or 80GB"
+    )
+    # Without checkpointing more is kept: the lever is pulled only when it must be.
+    roomy = grace("train", recipe, "--dry-run", "--fit", "80GB", "--json", "runtime.gradient_checkpointing=false")
+    assert "  the recipe as it is" in roomy[1]
+    tight = grace("train", recipe, "--dry-run", "--fit", "54GB", "--json", "runtime.gradient_checkpointing=false")
+    assert "  runtime.gradient_checkpointing=true: " in tight[1]

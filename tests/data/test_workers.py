@@ -1,0 +1,50 @@
+"""Worker processes change nothing but the time: the same batches, the same ledger, and an error when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from test_loader import BAD, encoder, make_reader, same, write_rows
+
+from grace_vlm.data.encode import Encoder
+from grace_vlm.data.loader import TrainLoader
+from grace_vlm.errors import DataError
+
+__all__ = ["encoder"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_batches_and_ledger_are_those_of_no_workers(tmp_path: Path, encoder: Encoder, workers: int) -> None:
+    loaders = []
+    for number in (0, workers):
+        path = write_rows(tmp_path / str(number), BAD)
+        loaders.append(TrainLoader(make_reader(path, encoder), 4, seed=5, num_workers=number))
+    for _ in range(14):  # more than two epochs
+        left, right = loaders[0].next(), loaders[1].next()
+        assert same(left, right)
+        assert loaders[0].state_dict() == loaders[1].state_dict()
+    ledgers = [(tmp_path / str(number) / "ledger.jsonl").read_bytes() for number in (0, workers)]
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0].count(b"\n") == len(BAD)
+    loaders[1].close()
+
+
+def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Encoder) -> None:
+    loader = TrainLoader(make_reader(write_rows(tmp_path), encoder), 2, seed=5, num_workers=1)
+    loader.next()
+    workers = [p for p in multiprocessing.active_children() if p.name.startswith("ForkServerProcess")]
+    assert workers
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+
+    def go_on() -> None:
+        for _ in range(30):
+            loader.next()
+
+    with pytest.raises(DataError, match=r"a loader worker died: .*; no row was skipped"):
+        go_on()
