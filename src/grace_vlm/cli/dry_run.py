@@ -67,8 +67,8 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     )
     print(f"a step: {found.num_rows} rows, {found.tokens:,} tokens on one process")
     print(
-        f"the run: {found.num_steps:,} steps of about {found.step_seconds(gpu):.1f} s, {found.hours(gpu):,.1f} hours on "
-        f"one {gpu}"
+        f"the run: {found.num_steps:,} steps of about {found.step_seconds(gpu):.1f} s, "
+        f"{found.hours(gpu):,.1f} hours on one {gpu}"
     )
     count = _count_rows(recipe)
     if count is None:

@@ -154,3 +154,10 @@ for _released in ("BF16", "W8G128", "W4G128"):
 for _size in ("7b", "13b"):
     KNOWN[f"liuhaotian/llava-v1.5-{_size}"] = KNOWN[f"llava-hf/llava-1.5-{_size}-hf"]
 KNOWN["ForeverBlue/LLaVA-1.5-7B-GRACE-W4G128"] = KNOWN["llava-hf/llava-1.5-7b-hf"]
+
+LICENCES = {
+    **{name: "apache-2.0" for name in KNOWN if name.startswith(("Qwen/", "ForeverBlue/Qwen"))},
+    "Qwen/Qwen2.5-VL-3B-Instruct": "other",
+    **{name: "llama2" for name in KNOWN if "llava" in name.lower()},
+}
+"""As the hub's cards state them."""

@@ -41,7 +41,7 @@ from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import choose_trained, open_student, open_teacher, plan_for
 from grace_vlm.train.optim import Optimizer
-from grace_vlm.train.record import Recorder
+from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import Stepper, StepReport
 from grace_vlm.train.teacher import OnlineTeacher
 
@@ -205,13 +205,14 @@ class Run:
 
     def publish(self) -> Path:
         """Write ``final/``; the model folder of the run."""
+        lines = read_metrics(self.out / "metrics.jsonl")
         return publish_model(
             self.out / "final",
             self.student.model,
             self.student.processor,
             self.masters.quantized(),
             self.plan.bf16_names if self.plan.schemes else (),
-            model_card(self.recipe, self.plan),
+            model_card(self.recipe, self.plan, lines[-1] if lines else None, len(self.ledger.faults)),
             overwrite=True,
         )
 
