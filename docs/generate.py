@@ -92,8 +92,8 @@ def _memory_table() -> str:
 |---|---|---|---|---|---|
 {rows}
 
-16,384 tokens a step (rows x tokens x micro-batches), 52 % supervised, 196 visual tokens a row, JPEG pictures through the
-loader; {where}; `python benchmarks/bench_true_size.py memory`. A micro-batch costs the host a launch
+16,384 tokens a step (rows x tokens x micro-batches), 52 % supervised, 196 visual tokens a row, JPEG pictures through
+the loader; {where}; `python benchmarks/bench_true_size.py memory`. A micro-batch costs the host a launch
 for every operation of every layer, however small it is: `data.micro_batch_size=8 data.accumulation=64` is the same
 published step of 512 rows in a third of the time, if its 60 GiB are there.
 """

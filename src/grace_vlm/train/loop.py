@@ -87,7 +87,10 @@ class Run:
             self.accelerator,
         )
         if recipe.runtime.gradient_checkpointing:
-            self.student.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = self.student.model
+            # Renamed in Transformers 5.2x; 5.17 has the old name only.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             # Transformers recomputes only in training mode; none of these models has dropout.
             self.student.model.train()
             require_no_dropout(self.student.model)
