@@ -125,3 +125,35 @@ def test_a_teacher_of_another_family_is_refused(rows: Path, tmp_path: Path) -> N
         "both see the same visual tokens only if they are of one family"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_is_said_before_training_and_stored(rows: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    final = train(recipe(rows, "tiny", optim__num_steps=1), tmp_path / "run", notify=said.append)
+    plan = [line for line in said if line.startswith("plan: ")]
+    assert "plan: language: 14 x w4g128, 393,216 bytes -> 101,376" in plan
+    assert any(
+        line.startswith("plan: tower: 8 x bf16, ") and line.endswith("(quant.tower gives it a grid)") for line in plan
+    )
+    assert (tmp_path / "run" / "plan.json").read_bytes() == (final / "grid" / "plan.json").read_bytes()
+
+
+def test_a_student_in_the_original_llava_layout_trains(rows: Path, tmp_path: Path) -> None:
+    """Its external tower is found, its keys are converted, and the run's folder is Transformers' own."""
+    import original_llava
+    from transformers import AutoModelForImageTextToText
+
+    from grace_vlm.models.load import describe_model
+
+    model = original_llava.toy_model()
+    folder = original_llava.write_original(tmp_path / "llava", model)
+    tower = original_llava.write_tower(tmp_path / "tower", model)
+    tree = recipe_tree(rows, runtime__checkpoint_every_steps=0, runtime__tower_cache_gib=0, optim__num_steps=2)
+    tree["method"], tree["scheme"] = "qat", "w4g32"
+    tree["model"] = {"student": str(folder), "vision_tower": str(tower)}
+    final = train(recipe_from(tree, "test"), tmp_path / "run")
+    opened = AutoModelForImageTextToText.from_pretrained(final)
+    assert type(opened).__name__ == "LlavaForConditionalGeneration"
+    described, adapter = describe_model(str(folder))
+    assert adapter.model_type == "llava"
+    assert described.config.text_config.hidden_size == opened.config.text_config.hidden_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,17 +72,20 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
     # Forked from a server that has no CUDA context and no threads, and that has imported what the work needs once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        sampler=_Chunks(chunks),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCH_CHUNKS,
-        multiprocessing_context=context,
-        worker_init_fn=_one_thread,
-        timeout=POLL_SECONDS,
-    )
+    with warnings.catch_warnings():
+        # The number of workers is the recipe's; a machine with fewer cores is slower and not wrong.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            sampler=_Chunks(chunks),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=PREFETCH_CHUNKS,
+            multiprocessing_context=context,
+            worker_init_fn=_one_thread,
+            timeout=POLL_SECONDS,
+        )
     waiting = iter(loader)
     while True:
         yield from _next_results(waiting)

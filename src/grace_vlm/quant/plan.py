@@ -112,6 +112,19 @@ class QuantPlan:
         ]
         return {"format_version": 1, "linears": linears, "bf16": list(self.bf16_names)}
 
+    def summary(self) -> list[str]:
+        """One line a part and scheme: how many matrices, bytes before and after, and why where there is no grid."""
+        groups: dict[tuple[str, str, str], list[PlanEntry]] = {}
+        for entry in self.entries:
+            if entry.tied_to is None:
+                name = entry.scheme.name if entry.scheme else "bf16"
+                groups.setdefault((entry.part or "other", name, entry.why_bf16), []).append(entry)
+        return [
+            f"{part}: {len(members)} x {name}, {sum(e.bf16_bytes for e in members):,} bytes -> "
+            f"{sum(e.stored_bytes for e in members):,.0f}{f'; {why}' if why else ''}"
+            for (part, name, why), members in groups.items()
+        ]
+
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Rows (name, shape, scheme, bytes in BF16, bytes stored) for printing."""
         return [

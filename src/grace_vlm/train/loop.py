@@ -1,6 +1,6 @@
 """A run from recipe to model folder: build, resume or start, step, record, save, publish.
 
-    out/config.yaml  metrics.jsonl  ledger.jsonl  checkpoints/step-N/  final/
+    out/config.yaml  plan.json  metrics.jsonl  ledger.jsonl  checkpoints/step-N/  final/
 
 ``final/`` is a model folder (formats/publish.py). Everything that decides the rest of a run is in ``TrainState``: a
 run that is killed at any instant and resumed ends with the same bytes as one that was not.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -276,11 +277,15 @@ def train(
                 shutil.rmtree(out)
             raise
         first = run.restore() if resume else 0
+        for line in run.plan.summary():
+            notify(f"plan: {line}")
         write_bytes_atomic(out / "config.yaml", dump_recipe(recipe).encode())
+        write_bytes_atomic(out / "plan.json", (json.dumps(run.plan.to_json(), indent=1) + "\n").encode())
         recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))
         try:
             run.steps(first, recorder, progress)
             run.publish()
         finally:
             recorder.close()
+            run.loader.close()
     return final
