@@ -148,6 +148,11 @@ CASES = (
     Case("grace_2x512x16_fp8", ("data.micro_batch_size=2", "data.accumulation=16", "model.teacher_precision=fp8")),
     Case("grace_packed_4096_workers", ("data.packing=true", "data.max_batch_tokens=4096", "data.max_tokens=4096",
                                        "data.micro_batch_size=64", "data.accumulation=4", "data.workers=8")),
+    Case("grace_packed_8192", ("data.packing=true", "data.max_batch_tokens=8192", "data.micro_batch_size=64",
+                               "data.accumulation=2")),
+    Case("grace_4x512x4_kept", ("data.micro_batch_size=4", "data.accumulation=4",
+                                "runtime.gradient_checkpointing=false")),
+    Case("kd_8x512x4", ("method=kd", "loss.adaptive=false", "data.micro_batch_size=8", "data.accumulation=4")),
     Case("qat_8x512x4", ("method=qat", "data.micro_batch_size=8", "data.accumulation=4")),
     Case("sft_8x512x4", ("method=sft", "scheme=bf16", "data.micro_batch_size=8", "data.accumulation=4")),
 )  # fmt: skip
@@ -171,12 +176,17 @@ def bench_memory(case: Case, rows: Path, out: Path, pair: tuple[str, str], num_s
     student = describe(recipe.model.student)
     teacher = describe(str(recipe.model.teacher)) if recipe.objective().needs_teacher else None
     num_rows = max(images, 1)
-    load = Load(round(tokens / num_rows), 196, supervised / tokens)
+    encoder = run.loader.reader.preparer.encoder
+    grid = run.loader.reader.preparer.prepare([0])[0][2][0].grid  # type: ignore[index]
+    visual = encoder.adapter.num_visual_tokens(encoder.config, grid)
+    load = Load(round(tokens / num_rows), visual, supervised / tokens)
     said = estimate(recipe, plan_for(recipe, student), student, teacher, load)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     median = sorted(times[1:] or times)[len(times[1:] or times) // 2]
     return {
         "case": case.name,
+        "student": pair[0].removeprefix("random:"),
+        "teacher": pair[1].removeprefix("random:") if teacher is not None else "",
         "tokens_per_step": tokens,
         "supervised_share": f"{supervised / tokens:.3f}",
         "peak_gib": f"{peak / GIB:.2f}",
