@@ -95,8 +95,8 @@ def _memory_table() -> str:
 {rows}
 
 Random weights, teachers Qwen3-VL-8B and Qwen2-VL-7B; names are rows x tokens x micro-batches, `kept` is without
-gradient checkpointing; 52 % of the tokens supervised (Qwen2-VL: 44), 196 (256) visual tokens a row, JPEG pictures through
-the loader; {where}; `python benchmarks/bench_true_size.py memory`. A micro-batch costs the host a launch
+gradient checkpointing; 52 % of the tokens supervised (Qwen2-VL: 44), 196 (256) visual tokens a row, JPEG pictures
+through the loader; {where}; `python benchmarks/bench_true_size.py memory`. A micro-batch costs the host a launch
 for every operation of every layer, however small it is: `data.micro_batch_size=8 data.accumulation=64` is the same
 published step of 512 rows in a third of the time, if its 60 GiB are there.
 """

@@ -205,3 +205,15 @@ def test_positions_of_every_axis(family: Family) -> None:
         attention_mask=torch.ones_like(batch.input_ids),
     )  # fmt: skip
     assert torch.equal(batch.position_ids, expected)
+
+
+def test_a_sliding_window_that_a_row_exceeds_is_refused() -> None:
+    from grace_vlm.errors import ConfigError
+    from grace_vlm.models.decoder import attend_segments
+
+    states = torch.zeros(1, 2, 9, 8)
+    module = torch.nn.Identity()
+    out, _ = attend_segments(module, states, states, states, None, segments=(4, 5), sliding_window=5)
+    assert out.shape == (1, 9, 2, 8)
+    with pytest.raises(ConfigError, match="a sliding window of 4 tokens and a row has 5"):
+        attend_segments(module, states, states, states, None, segments=(4, 5), sliding_window=4)

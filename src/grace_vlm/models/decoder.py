@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import DecoderStates
 
 _SEGMENTS = "grace_segments"
@@ -33,9 +34,10 @@ def attend_segments(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     segments: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment.
+    """Causal attention inside each segment, over all of it.
 
     Args:
         query: (B, heads, S, d). key, value: (B, kv_heads, S, d); B is 1 with segments.
@@ -45,6 +47,12 @@ def attend_segments(
         (B, S, heads, d), None.
     """
     assert attention_mask is None
+    longest = max(segments) if segments is not None else query.shape[2]
+    if sliding_window is not None and longest > sliding_window:
+        raise ConfigError(
+            f"this model attends in a sliding window of {sliding_window} tokens and a row has {longest}, which training "
+            "does not do; set data.max_tokens to the window or use_sliding_window to false in its config.json"
+        )
     grouped = query.shape[1] != key.shape[1]
     if segments is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
