@@ -50,8 +50,8 @@ def attend_segments(
     longest = max(segments) if segments is not None else query.shape[2]
     if sliding_window is not None and longest > sliding_window:
         raise ConfigError(
-            f"this model attends in a sliding window of {sliding_window} tokens and a row has {longest}, which training "
-            "does not do; set data.max_tokens to the window or use_sliding_window to false in its config.json"
+            f"this model attends in a sliding window of {sliding_window} tokens and a row has {longest}, which is not "
+            "trained; set data.max_tokens to the window or use_sliding_window to false in its config.json"
         )
     grouped = query.shape[1] != key.shape[1]
     if segments is None:
