@@ -313,6 +313,8 @@ def _show(value: object) -> str:
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _OUTSIDE_ROW = re.compile(rb'["{}\[\],]')
 _INSIDE_ROW = re.compile(rb'["{}\[\]]')
+# Whole strings and what stands between them, in one step: most of a row.
+_PLAIN = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
 
 
 def scan_elements(path: Path, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[tuple[int, int]]:
@@ -373,6 +375,9 @@ def _scan_array(chunks: Iterator[bytes], base: int, path: Path) -> Iterator[tupl
                 in_string = at == len(chunk) or is_escaped
                 at += 1
                 continue
+            if depth >= 2:
+                plain = _PLAIN.match(chunk, at)
+                at = plain.end() if plain else at
             token = (_OUTSIDE_ROW if depth < 2 else _INSIDE_ROW).search(chunk, at)
             mark = token.group() if token else b""
             is_over = depth == 0 and num_elements > 0
