@@ -70,12 +70,11 @@ def train_model(
 
 def print_plan(recipe: object, as_json: bool) -> None:
     """The table of ``--plan``."""
-    from grace_vlm.data.rows import RowFile
     from grace_vlm.train.config import Recipe
-    from grace_vlm.train.open import open_student, plan_for
+    from grace_vlm.train.open import open_rows, open_student, plan_for
 
     assert isinstance(recipe, Recipe)
-    rows = RowFile(recipe.data.rows_path, recipe.data.images_root)
+    rows = open_rows(recipe)
     student = open_student(recipe, rows)
     plan = plan_for(recipe, (student.model, student.adapter))
     if as_json:

@@ -40,7 +40,7 @@ from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
-from grace_vlm.train.open import choose_trained, open_student, open_teacher, plan_for
+from grace_vlm.train.open import choose_trained, open_rows, open_student, open_teacher, plan_for
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import Stepper, StepReport
@@ -58,7 +58,7 @@ class Run:
         self.recipe, self.out, self.notify = recipe, out, notify
         self.accelerator = Accelerator(cpu=pick_device(recipe.runtime.device).type == "cpu")
         torch.manual_seed(recipe.runtime.seed)
-        rows = RowFile(recipe.data.rows_path, recipe.data.images_root)
+        rows = open_rows(recipe)
         self.student = open_student(recipe, rows)
         self.plan = plan_for(recipe, (self.student.model, self.student.adapter))
         choose_trained(recipe, self.student)

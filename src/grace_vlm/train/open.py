@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grace_vlm.data.rows import RowFile
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.models.adapter import Adapter, plan_model
 from grace_vlm.models.fp8 import to_fp8
 from grace_vlm.models.load import LoadedModel, describe_model, load_model, load_processor, meta_model, pick_device
@@ -21,6 +21,18 @@ from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.config import Recipe
 
 TOY = "toy:"
+
+
+def open_rows(recipe: Recipe) -> RowFile:
+    """The rows to train on; ``DataError`` says where they were looked for."""
+    path, root = recipe.data.rows_path, recipe.data.root
+    if not path.is_file():
+        below = f" and not below data.root={root} either" if root and not Path(recipe.data.train).is_absolute() else ""
+        raise DataError(
+            f"data.train={recipe.data.train} is no file here{below}; make it with grace data prepare (docs/data.md), "
+            "or name a JSON array or JSONL of LLaVA rows"
+        )
+    return RowFile(path, recipe.data.images_root)
 
 
 def describe_student(recipe: Recipe) -> tuple[Any, Adapter]:
