@@ -101,7 +101,9 @@ def test_errors_of_plan_are_one_line(grace: Any) -> None:
 def test_every_published_recipe_says_what_it_costs(grace: Any, name: str) -> None:
     found = document(grace("train", RECIPES / f"{name}.yaml", "--dry-run", "--json", "--gpu", "a100"))
     assert found["rows_per_step"] in (512, 256)
-    assert found["tokens_per_step"] == found["rows_per_step"] * 512
+    picture = {"qwen3": 196, "qwen2": 256, "llava": 576}[name[:5]]
+    assert found["load"]["visual_tokens"] == picture
+    assert found["tokens_per_step"] == found["rows_per_step"] * (picture + 316)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert set(found["memory_bytes"]) == {
         "student weights",
@@ -123,7 +125,8 @@ def test_the_dry_run_in_words(grace: Any, tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"id": 1}\n' * 10)
     recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
-    out = grace("train", recipe, f"data.train={rows}", "--dry-run", "--row-tokens", "400", "--visual-tokens", "100")[0]
+    shape = ("--row-tokens", "400", "--visual-tokens", "100", "--supervised-share", "0.52")
+    out = grace("train", recipe, f"data.train={rows}", "--dry-run", *shape)[0]
     assert "196 linears on a grid" in out
     assert "a step: 512 rows, 204,800 tokens on one process" in out
     assert "assumed rows: 400 tokens, 100 of them visual, 52% supervised" in out
@@ -154,3 +157,60 @@ def test_fit_changes_the_least_and_refuses_what_cannot_be(grace: Any) -> None:
     assert "  the recipe as it is" in roomy[1]
     tight = grace("train", recipe, "--dry-run", "--fit", "54GB", "--json", "runtime.gradient_checkpointing=false")
     assert "  runtime.gradient_checkpointing=true: " in tight[1]
+
+
+def test_an_overridden_student_is_the_one_that_is_described(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    for student, size in (
+        ("Qwen/Qwen3-VL-2B-Instruct", 2_127_532_032),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4_437_815_808),
+        ("runs/never/there", 2_127_532_032),
+    ):
+        found = document(grace("train", recipe, f"model.student={student}", "--dry-run", "--json"))
+        assert found["plan"]["num_parameters"] == size
+    short = document(grace("train", recipe, "model.student=random:Qwen/Qwen3-VL-8B-Instruct:4", "--dry-run", "--json"))
+    assert short["plan"]["num_linears"] == 28
+    plan = document(grace("train", recipe, "--plan", "--json"))
+    assert len(plan["linears"]) == 196
+
+
+def test_what_cannot_be_is_said_in_a_line(grace: Any, tmp_path: Path) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    zero = grace("train", recipe, "--dry-run", "--row-tokens", "0", "--visual-tokens", "0")[1]
+    assert zero.startswith("rows of 0 tokens, 0 visual, share 1 supervised cannot be; expected")
+    (tmp_path / "empty.jsonl").write_text("")
+    out = grace("train", recipe, f"data.train={tmp_path}/empty.jsonl", "--dry-run")[0]
+    assert out.endswith(f"data: {tmp_path}/empty.jsonl holds no rows\n")
+    assert grace("train", recipe, "--dry-run", "loss.relational_layer=-1")[1] == (
+        "loss.relational_layer is -1 and the decoder has 28 layers; expected the input of one: 0 to 27, or -29 to -2"
+    )
+
+
+def test_the_estimate_counts_what_the_recipe_asks_for(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+
+    def cost(*overrides: str) -> Any:
+        return document(grace("train", recipe, "--dry-run", "--json", *overrides))
+
+    plain = cost()
+    cached = cost("data.workers=0", "data.pixel_cache_gib=2", "runtime.tower_cache_gib=3")
+    assert cached["memory_bytes"]["caches"] == (2 + 3 + 3) << 30
+    assert cached["peak_bytes"] == plain["peak_bytes"] + (8 << 30)
+    # A limit on tokens that the rows cannot reach changes nothing.
+    assert cost("data.max_batch_tokens=8192")["peak_bytes"] == plain["peak_bytes"]
+    assert cost("data.max_batch_tokens=8192", "data.micro_batch_size=64")["tokens_per_step"] == 8192 * 256
+    trained = cost("model.train=all")
+    assert trained["memory_bytes"]["activations"] > plain["memory_bytes"]["activations"]
+    assert trained["flop_by_part"]["student tower"] == 4 * plain["flop_by_part"]["student tower"]
+
+
+def test_fit_cuts_only_what_stays_the_same(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    large = ("data.micro_batch_size=6", "data.accumulation=80", "--dry-run", "--fit", "56GB", "--json")
+    assert "data.micro_batch_size=3 data.accumulation=160" in grace("train", recipe, *large)[1]
+    for override in (["loss.normalization=microbatch"], ["data.packing=false", "data.group_by_length=true"]):
+        found = grace("train", recipe, *override, *large)
+        assert "data.micro_batch_size" not in found[1]
+        assert "model.teacher_precision=fp8" in found[1]
+    packs = ("data.max_batch_tokens=32768", "data.micro_batch_size=999", "data.max_tokens=4096", "--dry-run", "--json")
+    assert "data.max_batch_tokens=8192 data.accumulation=1024" in grace("train", recipe, *packs, "--fit", "80GB")[1]

@@ -8,11 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from test_loader import BAD, encoder, make_reader, same, write_rows
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
-from grace_vlm.errors import DataError
+from grace_vlm.errors import ConfigError, DataError
 
 __all__ = ["encoder"]
 
@@ -48,3 +49,25 @@ def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Enc
 
     with pytest.raises(DataError, match=r"a loader worker died: .*; no row was skipped"):
         go_on()
+
+
+def test_a_users_error_in_a_worker_is_the_line_it_is_without_workers(tmp_path: Path, encoder: Encoder) -> None:
+    """And the run's random state is not drawn from."""
+    path = write_rows(tmp_path)
+    lines = []
+    for workers in (0, 1):
+        reader = make_reader(path, encoder)
+        reader.preparer.encoder = Unusable()
+        before = torch.get_rng_state()
+        with pytest.raises(ConfigError) as caught:
+            TrainLoader(reader, 2, seed=5, num_workers=workers).next()
+        lines.append(str(caught.value))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert lines == ["this template cannot be used"] * 2
+
+
+class Unusable:
+    """An encoder whose chat template is refused."""
+
+    def encode(self, row: object, grids: object) -> object:
+        raise ConfigError("this template cannot be used")

@@ -88,7 +88,9 @@ def test_a_source_must_be_known() -> None:
         recipe_from(tree, "test")
 
 
-def test_a_recipe_that_goes_on_from_a_run_says_what_to_do_without_it(tmp_path: Path) -> None:
+def test_a_recipe_that_goes_on_from_a_run_says_what_to_do_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from grace_vlm.data.rows import RowFile
     from grace_vlm.train.open import describe_student, open_student
 
@@ -103,3 +105,8 @@ def test_a_recipe_that_goes_on_from_a_run_says_what_to_do_without_it(tmp_path: P
         f"{tmp_path}/run does not exist: this recipe goes on from that run; train it first, "
         "or start from its base with model.student=Qwen/Qwen3-VL-2B-Instruct"
     )
+    # The advice leads on: with the base as student the hub is asked, not this sentence repeated.
+    advised = load_recipe(RECIPES / "qwen3_vl_2b_grace_w4g128.yaml", ["model.student=Qwen/Qwen3-VL-2B-Instruct"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="Qwen/Qwen3-VL-2B-Instruct cannot be opened as a model"):
+        open_student(advised, RowFile(tmp_path / "a.jsonl"))

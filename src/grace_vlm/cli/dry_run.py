@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 class Described:
     """The models of a recipe on the meta device, described once for any number of estimates."""
 
-    def __init__(self, recipe: Recipe, load: Load) -> None:
-        from grace_vlm.train.open import describe, describe_student, plan_for
+    def __init__(
+        self, recipe: Recipe, row_tokens: int | None, visual_tokens: int | None, supervised_share: float | None
+    ) -> None:
+        from grace_vlm.train.open import check_relational_layer, describe, describe_student, plan_for
 
-        self.load = load
         self.student = describe_student(recipe)
+        check_relational_layer(recipe, self.student[0])
+        self.load = load_of(recipe, self.student[0].config, row_tokens, visual_tokens, supervised_share)
         needs_teacher = recipe.objective().needs_teacher and recipe.model.teacher is not None
         self.teacher = describe(str(recipe.model.teacher)) if needs_teacher else None
         self.plan = plan_for(recipe, self.student)
@@ -73,6 +76,8 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     count = _count_rows(recipe)
     if count is None:
         print(f"data: {recipe.data.train} is not there yet")
+    elif count == 0:
+        print(f"data: {recipe.data.train} holds no rows")
     else:
         needed = found.num_rows * found.num_steps
         print(f"data: {count:,} rows in {recipe.data.train}; the run takes {needed:,}, {needed / count:.2f} epochs")
@@ -85,17 +90,22 @@ def _count_rows(recipe: Recipe) -> int | None:
     return sum(1 for _ in scan_elements(path)) if path.is_file() else None
 
 
-def load_of(row_tokens: int, visual_tokens: int, supervised_share: float) -> Any:
-    """What rows are assumed to look like; ``ConfigError`` if they cannot."""
+def load_of(
+    recipe: Recipe, config: Any, row_tokens: int | None, visual_tokens: int | None, supervised_share: float | None
+) -> Load:
+    """What rows are assumed to be: as given, else for the model and the recipe; ``ConfigError`` if impossible."""
     from grace_vlm.errors import ConfigError
-    from grace_vlm.train.estimate import Load
+    from grace_vlm.train.estimate import SUPERVISED_TOKENS, TEXT_TOKENS, Load, visual_tokens_of
 
-    if not 0 <= visual_tokens <= row_tokens or not 0 < supervised_share <= 1:
+    visual = visual_tokens_of(recipe, config) if visual_tokens is None else visual_tokens
+    row = visual + TEXT_TOKENS if row_tokens is None else row_tokens
+    share = min(1.0, SUPERVISED_TOKENS / max(row, 1)) if supervised_share is None else supervised_share
+    if not 0 <= visual <= row or row < 1 or not 0 < share <= 1:
         raise ConfigError(
-            f"rows of {row_tokens} tokens, {visual_tokens} visual, share {supervised_share} supervised cannot be; "
+            f"rows of {row} tokens, {visual} visual, share {share:.4g} supervised cannot be; "
             "expected 0 <= --visual-tokens <= --row-tokens and 0 < --supervised-share <= 1"
         )
-    return Load(row_tokens, visual_tokens, supervised_share)
+    return Load(row, visual, share)
 
 
 def check_gpu(gpu: str) -> str:

@@ -29,9 +29,11 @@ def train_model(
     ),
     fit: str = typer.Option(None, "--fit", help="Change the set-up to fit a GPU of this size, for example 48GB."),
     gpu: str = typer.Option("h100", "--gpu", help="Whose hours --dry-run states: h100, h200, a100, l40s, rtx4090."),
-    row_tokens: int = typer.Option(512, "--row-tokens", help="--dry-run and --fit: tokens of a row."),
-    visual_tokens: int = typer.Option(196, "--visual-tokens", help="--dry-run and --fit: visual tokens of a row."),
-    supervised_share: float = typer.Option(0.52, "--supervised-share", help="--dry-run and --fit: share supervised."),
+    row_tokens: int = typer.Option(None, "--row-tokens", help="--dry-run, --fit: default: one picture, 316 of text."),
+    visual_tokens: int = typer.Option(
+        None, "--visual-tokens", help="--dry-run, --fit: of a row; default: one picture."
+    ),
+    supervised_share: float = typer.Option(None, "--supervised-share", help="--dry-run, --fit: default: 266 tokens."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.errors import ConfigError
@@ -42,10 +44,10 @@ def train_model(
         print_plan(loaded, as_json)
         return
     if dry_run or fit is not None:
-        from grace_vlm.cli.dry_run import Described, check_gpu, fitted, load_of, print_dry_run
+        from grace_vlm.cli.dry_run import Described, check_gpu, fitted, print_dry_run
 
         check_gpu(gpu)
-        described = Described(loaded, load_of(row_tokens, visual_tokens, supervised_share))
+        described = Described(loaded, row_tokens, visual_tokens, supervised_share)
         loaded = loaded if fit is None else fitted(loaded, described, fit)
         if dry_run:
             print_dry_run(loaded, described, gpu, as_json)
@@ -71,12 +73,14 @@ def train_model(
 def print_plan(recipe: object, as_json: bool) -> None:
     """The table of ``--plan``."""
     from grace_vlm.train.config import Recipe
-    from grace_vlm.train.open import open_rows, open_student, plan_for
+    from grace_vlm.train.open import TOY, describe_student, open_rows, open_student, plan_for
 
     assert isinstance(recipe, Recipe)
-    rows = open_rows(recipe)
-    student = open_student(recipe, rows)
-    plan = plan_for(recipe, (student.model, student.adapter))
+    if recipe.model.student.startswith(TOY):
+        student = open_student(recipe, open_rows(recipe))
+        plan = plan_for(recipe, (student.model, student.adapter))
+    else:
+        plan = plan_for(recipe, describe_student(recipe))
     if as_json:
         emit_json(plan.to_json())
     else:

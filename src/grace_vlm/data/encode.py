@@ -4,8 +4,9 @@ The ids are those of Transformers' processor for the same messages, token for to
 it for every family). Texts are stripped of white space at both ends first, as LLaVA's own training code does.
 
 Labels stand on the assistant's answers only, through the special token that closes each (``<|im_end|>``, ``</s>``);
-everything else is -100. A template that closes answers with nothing (llava-hf's) gets the tokenizer's end-of-sequence
-token after the last one, or no model would learn to stop: the one place where the ids differ from the processor's.
+everything else is -100. A template that closes answers with nothing but a space (llava-hf's) gets the tokenizer's
+end-of-sequence token in its place after the last one, or no model would learn to stop: the one place where the ids
+differ from the processor's.
 
 The chat template is rendered once per conversation *shape* with placeholders for the texts, and the texts are put in;
 where an answer stands is known by its characters. So a text that contains "assistant" is text, and labels never depend
@@ -85,7 +86,8 @@ class Encoder:
     def _encode(self, row: Row, grids: Sequence[Grid], with_answer: bool) -> Sample:
         shape, texts = _shape_of(row.turns if with_answer else row.turns[:-1])
         pieces = self._pieces(shape, with_answer)
-        is_plain = not any(self._special_text.search(text) for text in texts)
+        # Of the whole row, so that its prompt is cut like the row itself.
+        is_plain = not any(self._special_text.search(turn.text.replace(IMAGE_MARKER, "")) for turn in row.turns)
         ids, supervised = self._tokenize(pieces, texts) if is_plain else self._tokenize_apart(pieces, texts)
         if with_answer:
             ids, supervised = self._closed(ids, supervised)
@@ -103,13 +105,18 @@ class Encoder:
         return Sample(row.index, row.id, input_ids, labels, positions, row.images)
 
     def _closed(self, ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """With the end-of-sequence token added if the last answer's last token is no special one."""
+        """With the end-of-sequence token right after the last answer if the template closes it with nothing.
+
+        White space that the template writes there goes: the end must follow from the answer's last token.
+        """
         last = supervised.nonzero()[0][-1]
         if np.isin(ids[last], self._special_ids):
             return ids, supervised
         end = self.tokenizer.eos_token_id
         if end is None:
             raise ConfigError("the chat template does not close an answer and the tokenizer has no eos_token; set one")
+        if not self.tokenizer.decode(ids[last + 1 :].tolist()).strip():
+            ids, supervised = ids[: last + 1], supervised[: last + 1]
         return np.append(ids, end), np.append(supervised, True)
 
     def _pieces(self, shape: tuple[tuple[str, tuple[str, ...]], ...], with_answer: bool) -> tuple[_Piece, ...]:

@@ -8,6 +8,7 @@ error within ``POLL_SECONDS``, one that hangs within ``HANG_SECONDS``; none of i
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from grace_vlm.data.reader import Entry, Preparer
 from grace_vlm.data.rows import Fault
-from grace_vlm.errors import DataError
+from grace_vlm.errors import DataError, GraceError
 
 Position = tuple[int, int]
 """(epoch, rows taken from its order)."""
@@ -34,8 +35,12 @@ class _Prepared(Dataset[Any]):
     def __init__(self, preparer: Preparer) -> None:
         self.preparer = preparer
 
-    def __getitem__(self, chunk: Chunk) -> list[tuple[Position, Entry | Fault]]:
-        results = self.preparer.prepare([index for _, index in chunk])
+    def __getitem__(self, chunk: Chunk) -> list[tuple[Position, Entry | Fault]] | GraceError:
+        try:
+            results = self.preparer.prepare([index for _, index in chunk])
+        except GraceError as error:
+            # A user's error crosses as a value: raised there, it would come back with the worker's traceback.
+            return error
         return [(place, result) for (place, _), result in zip(chunk, results, strict=True)]
 
 
@@ -67,7 +72,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
     dataset = _Prepared(preparer)
     if num_workers == 0:
         for chunk in chunks:
-            yield from dataset[chunk]
+            yield from _raised(dataset[chunk])
         return
     # Forked from a server that has no CUDA context and no threads, and that has imported what the work needs once.
     context = multiprocessing.get_context("forkserver")
@@ -85,10 +90,18 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
             multiprocessing_context=context,
             worker_init_fn=_one_thread,
             timeout=POLL_SECONDS,
+            # Its own, or it would draw from the run's, whose state is saved.
+            generator=torch.Generator(),
         )
     waiting = iter(loader)
     while True:
         yield from _next_results(waiting)
+
+
+def _raised(results: list[tuple[Position, Entry | Fault]] | GraceError) -> list[tuple[Position, Entry | Fault]]:
+    if isinstance(results, GraceError):
+        raise results
+    return results
 
 
 def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]]:
@@ -96,12 +109,11 @@ def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         try:
-            results: list[tuple[Position, Entry | Fault]] = next(waiting)
-            return results
+            return _raised(next(waiting))
         except (RuntimeError, ConnectionError) as error:
             # A worker that dies while it hands a tensor over breaks the connection that carries it.
-            reason = str(error).splitlines()[0]
-            if isinstance(error, RuntimeError) and "DataLoader" not in reason:
+            reason = (str(error).splitlines() or [""])[0]
+            if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|is killed|timed out", reason):
                 raise
             is_late = "timed out" in reason
             if is_late and time.monotonic() < deadline:

@@ -7,7 +7,6 @@ values stay BF16's. No code from a checkpoint is ever run (``trust_remote_code``
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -45,6 +44,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here means a model on the hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "runs/", "assets/"))
+
+
 def resolve_source(path: str) -> str:
     """A run folder stands for its ``final/``; a hub id (org/name) stays; anything else must be a model folder."""
     folder = Path(path)
@@ -54,21 +58,20 @@ def resolve_source(path: str) -> str:
         return str(folder / "final")
     if folder.exists():
         raise ConfigError(f"{path} is no model folder: it has no config.json (a run folder has final/config.json)")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith((".", "runs/", "assets/")):
+    if is_hub_id(path):
         return path
     raise ConfigError(f"{path} does not exist; expected a model folder, a run folder or a hub id like org/name")
 
 
 def _read_config(source: str) -> dict[str, Any]:
-    """config.json of a local folder as it stands; empty for a hub id. Transformers need not know its model type."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        return {}
+    """config.json of a folder or a hub id as it stands: Transformers need not know its model type."""
+    from transformers import PreTrainedConfig
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON; fetch the model again") from error
-    return content if isinstance(content, dict) else {}
+        content: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
+    except (OSError, ValueError) as error:
+        raise _not_opened(source, error) from error
+    return content
 
 
 def describe_config(path: str) -> Any:
@@ -145,7 +148,7 @@ def load_model(
     source = resolve_source(path)
     target = pick_device(device)
     if is_original_llava(_read_config(source)):
-        converted, processor = open_original_llava(Path(source), torch.bfloat16, vision_tower)
+        converted, processor = open_original_llava(_local_folder(source), torch.bfloat16, vision_tower)
         return LoadedModel(_placed(converted, target, precision), processor, adapter_for("llava"), source)
     try:
         config = AutoConfig.from_pretrained(source)
@@ -153,12 +156,29 @@ def load_model(
         with warnings.catch_warnings():
             # Transformers warns that our dequantize=True joins the folder's own quantization_config: the point of it.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=torch.bfloat16, **_dequantize_options(config, source)
+            opened: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=torch.bfloat16, output_loading_info=True, **_dequantize_options(config, source)
             )
+            model, report = opened
+    except (OSError, ValueError) as error:
+        raise _not_opened(source, error) from error
+    if missing := sorted(report["missing_keys"]):
+        # Transformers starts what is missing at random and warns; such a model must not be trained or scored.
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ConfigError(f"{source} lacks {len(missing)} tensors of its model: {shown}; fetch it again")
+    return LoadedModel(_placed(model, target, precision), load_processor(source), adapter, source)
+
+
+def _local_folder(source: str) -> Path:
+    """The folder itself, or the hub's files for an id, fetched."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source))
     except OSError as error:
         raise _not_opened(source, error) from error
-    return LoadedModel(_placed(model, target, precision), load_processor(source), adapter, source)
 
 
 def _placed(model: Any, device: torch.device, precision: Precision) -> Any:

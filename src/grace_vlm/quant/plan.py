@@ -10,7 +10,7 @@ A head that is tied to the embedding is one matrix: it is listed, but the embedd
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -97,11 +97,11 @@ class QuantPlan:
             if entry.scheme is None and not entry.is_embedding and entry.tied_to not in quantized
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``grid/plan.json`` (design: a model folder)."""
+    def to_json(self, stored: Callable[[str], str] = str) -> dict[str, Any]:
+        """The content of ``grid/plan.json`` (design: a model folder); ``stored`` gives the name in files."""
         linears = [
             {
-                "name": entry.name,
+                "name": stored(entry.name),
                 "scheme": entry.scheme.name,
                 "scale_rounding": entry.scheme.scale_rounding,
                 "out_features": entry.out_features,
@@ -110,7 +110,7 @@ class QuantPlan:
             for entry in self.entries
             if entry.scheme is not None
         ]
-        return {"format_version": 1, "linears": linears, "bf16": list(self.bf16_names)}
+        return {"format_version": 1, "linears": linears, "bf16": [stored(name) for name in self.bf16_names]}
 
     def summary(self) -> list[str]:
         """One line a part and scheme: how many matrices, bytes before and after, and why where there is no grid."""

@@ -16,6 +16,7 @@ import yaml
 
 from grace_vlm import __version__
 from grace_vlm.models.known import LICENCES
+from grace_vlm.models.load import is_hub_id
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.config import Recipe
 
@@ -76,7 +77,7 @@ def model_card(
     return f"""---
 library_name: transformers
 {f"license: {licence}" if licence else "license: other"}
-base_model: {recipe.model.base or recipe.model.student}
+base_model: {_base(recipe)}
 pipeline_tag: image-text-to-text
 tags: [grace-vlm, {recipe.method}]
 ---
@@ -95,6 +96,12 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 Trained with grace-vlm {__version__}, torch {torch.__version__}, transformers {transformers.__version__} (the method:
 Chen et al., arXiv 2601.22709). The whole recipe is `config.yaml` of the run.
 """
+
+
+def _base(recipe: Recipe) -> str:
+    """What the student is, or what the run of ours that it is started from."""
+    student, base = recipe.model.student, recipe.model.base
+    return student if base is None or is_hub_id(student) else base
 
 
 def _pixels(recipe: Recipe) -> str:

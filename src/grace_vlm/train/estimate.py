@@ -40,13 +40,26 @@ cross-entropy, the divergences and the gate (measured, benchmarks/results/true_s
 GIB = 1 << 30
 
 
+TEXT_TOKENS, SUPERVISED_TOKENS = 316, 266
+"""Of a row that nothing is known of: as in the measured cases, and near what ShareGPT4V's captions have."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What rows look like: tokens of a row, how many of them are visual, which share is supervised."""
 
-    row_tokens: int = 512
-    visual_tokens: int = 196
-    supervised_share: float = 0.52
+    row_tokens: int
+    visual_tokens: int
+    supervised_share: float
+
+
+def visual_tokens_of(recipe: Recipe, config: Any) -> int:
+    """Visual tokens of a picture as large as the recipe (or LLaVA's fixed size) allows; 448 x 448 if neither does."""
+    vision = config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None)
+    if merge is None:
+        return int((vision.image_size // vision.patch_size) ** 2)
+    return int((recipe.data.max_pixels or 448 * 448) // (vision.patch_size * merge) ** 2)
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ class _Sizes:
     key_value: int
     vocabulary: int
     vision_hidden: int
+    vision_intermediate: int
+    vision_layers: int
+    patches_per_token: int
 
     @classmethod
     def of(cls, model: Any, adapter: Adapter) -> _Sizes:
@@ -121,6 +137,7 @@ class _Sizes:
             if part is not None and part != "head":
                 linear[part] = linear.get(part, 0) + module.weight.numel()
         vision = model.config.vision_config
+        vision_hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
         return cls(
             sum(p.numel() for p in model.parameters()),
             linear,
@@ -130,7 +147,10 @@ class _Sizes:
             text.num_attention_heads * head_dim,
             text.num_key_value_heads * head_dim,
             text.vocab_size,
-            getattr(vision, "embed_dim", None) or vision.hidden_size,
+            vision_hidden,
+            getattr(vision, "intermediate_size", None) or int(vision_hidden * vision.mlp_ratio),
+            getattr(vision, "depth", None) or vision.num_hidden_layers,
+            getattr(vision, "spatial_merge_size", 1) ** 2,
         )
 
 
@@ -147,8 +167,24 @@ def _forward_flop(sizes: _Sizes, tokens: int, row_tokens: int, patches: int) -> 
     return {
         "decoder": 2.0 * linear.get("language", 0) * tokens,
         "attention": 2.0 * sizes.layers * sizes.attention * row_tokens * tokens,
-        "tower": 2.0 * (linear.get("tower", 0) * patches + linear.get("projector", 0) * patches / 4),
+        "tower": 2.0 * (linear.get("tower", 0) + linear.get("projector", 0) / sizes.patches_per_token) * patches,
     }
+
+
+def _micro_batch_tokens(recipe: Recipe, load: Load) -> int:
+    """Of the largest micro-batch that such rows make."""
+    data = recipe.data
+    rows_tokens = data.micro_batch_size * load.row_tokens
+    return rows_tokens if data.max_batch_tokens is None else min(data.max_batch_tokens, rows_tokens)
+
+
+def _tower_bytes(recipe: Recipe, sizes: _Sizes, patches: float) -> int:
+    """What a trained tower keeps for its backward pass; a frozen one keeps nothing."""
+    if recipe.model.train != "all":
+        return 0
+    one_layer = 24 * sizes.vision_hidden + 8 * sizes.vision_intermediate
+    kept = 2 * sizes.vision_hidden * sizes.vision_layers + one_layer
+    return int(patches * (kept if recipe.runtime.gradient_checkpointing else one_layer * sizes.vision_layers))
 
 
 def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
@@ -160,8 +196,9 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
     own = _Sizes.of(*student)
     trained = _trained_parameters(recipe, *student)
     data = recipe.data
-    tokens = data.max_batch_tokens or data.micro_batch_size * load.row_tokens
+    tokens = _micro_batch_tokens(recipe, load)
     rows = tokens / load.row_tokens
+    patches = rows * load.visual_tokens * own.patches_per_token
     supervised = tokens * load.supervised_share
     num_scales = sum(entry.num_scales for entry in plan.entries)
     checkpointing = recipe.runtime.gradient_checkpointing
@@ -178,9 +215,13 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         "moments": 8 * trained,
         # log-scale, gradient, two moments, the start for the diary; and the scale in use.
         "scales": 22 * num_scales,
-        "activations": int(kept),
+        "activations": int(kept) + _tower_bytes(recipe, own, patches),
         "loss": int(loss_bytes * supervised * own.vocabulary),
     }
+    num_towers = 1 + (teacher is not None)
+    caches = data.pixel_cache_gib + num_towers * recipe.runtime.tower_cache_gib
+    if caches:
+        parts["caches"] = int(caches * GIB)
     if teacher is not None:
         theirs = _Sizes.of(*teacher)
         is_fp8 = recipe.model.teacher_precision == "fp8"
@@ -196,17 +237,18 @@ def _student_passes(recipe: Recipe) -> int:
 
 
 def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, float]:
-    data = recipe.data
-    tokens = (data.max_batch_tokens or data.micro_batch_size * load.row_tokens) * data.accumulation
-    patches = int(tokens / load.row_tokens * load.visual_tokens * 4)
+    tokens = _micro_batch_tokens(recipe, load) * recipe.data.accumulation
+    visual = tokens / load.row_tokens * load.visual_tokens
     supervised = tokens * load.supervised_share
     own = _Sizes.of(*student)
-    forward = _forward_flop(own, tokens, load.row_tokens, patches)
+    forward = _forward_flop(own, tokens, load.row_tokens, int(visual * own.patches_per_token))
     passes = _student_passes(recipe)
-    parts = {f"student {part}": flop * (1 if part == "tower" else passes) for part, flop in forward.items()}
+    tower_passes = passes if recipe.model.train == "all" else 1
+    parts = {f"student {part}": flop * (tower_passes if part == "tower" else passes) for part, flop in forward.items()}
     parts["student head"] = 6.0 * own.hidden * own.vocabulary * supervised
     if teacher is not None:
         theirs = _Sizes.of(*teacher)
+        patches = int(visual * theirs.patches_per_token)
         for part, flop in _forward_flop(theirs, tokens, load.row_tokens, patches).items():
             parts[f"teacher {part}"] = flop
         # Once for the gate, once for the loss.
@@ -219,7 +261,7 @@ def estimate(
     plan: QuantPlan,
     student: tuple[Any, Adapter],
     teacher: tuple[Any, Adapter] | None,
-    load: Load = Load(),
+    load: Load,
 ) -> Estimate:
     """The cost of a run on one GPU.
 
@@ -228,7 +270,7 @@ def estimate(
             is None for methods without one.
     """
     data = recipe.data
-    tokens = (data.max_batch_tokens or data.micro_batch_size * load.row_tokens) * data.accumulation
+    tokens = _micro_batch_tokens(recipe, load) * data.accumulation
     return Estimate(
         memory=_memory(recipe, plan, student, teacher, load),
         num_rows=round(tokens / load.row_tokens),

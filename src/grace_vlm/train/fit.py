@@ -1,8 +1,9 @@
 """Change a recipe until its estimated peak fits a GPU, least harm first, and say what was changed and why.
 
-The first levers change nothing that is learned: recomputing activations, and smaller micro-batches with more of them
-(the loss is normalised over the whole step). The last one does: a teacher in FP8 is a slightly different teacher.
-What does not fit after all of them is refused; nothing is tried on the GPU.
+The first levers change nothing that is learned: recomputing activations, and smaller micro-batches with more of them,
+where the loss is normalised over the whole step and the order of the rows does not depend on the size of a micro-batch.
+Smaller packs hold other rows together, and about as many a step. The last lever does change what is learned: a teacher
+in FP8 is a slightly different teacher. What does not fit after all of them is refused; nothing is tried on the GPU.
 """
 
 from __future__ import annotations
@@ -40,18 +41,32 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         tree["runtime"]["gradient_checkpointing"] = True
         changes.append("runtime.gradient_checkpointing=true: activations are computed twice instead of kept")
         yield now()
-    data = tree["data"]
-    while data["micro_batch_size"] % 2 == 0 and data["max_batch_tokens"] is None:
-        data["micro_batch_size"] //= 2
+    data, given = tree["data"], recipe.data
+    rows = given.micro_batch_size * given.accumulation
+    for size in range(given.micro_batch_size - 1, 0, -1) if _same_rows_in_smaller_parts(recipe) else ():
+        if rows % size == 0:
+            data["micro_batch_size"], data["accumulation"] = size, rows // size
+            changes[:] = [change for change in changes if not change.startswith("data.")]
+            said = f"data.micro_batch_size={size} data.accumulation={rows // size}"
+            changes.append(f"{said}: the same rows a step in smaller parts")
+            yield now()
+    while data["max_batch_tokens"] is not None and data["max_batch_tokens"] // 2 >= given.max_tokens:
+        data["max_batch_tokens"] //= 2
         data["accumulation"] *= 2
-        size = f"data.micro_batch_size={data['micro_batch_size']} data.accumulation={data['accumulation']}"
-        changes[:] = [change for change in changes if not change.startswith("data.micro_batch_size")]
-        changes.append(f"{size}: the same rows a step in smaller parts")
+        changes[:] = [change for change in changes if not change.startswith("data.")]
+        said = f"data.max_batch_tokens={data['max_batch_tokens']} data.accumulation={data['accumulation']}"
+        changes.append(f"{said}: smaller packs, about the same rows a step")
         yield now()
     if recipe.objective().needs_teacher and recipe.model.teacher_precision == "bf16":
         tree["model"]["teacher_precision"] = "fp8"
         changes.append("model.teacher_precision=fp8: the teacher's linears take one byte a weight, and differ a little")
         yield now()
+
+
+def _same_rows_in_smaller_parts(recipe: Recipe) -> bool:
+    """Whether cutting a step into more micro-batches leaves its rows and its loss as they are."""
+    data = recipe.data
+    return recipe.loss.normalization == "global" and not data.group_by_length and data.max_batch_tokens is None
 
 
 def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) -> tuple[Recipe, list[str]]:

@@ -9,6 +9,7 @@ run that is killed at any instant and resumed ends with the same bytes as one th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -35,12 +36,13 @@ from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
+from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.load import pick_device
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
-from grace_vlm.train.open import choose_trained, open_rows, open_student, open_teacher, plan_for
+from grace_vlm.train.open import check_relational_layer, choose_trained, open_rows, open_student, open_teacher, plan_for
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import Stepper, StepReport
@@ -61,6 +63,7 @@ class Run:
         rows = open_rows(recipe)
         self.student = open_student(recipe, rows)
         self.plan = plan_for(recipe, (self.student.model, self.student.adapter))
+        check_relational_layer(recipe, self.student.model)
         choose_trained(recipe, self.student)
         cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
         trained_tower = recipe.model.train == "all"
@@ -133,6 +136,7 @@ class Run:
         loaded = open_teacher(self.recipe, self.student)
         if loaded is None:
             return None
+        check_relational_layer(self.recipe, loaded.model)
         return OnlineTeacher(loaded, self.recipe.objective(), self.recipe.loss.relational_layer, cache_bytes)
 
     def _adaptive_weight(self) -> AdaptiveWeight | None:
@@ -207,6 +211,10 @@ class Run:
         line["tokens_per_second"] = round(report.tokens / seconds, 1)
         return line
 
+    def stored_plan(self) -> dict[str, Any]:
+        """The plan in the names that files have."""
+        return self.plan.to_json(functools.partial(stored_name, self.student.adapter))
+
     def publish(self) -> Path:
         """Write ``final/``; the model folder of the run."""
         lines = read_metrics(self.out / "metrics.jsonl")
@@ -280,7 +288,7 @@ def train(
         for line in run.plan.summary():
             notify(f"plan: {line}")
         write_bytes_atomic(out / "config.yaml", dump_recipe(recipe).encode())
-        write_bytes_atomic(out / "plan.json", (json.dumps(run.plan.to_json(), indent=1) + "\n").encode())
+        write_bytes_atomic(out / "plan.json", (json.dumps(run.stored_plan(), indent=1) + "\n").encode())
         recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))
         try:
             run.steps(first, recorder, progress)

@@ -11,7 +11,15 @@ from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.models.adapter import Adapter, plan_model
 from grace_vlm.models.fp8 import to_fp8
-from grace_vlm.models.load import LoadedModel, describe_model, load_model, load_processor, meta_model, pick_device
+from grace_vlm.models.load import (
+    LoadedModel,
+    describe_model,
+    is_hub_id,
+    load_model,
+    load_processor,
+    meta_model,
+    pick_device,
+)
 from grace_vlm.models.random_start import PREFIX as RANDOM
 from grace_vlm.models.random_start import build_random_model, random_config
 from grace_vlm.models.registry import adapter_for
@@ -37,8 +45,24 @@ def open_rows(recipe: Recipe) -> RowFile:
 
 def describe_student(recipe: Recipe) -> tuple[Any, Adapter]:
     """The student on the meta device; its base while the student is a run that is not there yet."""
-    name, base = recipe.model.student, recipe.model.base
-    return describe(name if base is None or Path(name).exists() else base)
+    base = recipe.model.base
+    return describe(base if base is not None and _is_run_to_come(recipe) else recipe.model.student)
+
+
+def check_relational_layer(recipe: Recipe, model: Any) -> None:
+    """``ConfigError`` if ``loss.relational_layer`` names no layer's input (a meta model will do)."""
+    tap, num_layers = recipe.loss.relational_layer, model.config.text_config.num_hidden_layers
+    if recipe.objective().is_relational and not 0 <= (tap if tap >= 0 else num_layers + 1 + tap) < num_layers:
+        raise ConfigError(
+            f"loss.relational_layer is {tap} and the decoder has {num_layers} layers; expected the input of one: "
+            f"0 to {num_layers - 1}, or -{num_layers + 1} to -2"
+        )
+
+
+def _is_run_to_come(recipe: Recipe) -> bool:
+    """Whether the student is a run of ours that is not there yet; a hub id or a random start never is."""
+    name = recipe.model.student
+    return not (name.startswith((TOY, RANDOM)) or Path(name).exists() or is_hub_id(name))
 
 
 def describe(name: str) -> tuple[Any, Adapter]:
@@ -62,7 +86,7 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
         processor = _open_processor(recipe, rows, config.model_type, side)
         model = build_random_model(config, processor.tokenizer, device, recipe.runtime.seed)
         return LoadedModel(model, processor, adapter_for(config.model_type), name)
-    if recipe.model.base is not None and not Path(name).exists():
+    if recipe.model.base is not None and _is_run_to_come(recipe):
         raise ConfigError(
             f"{name} does not exist: this recipe goes on from that run; train it first, "
             f"or start from its base with model.student={recipe.model.base}"
