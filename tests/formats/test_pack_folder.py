@@ -13,9 +13,9 @@ from tiny_models import copy_of
 
 from grace_vlm.checkpoint import is_complete, verify_manifest
 from grace_vlm.errors import CheckpointError, FormatError
-from grace_vlm.formats import compressed_tensors
+from grace_vlm.formats import compressed_tensors, packed
 from grace_vlm.formats.pack import estimate_bytes, pack
-from grace_vlm.formats.registry import converters, detect, read_model
+from grace_vlm.formats.registry import converter_for, converters, detect, read_model
 from grace_vlm.formats.verify import verify
 
 
@@ -34,7 +34,7 @@ def test_any_layout_into_any_other(models: Path, tmp_path: Path, name: str, firs
 @pytest.mark.parametrize("name", ["w4", "w4-ct", "w4-official", "w8", "w8-ct"])
 @pytest.mark.parametrize("format_name", ["grace", "compressed-tensors", "official"])
 def test_the_estimate_of_space_is_close_from_above(models: Path, tmp_path: Path, name: str, format_name: str) -> None:
-    estimated = estimate_bytes(read_model(models / name), format_name)
+    estimated = estimate_bytes(read_model(models / name), converter_for(format_name))
     pack(models / name, tmp_path / "out", format_name)
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert written <= estimated <= 1.1 * written + (1 << 20)
@@ -70,9 +70,9 @@ def test_what_cannot_be_packed(models: Path, tmp_path: Path) -> None:
         (models / "bf16", "official", FormatError, "has no grid, so there is nothing to pack; quantize it first"),
         (
             models / "w4",
-            "awq",
+            "onnx",
             FormatError,
-            "unknown format 'awq'; expected one of grace, compressed-tensors, official",
+            "unknown format 'onnx'; expected one of official-awq, official, compressed-tensors",
         ),
         (tmp_path / "nowhere", "official", CheckpointError, "does not exist; expected a model folder"),
         (models, "official", CheckpointError, "is no model folder"),
@@ -111,7 +111,7 @@ def test_a_full_disk_publishes_nothing(models: Path, tmp_path: Path, monkeypatch
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compressed_tensors, "write_weights", full)
+    monkeypatch.setattr(packed, "write_weights", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*/out: the disk is full \([0-9,]+ bytes needed\)"):
         pack(models / "w4", tmp_path / "out", "compressed-tensors")
     assert list(tmp_path.iterdir()) == []
@@ -142,5 +142,9 @@ def test_inspect(models: Path) -> None:
         assert found["bits_per_quantized_weight"] == bits
         assert found["quantized_linears"] == 14
         assert sum(found["schemes"].values()) == 14
-        assert found["bytes_on_disk"] > 400_000
+        assert 400_000 < found["weight_bytes"]
+        first = found["linears"][0]
+        assert (first["bits"], first["group_size"]) == (int(name[1]), 64 if name.startswith("w8") else 128)
+        assert 0 < first["scale_min"] <= first["scale_max"]
+        assert 0 < first["clipped"] < 0.5
     assert layouts["grace"].inspect(models / "bf16")["bits_per_quantized_weight"] is None

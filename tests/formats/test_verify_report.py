@@ -13,7 +13,8 @@ from tiny_models import copy_of, edit_json, edit_tensors
 
 from grace_vlm.errors import CheckpointError, FormatError
 from grace_vlm.formats.qat import SIDECAR
-from grace_vlm.formats.verify import compare_values, verify
+from grace_vlm.formats.values import compare_values
+from grace_vlm.formats.verify import verify
 
 IN_ORDER = "model.language_model.layers.0.mlp.down_proj"
 FIRST = "model.language_model.layers.0.self_attn.q_proj"
@@ -138,7 +139,7 @@ def test_values_are_what_is_compared() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(quant_method="gptq"), r"unknown layout \(quant_method 'gptq'\)"),
+        (lambda c: c["quantization_config"].update(quant_method="hqq"), r"unknown layout \(quant_method 'hqq'\)"),
         (lambda c: c.update(quantization_config=7), r"unknown layout \(quant_method None\)"),
         (lambda c: c.update(qat={}, quantization_config=None), "unknown layout"),
     ],
@@ -148,7 +149,7 @@ def test_an_unknown_layout(models: Path, tmp_path: Path, change: Callable[[Any],
     edit_json(folder / "config.json", change)
     with pytest.raises(FormatError, match=message) as caught:
         verify(models / "w4", folder)
-    assert "readable are grace, compressed-tensors, official" in str(caught.value)
+    assert "readable are official-awq, official, compressed-tensors" in str(caught.value)
 
 
 def test_an_official_folder_without_its_pickle(models: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.weights import INDEX, iter_weights, linears_among, open_weights, write_weights
+from grace_vlm.formats.shards import INDEX, write_weights
+from grace_vlm.formats.weights import iter_weights, linears_among, open_weights
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -20,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("max_shard_bytes", "num_shards"), [(1 << 30, 1), (128, 4), (64, 8), (1, 8), (150, 4)])
 def test_round_trip_through_any_number_of_shards(tmp_path: Path, max_shard_bytes: int, num_shards: int) -> None:
-    write_weights(tmp_path, iter(tensors().items()), max_shard_bytes)
+    write_weights(tmp_path, tensors(), max_shard_bytes)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) == num_shards
     assert files[0] == ("model.safetensors" if num_shards == 1 else f"model-00001-of-{num_shards:05d}.safetensors")
@@ -72,7 +73,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path) -> Path:
-    write_weights(folder, tensors().items(), 128)
+    write_weights(folder, tensors(), 128)
     return folder
 
 
@@ -100,7 +101,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 60, -1])
 def test_a_truncated_shard_is_refused(tmp_path: Path, cut: int) -> None:
-    write_weights(tmp_path, tensors().items())
+    write_weights(tmp_path, tensors())
     path = tmp_path / "model.safetensors"
     os.truncate(path, cut if cut >= 0 else path.stat().st_size - 1)
     with pytest.raises(FormatError, match="is no readable safetensors file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -27,5 +28,22 @@ def inspect_path(
         if key != "linears":
             print(f"{key}: {value}")
     if found.get("linears"):
-        rows = [(e["name"], f"{e['out_features']} x {e['in_features']}", e["scheme"]) for e in found["linears"]]
-        print_table(("linear", "out x in", "scheme"), rows)
+        print_table(HEADER, [_row(linear) for linear in found["linears"]])
+        stored, dense = found["weight_bytes"], found["bf16_bytes"]
+        print(f"weights: {stored:,} bytes, {100 * stored / dense:.1f} % of the {dense:,} in BF16")
+
+
+HEADER = ("linear", "out x in", "bits", "group", "bytes", "smallest scale", "largest scale", "clipped")
+
+
+def _row(linear: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        linear["name"],
+        f"{linear['out_features']} x {linear['in_features']}",
+        str(linear["bits"]),
+        str(linear["group_size"]),
+        f"{linear['bytes']:,}",
+        f"{linear['scale_min']:.3g}",
+        f"{linear['scale_max']:.3g}",
+        f"{100 * linear['clipped']:.2f} %",
+    )

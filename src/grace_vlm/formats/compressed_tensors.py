@@ -18,23 +18,21 @@ A model of several schemes gets several ``config_groups``. Load such a folder in
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, refuse, summary, write_config
-from grace_vlm.formats.folder import check_tensor
-from grace_vlm.formats.weights import Weights, linears_among, open_weights, write_weights
+from grace_vlm.formats.converter import ModelContent
+from grace_vlm.formats.lazy import TensorSpec
+from grace_vlm.formats.packed import Grid, PackedLayout, split_fused_group
+from grace_vlm.formats.weights import Weights
 from grace_vlm.quant.packing import pack_rows, unpack_rows
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Whole parts that stay dense, by the patterns that ignore them in both name spaces; their members are not listed.
 _DENSE_PARTS = {
     "lm_head": ("lm_head", r"re:.*\.lm_head$"),
@@ -107,22 +105,17 @@ def _refusal_of(name: str, scheme: QuantScheme) -> str | None:
         return f"{name} is an embedding with a grid; compressed-tensors packs linears: leave quant.head in bf16"
     if scheme.num_bits not in (4, 8):
         return f"{name} is {scheme.name}; compressed-tensors packs 4 or 8 bits: quantize to w4g128 or w8g128"
-    if scheme.scale_rounding == "fp32":
-        return (
-            f"{name} has FP32 scales, which runtimes round to BF16 on loading, so other weights would run than "
-            "were trained; train or quantize with scale_rounding=bf16"
-        )
     return None
 
 
-def _read_schemes(folder: Path, stated: Mapping[str, Any]) -> dict[tuple[int, int], QuantScheme]:
-    """(num_bits, group_size) -> scheme, of the groups of a ``quantization_config``; ``FormatError`` for other kinds."""
+def _read_grids(folder: Path, stated: Mapping[str, Any]) -> list[Grid]:
+    """The grids of the groups of a ``quantization_config``; ``FormatError`` for other kinds."""
     if stated.get("format") != "pack-quantized":
         raise FormatError(f"{folder} has compressed-tensors format {stated.get('format')!r}; expected 'pack-quantized'")
     groups = stated.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise FormatError(f"{folder} has no config_groups in its quantization_config")
-    found: dict[tuple[int, int], QuantScheme] = {}
+    found: list[Grid] = []
     for label, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict) or group.get("input_activations") or group.get("output_activations"):
@@ -137,104 +130,57 @@ def _read_schemes(folder: Path, stated: Mapping[str, Any]) -> dict[tuple[int, in
                 f"{folder}: {label} is num_bits {bits!r}, group_size {size!r}, {wrong or 'else as expected'}; "
                 "expected 4 or 8 bits, symmetric int groups, static, without actorder"
             )
-        found[bits, size] = QuantScheme(bits, size)
+        found.append((bits, size))
     return found
 
 
-class CompressedTensors:
+class CompressedTensors(PackedLayout):
     """The converter; see the head of the file for the bytes."""
 
     name = "compressed-tensors"
+    scale_dtype = torch.bfloat16
+    marker, scale_part = "weight_packed", "weight_scale"
 
     def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
         for name, entry in linears.items():
-            scheme = entry.scheme
-            assert scheme is not None
-            if (reason := _refusal_of(name, scheme)) is not None:
+            assert entry.scheme is not None
+            if (reason := _refusal_of(name, entry.scheme)) is not None:
                 return reason
-            parent, _, leaf = name.rpartition(".")
-            for group in (group for group in _FUSED if leaf in group):
-                for other in (f"{parent}.{member}" for member in group):
-                    found = linears[other].scheme if other in linears else None
-                    exists = found is not None or f"{other}.weight" in dense_names
-                    if exists and (found is None or found.name != scheme.name):
-                        return (
-                            f"{name} is {scheme.name} but {other} is {found.name if found else 'bf16'}; "
-                            f"vLLM fuses {', '.join(group)}: give them one scheme"
-                        )
-        return None
+        return split_fused_group(linears, dense_names)
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
         stated = config.get("quantization_config")
         return isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors"
 
-    def inspect(self, folder: Path) -> dict[str, Any]:
-        return summary(self.read(folder))
+    def take_statement(self, folder: Path, config: dict[str, Any]) -> list[Grid]:
+        return _read_grids(folder, config.pop("quantization_config"))
 
-    def read(self, folder: Path) -> ModelContent:
-        config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
-        schemes = _read_schemes(folder, config.pop("quantization_config"))
-        names = [name.removesuffix(".weight_packed") for name in weights if name.endswith(".weight_packed")]
-        entries = {name: self._entry(folder, weights, name, schemes) for name in names}
-        taken = {f"{name}.{part}" for name in names for part in _PARTS}
-        dense = [name for name in weights if name not in taken]
-        odd = next((n for n in dense if n.rpartition(".")[2].startswith("weight_")), None)
-        if odd is not None:
-            raise FormatError(f"{folder} has {odd}, which symmetric pack-quantized linears do not; expected {_PARTS}")
+    def statement(self, content: ModelContent) -> dict[str, Any]:
+        return {"quantization_config": quantization_config(content.linears, content.bf16_names)}
 
-        def load(name: str) -> QuantizedTensor:
-            entry = entries[name]
-            assert entry.scheme is not None
-            packed, scale = weights[f"{name}.weight_packed"], weights[f"{name}.weight_scale"]
-            if packed.dtype != torch.int32:
-                raise FormatError(f"{name}.weight_packed is {packed.dtype}; expected torch.int32")
-            codes = unpack_rows(packed, entry.scheme.num_bits, entry.in_features)
-            return check_tensor(name, QuantizedTensor(codes, scale, entry.scheme), entry)
+    def parts(self, entry: PlanEntry) -> dict[str, TensorSpec]:
+        assert entry.scheme is not None
+        out_features, words = entry.out_features, entry.in_features * entry.scheme.num_bits // 32
+        return {
+            "weight_packed": TensorSpec(torch.int32, (out_features, words)),
+            "weight_scale": TensorSpec(torch.bfloat16, (out_features, entry.in_features // entry.scheme.group_size)),
+            "weight_shape": TensorSpec(torch.int64, (2,)),
+        }
 
-        return ModelContent(
-            layout=self.name,
-            folder=folder,
-            config=config,
-            linears=entries,
-            quantized=Lazy(entries, load),
-            baked={},
-            dense=Lazy(dense, weights.__getitem__),
-            bf16_names=linears_among(weights, dense),
-        )
+    def features(self, name: str, weights: Weights, grid: Grid) -> tuple[int, int] | None:
+        shape = f"{name}.weight_shape"
+        if shape not in weights or weights.spec(shape) != TensorSpec(torch.int64, (2,)):
+            return None
+        out_features, in_features = (int(size) for size in weights[shape])
+        return out_features, in_features
 
-    def _entry(
-        self, folder: Path, weights: Weights, name: str, schemes: Mapping[tuple[int, int], QuantScheme]
-    ) -> PlanEntry:
-        """Shape and scheme of a packed linear, from its own three tensors, checked against the configuration."""
-        missing = [part for part in _PARTS if f"{name}.{part}" not in weights]
-        if missing:
-            raise FormatError(f"{folder}: {name} lacks {', '.join(missing)}")
-        packed, scale = (weights.shape(f"{name}.{part}") for part in _PARTS[:2])
-        if weights.shape(f"{name}.weight_shape") != (2,) or len(packed) != 2 or len(scale) != 2:
-            raise FormatError(
-                f"{folder}: {name} has tensors of a wrong rank; expected (out, words), (out, groups), (2,)"
-            )
-        out_features, in_features = (int(size) for size in weights[f"{name}.weight_shape"])
-        for (bits, size), scheme in schemes.items():
-            fits = in_features % size == 0 and scale == (out_features, in_features // size)
-            if fits and packed == (out_features, in_features * bits // 32):
-                return PlanEntry(name, out_features, in_features, scheme)
-        raise FormatError(
-            f"{folder}: {name} says it is {out_features} x {in_features}, but its words are {packed} and its scales "
-            f"{scale}; that fits none of {', '.join(scheme.name for scheme in schemes.values())}"
-        )
+    def encode(self, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        return {
+            "weight_packed": pack_rows(tensor.codes, tensor.scheme.num_bits),
+            "weight_scale": tensor.scale.to(torch.bfloat16),
+            "weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+        }
 
-    def write(self, content: ModelContent, stage: Path) -> None:
-        refuse(self, content)
-
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            yield from content.dense.items()
-            for name, tensor in content.quantized.items():
-                yield f"{name}.weight_packed", pack_rows(tensor.codes, tensor.scheme.num_bits)
-                yield f"{name}.weight_scale", tensor.scale
-                yield f"{name}.weight_shape", torch.tensor(tensor.shape, dtype=torch.int64)
-
-        write_weights(stage, tensors())
-        stated = quantization_config(content.linears, content.bf16_names)
-        write_config(stage, {**content.config, "quantization_config": stated})
-        copy_companions(content.folder, stage)
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], entry: PlanEntry) -> torch.Tensor:
+        assert entry.scheme is not None
+        return unpack_rows(parts["weight_packed"], entry.scheme.num_bits, entry.in_features)

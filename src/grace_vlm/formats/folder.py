@@ -12,30 +12,34 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import CheckpointError, ConfigError, FormatError
-from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, summary, write_config
-from grace_vlm.formats.weights import INDEX, WEIGHTS, Weights, check_shard, open_weights, write_weights
+from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, write_config
+from grace_vlm.formats.lazy import Lazy, TensorSpec, joined
+from grace_vlm.formats.shards import INDEX, WEIGHTS, write_shards, write_weights
+from grace_vlm.formats.weights import Weights, check_shard, open_weights
 from grace_vlm.quant.affine import bake
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding, parse_scheme
 
 GRID = "grid"
+GGUF_MODEL = "model.gguf"
 PLAN_VERSION = 1
 _CODES = re.compile(r"codes-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _ENTRY_KEYS = {"name", "scheme", "scale_rounding", "out_features", "in_features"}
 
 
 def is_model_folder(path: Path) -> bool:
-    """True if ``path`` has a configuration and safetensors weights."""
-    return (path / "config.json").is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
+    """True if ``path`` has a configuration and safetensors weights, or a GGUF model."""
+    has_weights = (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+    return ((path / "config.json").is_file() and has_weights) or (path / GGUF_MODEL).is_file()
 
 
 def resolve_model(path: Path) -> Path:
@@ -67,7 +71,7 @@ def check_tensor(name: str, tensor: QuantizedTensor, entry: PlanEntry) -> Quanti
         raise FormatError(
             f"{name}.scale is {scale.dtype} {tuple(scale.shape)}; expected {scale_dtype(scheme)} {groups}"
         )
-    if codes.numel() and not scheme.qmin <= int(codes.min()) <= int(codes.max()) <= scheme.qmax:
+    if codes.numel() and scheme.num_bits < 8 and not scheme.qmin <= int(codes.min()) <= int(codes.max()) <= scheme.qmax:
         raise FormatError(f"{name}.codes leaves [{scheme.qmin}, {scheme.qmax}], the range of {scheme.name}")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise FormatError(f"{name}.scale has a value that is not finite and positive")
@@ -151,36 +155,57 @@ def read_grid(folder: Path) -> dict[str, QuantizedTensor]:
     return dict(open_grid(folder)[2])
 
 
-def write_grid(folder: Path, tensors: Mapping[str, QuantizedTensor], bf16_names: tuple[str, ...]) -> None:
-    """Write ``folder/grid``; ``folder`` is a stage that the caller publishes.
+def _codes_name(number: int, count: int) -> str:
+    return f"codes-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_grid(
+    folder: Path,
+    tensors: Mapping[str, QuantizedTensor],
+    bf16_names: tuple[str, ...],
+    entries: Mapping[str, PlanEntry] | None = None,
+) -> None:
+    """Write ``folder/grid``, a tensor at a time; ``folder`` is a stage that the caller publishes.
 
     Args:
         tensors: by module name, in model order.
         bf16_names: every linear without a grid.
+        entries: shape and scheme of each, where they are known without reading the tensors.
     """
-    stored: dict[str, torch.Tensor] = {}
+    if entries is None:
+        entries = {name: PlanEntry(name, *tensor.shape, tensor.scheme) for name, tensor in tensors.items()}
+    specs: dict[str, TensorSpec] = {}
     linears: list[dict[str, Any]] = []
-    for name, tensor in tensors.items():
-        entry = PlanEntry(name, *tensor.shape, tensor.scheme)
-        check_tensor(name, tensor, entry)
-        stored[f"{name}.codes"] = tensor.codes.detach().cpu().contiguous()
-        stored[f"{name}.scale"] = tensor.scale.detach().cpu().contiguous()
+    for name, entry in entries.items():
+        scheme = entry.scheme
+        assert scheme is not None
+        specs[f"{name}.codes"] = TensorSpec(torch.int8, (entry.out_features, entry.in_features))
+        groups = entry.in_features // scheme.group_size
+        specs[f"{name}.scale"] = TensorSpec(scale_dtype(scheme), (entry.out_features, groups))
         linears.append(
             {
                 "name": name,
-                "scheme": tensor.scheme.name,
-                "scale_rounding": tensor.scheme.scale_rounding,
+                "scheme": scheme.name,
+                "scale_rounding": scheme.scale_rounding,
                 "out_features": entry.out_features,
                 "in_features": entry.in_features,
             }
         )
+
+    checked = lru_cache(maxsize=1)(lambda name: check_tensor(name, tensors[name], entries[name]))
+
+    def load(key: str) -> torch.Tensor:
+        name, _, part = key.rpartition(".")
+        tensor = checked(name)
+        return tensor.codes if part == "codes" else tensor.scale
+
     (folder / GRID).mkdir()
-    save_file(stored, folder / GRID / "codes-00001-of-00001.safetensors")
+    write_shards(folder / GRID, Lazy(specs, load, specs.__getitem__), _codes_name)
     plan = {"format_version": PLAN_VERSION, "linears": linears, "bf16": list(bf16_names)}
     (folder / GRID / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
-class ModelFolder:
+class ModelFolder(Converter):
     """The converter of our own layout; a BF16 model without a grid is one too."""
 
     name = "grace"
@@ -191,8 +216,8 @@ class ModelFolder:
     def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
         return None
 
-    def inspect(self, folder: Path) -> dict[str, Any]:
-        return summary(self.read(folder))
+    def linear_bytes(self, entry: PlanEntry) -> int:
+        return entry.bf16_bytes + entry.bf16_bytes // 2 + 4 * entry.num_scales + 1024
 
     def read(self, folder: Path) -> ModelContent:
         config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
@@ -210,18 +235,31 @@ class ModelFolder:
             config=config,
             linears=entries,
             quantized=quantized,
-            baked=Lazy(entries, lambda name: weights[f"{name}.weight"]),
-            dense=Lazy([n for n in weights if n.removesuffix(".weight") not in entries], weights.__getitem__),
+            baked=stored_weights(entries, weights),
+            dense=weights.only([n for n in weights if n.removesuffix(".weight") not in entries]),
             bf16_names=bf16,
         )
 
     def write(self, content: ModelContent, stage: Path) -> None:
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            yield from content.dense.items()
-            for name, tensor in content.quantized.items():
-                yield f"{name}.weight", bake(tensor)
-
-        write_weights(stage, tensors())
-        write_grid(stage, content.quantized, content.bf16_names)
+        write_weights(stage, joined(content.dense, baked_weights(content)))
+        write_grid(stage, content.quantized, content.bf16_names, content.linears)
         write_config(stage, content.config)
-        copy_companions(content.folder, stage)
+        copy_companions(content, stage)
+
+
+def stored_weights(
+    entries: Mapping[str, PlanEntry], weights: Weights, load: Callable[[str], torch.Tensor] | None = None
+) -> Lazy[torch.Tensor]:
+    """The ``.weight`` of quantized linears as a file has them, by module."""
+    return Lazy(entries, load or (lambda n: weights[f"{n}.weight"]), lambda n: weights.spec(f"{n}.weight"))
+
+
+def baked_weights(content: ModelContent) -> Lazy[torch.Tensor]:
+    """``<module>.weight``, bf16(q * s), of every quantized linear."""
+    names = {f"{name}.weight": name for name in content.linears}
+
+    def spec(key: str) -> TensorSpec:
+        entry = content.linears[names[key]]
+        return TensorSpec(torch.bfloat16, (entry.out_features, entry.in_features))
+
+    return Lazy(names, lambda key: bake(content.quantized[names[key]]), spec)

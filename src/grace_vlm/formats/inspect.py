@@ -1,20 +1,27 @@
-"""What is this folder? A sentence's worth of facts, from its files alone."""
+"""What is this folder? A model by module (bits, group, bytes, scales, clipped share), a run, or a checkpoint."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from grace_vlm.checkpoint.manifest import is_complete
 from grace_vlm.checkpoint.store import load_checkpoint
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.folder import is_model_folder, read_plan, resolve_model
-from grace_vlm.formats.registry import detect, read_model
-from grace_vlm.formats.weights import open_weights, weight_bytes
+from grace_vlm.formats.certificate import read_certificate
+from grace_vlm.formats.converter import CERTIFICATE, ModelContent
+from grace_vlm.formats.folder import is_model_folder, resolve_model
+from grace_vlm.formats.lazy import spec_of
+from grace_vlm.formats.registry import detect
+from grace_vlm.formats.weights import weight_bytes
+from grace_vlm.quant.scheme import QuantizedTensor
 
 
 def inspect_folder(path: Path) -> dict[str, Any]:
-    """Kind of folder, bytes, model type, grid.
+    """Kind of folder, and of a model its layout, bytes against BF16, and every quantized linear.
 
     Raises:
         FormatError: it is neither a model, a run nor a checkpoint.
@@ -30,34 +37,53 @@ def inspect_folder(path: Path) -> dict[str, Any]:
         }
     if not is_model_folder(path) and not (path / "final").is_dir():
         raise FormatError(f"{path} is no model folder, run folder or checkpoint; expected config.json or final/ in it")
-    return {"kind": "model" if is_model_folder(path) else "run", **_model_facts(resolve_model(path))}
+    folder = resolve_model(path)
+    facts: dict[str, Any] = {"kind": "model" if is_model_folder(path) else "run", "folder": str(folder)}
+    facts["published_whole"] = is_complete(folder)
+    if (folder / CERTIFICATE).is_file():
+        facts["certificate"] = read_certificate(folder / CERTIFICATE)["root"]
+    return {**facts, **detect(folder).inspect(folder)}
 
 
-def _model_facts(folder: Path) -> dict[str, Any]:
-    weights = open_weights(folder)
-    facts: dict[str, Any] = {
-        "folder": str(folder),
-        "published_whole": is_complete(folder),
-        "weight_bytes": weight_bytes(folder),
-        "tensors": len(weights),
-    }
-    has_grid = (folder / "grid").is_dir() or "quantization_config" in (folder / "config.json").read_text("utf-8")
-    if not has_grid and not (folder / "qat_quantized_weights.bin").is_file():
-        return {**facts, "layout": "bf16", "linears": []}
-    content = read_model(folder)
-    bf16_names = read_plan(folder)[1] if (folder / "grid").is_dir() else content.bf16_names
+def inspect_content(content: ModelContent) -> dict[str, Any]:
+    """Layout, counts, bytes on the disk and in BF16, and a record a quantized linear. Reads every code once.
+
+    ``weight_bytes`` are those of all weight files; ``bf16_bytes`` those of the same model in BF16; ``clipped`` is the
+    share of codes at an end of their range.
+    """
+    weights = sum(entry.out_features * entry.in_features for entry in content.linears.values())
+    stored = weight_bytes(content.folder)
+    dense = {name: spec_of(content.dense, name) for name in content.dense}
     return {
-        **facts,
-        "layout": detect(folder).name,
+        "layout": content.layout if content.linears else "bf16",
+        "model_type": content.config.get("model_type"),
+        "schemes": dict(Counter(entry.scheme.name for entry in content.linears.values() if entry.scheme)),
         "quantized_linears": len(content.linears),
-        "bf16_linears": len(bf16_names),
-        "linears": [
-            {
-                "name": entry.name,
-                "out_features": entry.out_features,
-                "in_features": entry.in_features,
-                "scheme": entry.scheme.name if entry.scheme else "bf16",
-            }
-            for entry in content.linears.values()
-        ],
+        "quantized_weights": weights,
+        "bits_per_quantized_weight": round(8 * sum(e.stored_bytes for e in content.linears.values()) / weights, 4)
+        if weights
+        else None,
+        "bf16_linears": len(content.bf16_names),
+        "other_tensors": len(dense),
+        "weight_bytes": stored,
+        "bf16_bytes": 2 * weights + sum(2 * spec.num_bytes // spec.dtype.itemsize for spec in dense.values()),
+        "linears": [_linear(name, content.quantized[name]) for name in content.linears],
+    }
+
+
+def _linear(name: str, tensor: QuantizedTensor) -> dict[str, Any]:
+    scheme, scale = tensor.scheme, tensor.scale.float()
+    clipped = int(torch.count_nonzero((tensor.codes == scheme.qmin) | (tensor.codes == scheme.qmax)))
+    bits = 32 if scheme.scale_rounding == "fp32" else 16
+    return {
+        "name": name,
+        "out_features": tensor.shape[0],
+        "in_features": tensor.shape[1],
+        "scheme": scheme.name,
+        "bits": scheme.num_bits,
+        "group_size": scheme.group_size,
+        "bytes": (tensor.codes.numel() * scheme.num_bits + scale.numel() * bits) // 8,
+        "scale_min": float(scale.min()),
+        "scale_max": float(scale.max()),
+        "clipped": clipped / tensor.codes.numel(),
     }

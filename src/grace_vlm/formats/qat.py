@@ -1,59 +1,53 @@
-"""The official GRACE layout: BF16 safetensors and a pickle, ``qat_quantized_weights.bin``, beside them.
+"""The official GRACE layout: BF16 safetensors on the grid and a pickle, ``qat_quantized_weights.bin``, beside them.
 
-The pickle is a dict:
+The pickle (sidecar.py) is a dict:
 
     <module>.weight      (out, in)           the fake-quantized weight, equal to the one in the safetensors
-    <module>.log_scale   (out * groups,)     FP32; row after row
+    <module>.log_scale   (out * groups,)     FP32; row after row; the group is out * in / len
     <module>.bias        (out,)              if the linear has one
 
 and ``config.json["qat"]`` is ``{"bits", "group_size", "skip_keywords", "num_replaced"}``, to which we add
 ``"scale_dtype"``: ``"bfloat16"`` says that exp(log_scale) is rounded to BF16. That gives back every BF16 scale, because
-log_scale = float32(log(float64 s)) is far closer than half a BF16 step. FP32 scales do not survive the logarithm
-(27 % do); they are read as the official code means them, and refused when written.
+log_scale = float32(log(float64 s)) is far closer than half a BF16 step. Without it exp(log_scale) stays FP32, as the
+official code means it. Of all FP32 scales 27 % survive the logarithm: those that came from such a file do, others are
+rounded to what the file will give back (``stored_scale``).
+
+Where nothing states the bits, max |q| of the whole model does: 7 or 8 is 4 bits, more is 8 bits, less is refused.
 
 Codes are q = round(w / s), the one place where a baked weight is divided, because this layout has nothing else. Safe
 for 8 bits and fewer: |q| <= 128 and BF16 keeps w within 2^-9 of q s, so the quotient is off by a quarter at most.
 Reading checks each weight: with BF16 scales bf16(q * s) must be w again; with FP32 scales, whose exponential differs in
 its last bit between machines, within one BF16 step.
 
-This is the only file of the product that opens a pickle: ``weights_only``, after the zip directory was found to hold
-uncompressed entries that add up to the file, with a cap from the safetensors beside it, and a strict schema after.
+Names and configuration stay those of the folder, also of the original LLaVA layout (``llava_original.py``).
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grace_vlm.checkpoint.strict_json import read_object
-from grace_vlm.errors import ConfigError, FormatError
-from grace_vlm.formats.converter import Lazy, ModelContent, copy_companions, refuse, summary, write_config
-from grace_vlm.formats.folder import check_tensor
-from grace_vlm.formats.weights import Weights, linears_among, open_weights, write_weights
+from grace_vlm.errors import FormatError
+from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, refuse, write_config
+from grace_vlm.formats.folder import baked_weights, check_tensor, stored_weights
+from grace_vlm.formats.lazy import Lazy, TensorSpec, joined
+from grace_vlm.formats.packed import one_grid
+from grace_vlm.formats.shards import write_weights
+from grace_vlm.formats.sidecar import SIDECAR, Sidecar, read_sidecar, write_sidecar
+from grace_vlm.formats.values import digest
+from grace_vlm.formats.weights import Weights, linears_among, open_weights
 from grace_vlm.quant.affine import bake, to_groups
 from grace_vlm.quant.plan import PlanEntry
-from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
-SIDECAR = "qat_quantized_weights.bin"
 _ROOM_BYTES = 64 << 20
-_SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_UNPICKLING = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    OSError,
-    OverflowError,
-)
+_SCALE_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_BITS = (2, 3, 4, 8)
 
 
 def log_of_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -62,69 +56,34 @@ def log_of_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def scale_of_log(log_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """exp(log_scale), formed in FP64 and rounded once to ``dtype``."""
+    """exp(log_scale), formed in FP64 and rounded once to ``dtype``, so that it is the same on every machine."""
     return log_scale.to(torch.float64).exp().to(dtype)
 
 
-def _check_archive(path: Path, max_bytes: int) -> None:
-    """Refuse what could unpack to more than is on the disk, before anything is unpacked."""
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise FormatError(f"{path} has {size:,} bytes; the model's weights allow at most {max_bytes:,}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise FormatError(f"{path} is no torch archive: {error}") from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise FormatError(f"{path} holds compressed entries, which torch.save never writes; it is not opened")
-    if sum(entry.file_size for entry in entries) > size:
-        raise FormatError(f"{path} claims more content than it has bytes; it is not opened")
-
-
-def read_sidecar(path: Path, max_bytes: int) -> dict[str, torch.Tensor]:
-    """The pickle's dict, with nothing in it but plain CPU tensors under ``<module>.{weight,log_scale,bias}``.
-
-    Raises:
-        FormatError: too large, compressed, not loadable with ``weights_only``, or anything beyond the schema.
-    """
-    _check_archive(path, max_bytes)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except _UNPICKLING as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path} is refused by torch.load(weights_only=True): {reason}") from error
-    if type(found) is not dict or not found:
-        raise FormatError(f"{path} holds a {type(found).__name__}; expected a dict of tensors")
-    for name, tensor in found.items():
-        part = name.rpartition(".")[2] if isinstance(name, str) else ""
-        plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
-        if part not in ("weight", "log_scale", "bias") or not plain:
-            raise FormatError(
-                f"{path} holds {name!r} ({type(tensor).__name__}); expected plain <module>.weight, .log_scale"
-            )
-    return found
-
-
-def _read_settings(folder: Path, config: dict[str, Any]) -> tuple[QuantScheme, torch.dtype]:
-    """(scheme, dtype of the scales) of ``config.json["qat"]``, which is taken out of ``config``."""
-    stated = config.pop("qat", None)
+def _read_settings(folder: Path, config: dict[str, Any]) -> tuple[int | None, int | None, torch.dtype | None]:
+    """(bits, group size, dtype of the scales) that ``config.json["qat"]`` states, each None if it does not; taken out of it."""
+    stated = config.pop("qat", {})
     if not isinstance(stated, dict):
-        raise FormatError(f"{folder / 'config.json'} has no 'qat' section; expected bits and group_size there")
-    bits, size, rounded = stated.get("bits"), stated.get("group_size"), stated.get("scale_dtype", "float32")
-    if type(bits) is not int or bits not in (2, 3, 4, 8) or type(size) is not int or size < 1:
-        raise FormatError(
-            f"{folder}: qat says bits {bits!r}, group_size {size!r}; expected 2, 3, 4 or 8 bits and a size"
-        )
-    if rounded not in _SCALE_DTYPES:
+        raise FormatError(f"{folder / 'config.json'} has a 'qat' section that is no object")
+    bits, size, rounded = stated.get("bits"), stated.get("group_size"), stated.get("scale_dtype")
+    if bits is not None and (type(bits) is not int or bits not in _BITS):
+        raise FormatError(f"{folder}: qat says bits {bits!r}; expected 2, 3, 4 or 8")
+    if size is not None and (type(size) is not int or size < 1):
+        raise FormatError(f"{folder}: qat says group_size {size!r}; expected a positive number")
+    if rounded is not None and (not isinstance(rounded, str) or rounded not in _SCALE_DTYPES):
         raise FormatError(f"{folder}: qat says scale_dtype {rounded!r}; expected one of {', '.join(_SCALE_DTYPES)}")
-    return QuantScheme(bits, size, "bf16" if rounded == "bfloat16" else "fp32"), _SCALE_DTYPES[rounded]
+    return bits, size, _SCALE_DTYPES[rounded] if rounded else None
+
+
+def _ratio(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """w / s as floating point, (out, in)."""
+    groups = to_groups(weight.double(), weight.shape[1] // scale.shape[1])
+    return (groups / scale.double().unsqueeze(-1)).reshape(weight.shape)
 
 
 def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
     """(codes, scale) of a baked weight; ``FormatError`` if they do not bake to it again."""
-    ratio = to_groups(weight.to(torch.float64), scheme.group_size) / scale.to(torch.float64).unsqueeze(-1)
-    codes = ratio.round().reshape(weight.shape)
+    codes = _ratio(weight, scale).round()
     if not bool(((codes >= scheme.qmin) & (codes <= scheme.qmax)).all()):
         raise FormatError(f"{name}.weight / scale leaves [{scheme.qmin}, {scheme.qmax}], the range of {scheme.name}")
     tensor = QuantizedTensor(codes.to(torch.int8), scale, scheme)
@@ -138,74 +97,87 @@ def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: Quant
     return tensor
 
 
-def _entry(
-    folder: Path, weights: Weights, sidecar: Mapping[str, torch.Tensor], name: str, scheme: QuantScheme
-) -> PlanEntry:
-    """Shape of a quantized linear, after the sidecar's tensors were found to fit the safetensors' and the scheme."""
+def _group_size(folder: Path, weights: Weights, sidecar: Sidecar, name: str, stated: int | None) -> int:
+    """The group of one linear, after the sidecar's tensors were found to fit the safetensors'."""
     key = f"{name}.weight"
-    if key not in sidecar or key not in weights or len(weights.shape(key)) != 2:
+    if name not in sidecar.weights or key not in weights or len(weights.shape(key)) != 2:
         raise FormatError(
             f"{folder}: {SIDECAR} has {name}.log_scale, but {key} is not a matrix in it and the safetensors"
         )
-    out_features, in_features = weights.shape(key)
-    weight, log_scale = sidecar[key], sidecar[f"{name}.log_scale"]
-    if weight.dtype != torch.bfloat16 or tuple(weight.shape) != (out_features, in_features):
+    spec, log_scale = weights.spec(key), sidecar.log_scales[name]
+    if sidecar.weights[name][0].shape != spec.shape or spec.dtype != torch.bfloat16:
         raise FormatError(
-            f"{folder}: {key} is {weight.dtype} {tuple(weight.shape)} in {SIDECAR}; "
-            f"expected torch.bfloat16 {(out_features, in_features)} as in the safetensors"
+            f"{folder}: {key} is {sidecar.weights[name][0].shape} in {SIDECAR} and {spec.dtype} {spec.shape} in the "
+            "safetensors; expected the same torch.bfloat16 matrix"
         )
-    try:
-        scheme.check(out_features, in_features, name)
-    except ConfigError as error:
+    out_features, in_features = spec.shape
+    num_scales = log_scale.numel()
+    if log_scale.ndim != 1 or log_scale.dtype not in (torch.float32, torch.bfloat16):
         raise FormatError(
-            f"{folder}: {error}; the official code then uses one scale a row, which we do not read"
-        ) from error
-    expected = out_features * (in_features // scheme.group_size)
-    if log_scale.dtype != torch.float32 or tuple(log_scale.shape) != (expected,):
-        raise FormatError(
-            f"{folder}: {name}.log_scale is {log_scale.dtype} {tuple(log_scale.shape)}; "
-            f"expected torch.float32 ({expected},)"
+            f"{folder}: {name}.log_scale is {log_scale.dtype} {tuple(log_scale.shape)}; expected FP32, flat"
         )
-    return PlanEntry(name, out_features, in_features, scheme)
+    if num_scales < out_features or num_scales % out_features or in_features % (num_scales // out_features):
+        raise FormatError(
+            f"{folder}: {name}.log_scale has {num_scales} values; {out_features} x {in_features} weights need a whole "
+            "number of equal groups a row"
+        )
+    size = out_features * in_features // num_scales
+    # The official code gives a row one scale, without a word, if its group size does not divide the row.
+    if stated is not None and stated != size and (num_scales != out_features or in_features % stated == 0):
+        raise FormatError(f"{folder}: qat says group_size {stated}, the log_scale of {name} {size}; they must agree")
+    return size
 
 
-class Official:
+class Official(Converter):
     """The converter; see the head of the file."""
 
     name = "official"
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
-        return "qat" in config and (folder / SIDECAR).is_file() and "quantization_config" not in config
-
-    def inspect(self, folder: Path) -> dict[str, Any]:
-        return summary(self.read(folder))
+        return (folder / SIDECAR).is_file() and "quantization_config" not in config
 
     def read(self, folder: Path) -> ModelContent:
         config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
-        scheme, scale_dtype = _read_settings(folder, config)
+        bits, stated_size, scale_dtype = _read_settings(folder, config)
         stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         sidecar = read_sidecar(folder / SIDECAR, 2 * stored_bytes + _ROOM_BYTES)
-        names = [name.removesuffix(".log_scale") for name in sidecar if name.endswith(".log_scale")]
-        entries = {name: _entry(folder, weights, sidecar, name, scheme) for name in names}
-        stray = next((n for n in sidecar if n.rpartition(".")[0] not in entries), None)
-        if stray is not None:
-            raise FormatError(f"{folder / SIDECAR} has {stray} but no log_scale for it")
+        if stray := sorted((sidecar.weights.keys() | sidecar.biases.keys()) - sidecar.log_scales.keys()):
+            raise FormatError(f"{folder / SIDECAR} has tensors of {stray[0]} but no log_scale for it")
+        groups = {name: _group_size(folder, weights, sidecar, name, stated_size) for name in sidecar.log_scales}
+        if not groups:
+            raise FormatError(f"{folder / SIDECAR} holds no <module>.log_scale, so the model has no grid")
 
-        def baked(name: str) -> torch.Tensor:
-            for part in ("weight", "bias"):
-                key = f"{name}.{part}"
-                if key not in sidecar:
-                    continue
-                if key not in weights or not torch.equal(sidecar[key], weights[key].to(sidecar[key].dtype)):
-                    raise FormatError(f"{folder}: {key} differs between {SIDECAR} and the safetensors")
-            return weights[f"{name}.weight"]
-
-        def load(name: str) -> QuantizedTensor:
-            groups = (entries[name].out_features, entries[name].in_features // scheme.group_size)
-            scale = scale_of_log(sidecar[f"{name}.log_scale"], scale_dtype).reshape(groups)
+        def scale_of(name: str) -> torch.Tensor:
+            log_scale = sidecar.log_scales[name]
+            # Log-scales in BF16 are those of a run whose parameters were BF16: their exponential was too.
+            scale = scale_of_log(log_scale, scale_dtype or log_scale.dtype)
             if not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 raise FormatError(f"{name}.log_scale has a value whose exponential is not finite and positive")
-            return check_tensor(name, _recover(name, baked(name), scale, scheme), entries[name])
+            return scale.reshape(weights.shape(f"{name}.weight")[0], -1)
+
+        @lru_cache(maxsize=1)  # asked for by whoever wants the codes, and again by whoever wants the weight
+        def baked(name: str) -> torch.Tensor:
+            weight, bias = weights[f"{name}.weight"], f"{name}.bias"
+            if digest(weight) != sidecar.weights[name][1]:
+                raise FormatError(f"{folder}: {name}.weight differs between {SIDECAR} and the safetensors")
+            if name in sidecar.biases and (
+                bias not in weights or digest(weights[bias]) != digest(sidecar.biases[name])
+            ):
+                raise FormatError(f"{folder}: {bias} differs between {SIDECAR} and the safetensors")
+            return weight
+
+        if bits is None:
+            bits = _bits_of_codes(folder, (_ratio(weights[f"{n}.weight"], scale_of(n)).round() for n in groups))
+        entries = {}
+        for name, size in groups.items():
+            rounding: ScaleRounding = "bf16" if scale_of(name).dtype == torch.bfloat16 else "fp32"
+            out_features, in_features = weights.shape(f"{name}.weight")
+            entries[name] = PlanEntry(name, out_features, in_features, QuantScheme(bits, size, rounding))
+
+        def load(name: str) -> QuantizedTensor:
+            scheme = entries[name].scheme
+            assert scheme is not None
+            return check_tensor(name, _recover(name, baked(name), scale_of(name), scheme), entries[name])
 
         dense = [name for name in weights if name.removesuffix(".weight") not in entries]
         return ModelContent(
@@ -214,47 +186,72 @@ class Official:
             config=config,
             linears=entries,
             quantized=Lazy(entries, load),
-            baked=Lazy(entries, baked),
-            dense=Lazy(dense, weights.__getitem__),
+            baked=stored_weights(entries, weights, baked),
+            dense=weights.only(dense),
             bf16_names=linears_among(weights, dense),
         )
 
     def refusal(self, linears: Mapping[str, PlanEntry], dense_names: Container[str]) -> str | None:
-        grids = sorted({entry.scheme.name for entry in linears.values() if entry.scheme})
-        if len(grids) != 1:
-            return f"the official layout has one scheme for the whole model; this one has {', '.join(grids)}"
+        try:
+            one_grid(f"the {self.name} layout", linears)
+        except FormatError as error:
+            return str(error)
         return None
+
+    def stored_scale(self, scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+        if scheme.scale_rounding != "fp32":
+            return scale.float()
+        return scale_of_log(log_of_scale(scale), torch.float32).reshape(scale.shape)
+
+    def linear_bytes(self, entry: PlanEntry) -> int:
+        return 2 * entry.bf16_bytes + 4 * entry.num_scales + 1024
 
     def write(self, content: ModelContent, stage: Path) -> None:
         refuse(self, content)
-        scheme = next(entry.scheme for entry in content.linears.values() if entry.scheme)
-        sidecar: dict[str, torch.Tensor] = {}
-        for name, tensor in content.quantized.items():
-            log_scale = log_of_scale(tensor.scale)
-            if not torch.equal(scale_of_log(log_scale, torch.bfloat16), tensor.scale.reshape(-1)):
-                raise FormatError(
-                    f"{name} has FP32 scales, which do not survive the logarithm of the official layout; "
-                    "train or quantize with scale_rounding=bf16"
-                )
-            sidecar[f"{name}.weight"] = bake(tensor)
-            sidecar[f"{name}.log_scale"] = log_scale
-            if f"{name}.bias" in content.dense:
-                sidecar[f"{name}.bias"] = content.dense[f"{name}.bias"]
+        schemes = [entry.scheme for entry in content.linears.values() if entry.scheme]
+        write_weights(stage, joined(content.dense, baked_weights(content)))
+        written = open_weights(stage)
 
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            yield from content.dense.items()
-            for name in content.quantized:
-                yield f"{name}.weight", sidecar[f"{name}.weight"]
+        def sidecar_spec(key: str) -> TensorSpec:
+            name, _, part = key.rpartition(".")
+            if part == "log_scale":
+                return TensorSpec(torch.float32, (content.linears[name].num_scales,))
+            return written.spec(key)
 
-        write_weights(stage, tensors())
-        torch.save(sidecar, stage / SIDECAR)
+        def load(key: str) -> torch.Tensor:
+            name, _, part = key.rpartition(".")
+            return log_of_scale(content.quantized[name].scale) if part == "log_scale" else written[key]
+
+        keys = [
+            f"{name}.{part}"
+            for name in content.linears
+            for part in ("weight", "log_scale", "bias")
+            if part != "bias" or f"{name}.bias" in content.dense
+        ]
+        write_sidecar(stage / SIDECAR, Lazy(keys, load, sidecar_spec))
         others = [n for n in content.bf16_names if "visual" not in n and "lm_head" not in n]
-        settings = {
-            "bits": scheme.num_bits,
-            "group_size": scheme.group_size,
+        settings: dict[str, Any] = {
+            "bits": schemes[0].num_bits,
+            "group_size": schemes[0].group_size,
             "skip_keywords": ["visual", "lm_head", *others],
             "num_replaced": len(content.linears),
-            "scale_dtype": "bfloat16",
         }
+        if all(scheme.scale_rounding != "fp32" for scheme in schemes):
+            settings["scale_dtype"] = "bfloat16"
         write_config(stage, {**content.config, "qat": settings})
-        copy_companions(content.folder, stage)
+        copy_companions(content, stage)
+
+
+def _bits_of_codes(folder: Path, all_codes: Any) -> int:
+    """Bits from the range that the codes of a whole model take."""
+    low = high = 0
+    for codes in all_codes:
+        low, high = min(low, int(codes.min())), max(high, int(codes.max()))
+    if low >= -8 and high <= 7 and max(high, -low) >= 7:
+        return 4
+    if max(high, -low) > 7 and low >= -128 and high <= 127:
+        return 8
+    raise FormatError(
+        f"{folder}: the codes of the whole model lie in [{low}, {high}]; 4 bits reach 7 or -8 and 8 bits stay in "
+        '[-128, 127], so the bits are uncertain: state "qat": {"bits": ...} in its config.json'
+    )

@@ -6,17 +6,30 @@ from pathlib import Path
 
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
+from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.compressed_tensors import CompressedTensors
 from grace_vlm.formats.converter import Converter, ModelContent
 from grace_vlm.formats.folder import ModelFolder
+from grace_vlm.formats.gptq import Gptq
+from grace_vlm.formats.mlx import Mlx
+from grace_vlm.formats.official_awq import OfficialAwq
 from grace_vlm.formats.qat import Official
 from grace_vlm.models.adapter import Adapter, stored_name
-from grace_vlm.quant.plan import QuantPlan
+from grace_vlm.quant.plan import PlanEntry, QuantPlan
 
 
 def converters() -> dict[str, Converter]:
-    """Every layout by name."""
-    layouts: tuple[Converter, ...] = (ModelFolder(), CompressedTensors(), Official())
+    """Every layout by name. The first that matches a folder reads it: those with marks of their own come first."""
+    layouts: tuple[Converter, ...] = (
+        OfficialAwq(),
+        Official(),
+        CompressedTensors(),
+        Awq(),
+        Gptq("gptq"),
+        Gptq("gptq_v2"),
+        Mlx(),
+        ModelFolder(),
+    )
     return {layout.name: layout for layout in layouts}
 
 
@@ -29,17 +42,25 @@ def converter_for(name: str) -> Converter:
 
 
 def refusals(plan: QuantPlan, adapter: Adapter) -> dict[str, str | None]:
-    """For each layout, why it cannot hold a planned model, in the names of its files; None where it can."""
+    """For each layout, why it cannot hold a planned model exactly, in the names of its files; None where it can."""
     linears = {stored_name(adapter, entry.name): entry for entry in plan.entries if entry.scheme is not None}
     dense = {stored_name(adapter, f"{entry.name}.weight") for entry in plan.entries if entry.scheme is None}
     if not linears:
         return {}
-    return {name: converter.refusal(linears, dense) for name, converter in converters().items()}
+    return {name: _refusal(converter, linears, dense) for name, converter in converters().items()}
+
+
+def _refusal(converter: Converter, linears: dict[str, PlanEntry], dense: set[str]) -> str | None:
+    reason = converter.refusal(linears, dense)
+    in_fp32 = any(entry.scheme and entry.scheme.scale_rounding == "fp32" for entry in linears.values())
+    if reason is None and in_fp32 and converter.name not in ("grace", "mlx"):
+        return "rounds FP32 scales (pack --allow-rounding); train with scale_rounding=bf16"
+    return reason
 
 
 def detect(folder: Path) -> Converter:
     """The layout of a model folder; ``FormatError`` if it is none of ours."""
-    config = read_object(folder / "config.json", FormatError)
+    config = read_object(folder / "config.json", FormatError) if (folder / "config.json").is_file() else {}
     for converter in converters().values():
         if converter.matches(folder, config):
             return converter
@@ -57,8 +78,4 @@ def read_model(folder: Path) -> ModelContent:
 
 def validate(folder: Path) -> ModelContent:
     """Read every tensor of a folder once; ``FormatError`` names the first that is wrong. Returns the content."""
-    content = read_model(folder)
-    for mapping in (content.quantized, content.baked, content.dense):
-        for name in mapping:
-            mapping[name]
-    return content
+    return detect(folder).validate(folder)

@@ -13,26 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from grace_vlm.formats.converter import ModelContent
+from grace_vlm.errors import FormatError
+from grace_vlm.formats.certificate import Progress, certify, differing, read_certificate
+from grace_vlm.formats.converter import CERTIFICATE, ModelContent
 from grace_vlm.formats.folder import resolve_model
+from grace_vlm.formats.llava_original import in_the_names_of
 from grace_vlm.formats.registry import read_model
+from grace_vlm.formats.values import Difference, compare_values
 from grace_vlm.quant.affine import bake
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not the same: which tensor, where in it, what each side has."""
-
-    tensor: str
-    index: tuple[int, ...] | None
-    a: str
-    b: str
-
-    def __str__(self) -> str:
-        where = f"[{', '.join(map(str, self.index))}]" if self.index is not None else ""
-        return f"{self.tensor}{where}: {self.a} in A, {self.b} in B"
 
 
 @dataclass(frozen=True)
@@ -60,17 +48,6 @@ class VerifyReport:
     @property
     def equal(self) -> bool:
         return self.first is None
-
-
-def compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
-    """The first place where two tensors differ in value; None if nowhere."""
-    if a.shape != b.shape:
-        return Difference(name, None, f"shape {tuple(a.shape)}", f"shape {tuple(b.shape)}")
-    differs = (a != b) & ~((a != a) & (b != b))
-    if not bool(differs.any()):
-        return None
-    index = tuple(int(i) for i in differs.nonzero()[0])
-    return Difference(name, index, str(a[index].item()), str(b[index].item()))
 
 
 def _by_layer(name: str) -> list[str | int]:
@@ -108,7 +85,12 @@ def verify(a: Path, b: Path) -> VerifyReport:
     Raises:
         FormatError: one of them is not readable, or wrong in itself. CheckpointError: it is no model folder.
     """
-    one, other = read_model(resolve_model(a)), read_model(resolve_model(b))
+    return compare(read_model(resolve_model(a)), read_model(resolve_model(b)))
+
+
+def compare(one: ModelContent, other: ModelContent) -> VerifyReport:
+    """Compare two models, tensor by tensor; one of each side is in memory."""
+    one, other = in_the_names_of(one, other), in_the_names_of(other, one)
     differences: list[Difference] = []
     num_codes = num_scales = num_values = 0
     linears = sorted(one.linears.keys() | other.linears.keys(), key=_by_layer)
@@ -140,3 +122,22 @@ def verify(a: Path, b: Path) -> VerifyReport:
         num_different=len(differences),
         first=differences[0] if differences else None,
     )
+
+
+def verify_certificate(
+    folder: Path, certificate: Path | None = None, progress: Progress | None = None
+) -> tuple[str, list[str]]:
+    """(root of the certificate, tensors of the folder that are not as it says).
+
+    Args:
+        certificate: a certificate file; None: the one that lies in the folder.
+
+    Raises:
+        FormatError: no certificate there, or a damaged one; a folder that is not readable.
+    """
+    source = resolve_model(folder)
+    path = certificate or source / CERTIFICATE
+    if not path.is_file():
+        raise FormatError(f"{source} has no {CERTIFICATE}; name another folder or a certificate to compare with")
+    stated = read_certificate(path)
+    return stated["root"], differing(stated, certify(read_model(source), progress))

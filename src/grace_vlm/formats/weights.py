@@ -7,7 +7,6 @@ tensor is asked for, so that a model larger than memory can be compared and conv
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,15 +14,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
+from grace_vlm.formats.lazy import Lazy, TensorSpec
+from grace_vlm.formats.shards import DTYPES, INDEX, WEIGHTS
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 4 << 30
+_UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, OverflowError)
 _SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+
+
+def inside(path: Path) -> bool:
+    """Whether the file that ``path`` leads to lies in its folder, or in the hub cache that the folder is a snapshot of.
+
+    The cache keeps the files of ``models--X/snapshots/Y/`` in ``models--X/blobs/`` and links them.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    return target.parent == folder or target.parent == cache
 
 
 def check_shard(folder: Path, name: Any) -> Path:
@@ -31,7 +39,7 @@ def check_shard(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not _SHARD.fullmatch(name):
         raise FormatError(f"{folder} names a shard {name!r}; expected a bare file name like {WEIGHTS}")
     path = folder / name
-    if path.resolve().parent != folder.resolve():
+    if not inside(path):
         raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
     if not path.is_file():
         raise FormatError(f"{path} is missing; download or copy the folder again")
@@ -55,7 +63,11 @@ class Weights(Mapping[str, torch.Tensor]):
             self._handles.update(dict.fromkeys(names, handle))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        handle = self._handles[name]
+        try:
+            tensor: torch.Tensor = handle.get_tensor(name)
+        except _UNREADABLE as error:
+            raise FormatError(f"tensor {name} cannot be read: {error}") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +78,19 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header, without reading the tensor."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        return self.spec(name).shape
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape, from the header."""
+        part = self._handles[name].get_slice(name)
+        dtype = part.get_dtype()
+        if dtype not in DTYPES:
+            raise FormatError(f"tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+        return TensorSpec(DTYPES[dtype], tuple(part.get_shape()))
+
+    def only(self, names: Iterable[str]) -> Lazy[torch.Tensor]:
+        """Some of the tensors."""
+        return Lazy(names, self.__getitem__, self.spec)
 
 
 def open_weights(folder: Path) -> Weights:
@@ -97,41 +121,7 @@ def linears_among(weights: Weights, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(n.removesuffix(".weight") for n in matrices if "embed" not in n)
 
 
-def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write tensors under ``folder`` as one file, or as numbered shards with an index; one shard in memory at a time.
-
-    ``folder`` is a stage: the caller publishes it.
-    """
-    shards: list[dict[str, torch.Tensor] | list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if pending and size + num_bytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.contiguous()
-        size, total = size + num_bytes, total + num_bytes
-    flush()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [WEIGHTS]
-    else:
-        weight_map = {tensor: name for name, members in zip(names, shards, strict=True) for tensor in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for i, name in enumerate(names):
-        (folder / f"part-{i}.safetensors").rename(folder / name)
-
-
 def weight_bytes(folder: Path) -> int:
-    """Bytes of weights on the disk: every safetensors and .bin file below the folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
+    """Bytes of weights on the disk: every safetensors, .bin and GGUF file below the folder."""
+    suffixes = (".safetensors", ".bin", ".gguf")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())

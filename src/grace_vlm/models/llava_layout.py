@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,8 @@ _OPTIONAL += ("bos_token_id", "eos_token_id")
 _HELD: dict[str, tuple[Any, ...]] = dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "s2"), (False,))
 _HELD |= {"mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch", "cls_patch")}
 _HELD |= {"image_aspect_ratio": ("pad", "square"), "mm_patch_merge_type": ("flat",)}
-_GROWN = ("model.embed_tokens.weight", "lm_head.weight")
-_IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
+GROWN = ("model.embed_tokens.weight", "lm_head.weight")
+IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 
 
 def is_original_llava(config: Mapping[str, Any]) -> bool:
@@ -114,6 +115,53 @@ def _moved(name: str, prefixes: Mapping[str, str]) -> str:
     return next((new + name[len(old) :] for old, new in prefixes.items() if f"{name}.".startswith(f"{old}.")), "")
 
 
+@dataclass(frozen=True)
+class OriginalParts:
+    """What an original checkpoint has beside its own tensors.
+
+    Args:
+        config: Transformers' configuration.
+        processor: tokenizer (with ``<image>`` and ``<pad>``) and picture preparation.
+        tower: tensors of the vision tower by their names in it; empty if the checkpoint holds them itself.
+    """
+
+    config: LlavaConfig
+    processor: LlavaProcessor
+    tower: dict[str, torch.Tensor]
+
+
+def open_parts(
+    folder: Path,
+    config: dict[str, Any],
+    names: Collection[str],
+    dtype: torch.dtype = torch.bfloat16,
+    vision_tower: str | None = None,
+) -> OriginalParts:
+    """Configuration, processor and vision tower of an original checkpoint whose tensors are called ``names``.
+
+    Raises:
+        ConfigError: no tower or tokenizer, or a choice that Transformers' LLaVA cannot hold.
+    """
+    # A head that lies there is used as it is, also if the configuration calls it tied.
+    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in names
+    inside = any(name.startswith("model.vision_tower.") for name in names)
+    if not (name := vision_tower or config.get("mm_vision_tower")):
+        raise ConfigError(f"{folder} names no vision tower (mm_vision_tower); give one as vision_tower=FOLDER")
+    vision_config, tower, source = _open_tower(folder, str(name), inside, dtype)
+    tokenizer = _open_tokenizer(folder)
+    image_id, pad_id = (int(tokenizer.convert_tokens_to_ids(token)) for token in ("<image>", "<pad>"))
+    converted = convert_config(config, vision_config, image_id, pad_id)
+    converted.dtype = dtype
+    processor = _processor(tokenizer, converted, source, config.get("image_aspect_ratio") == "pad")
+    return OriginalParts(converted, processor, tower)
+
+
+def grow_vocabulary(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """Embedding or head (vocabulary, width) with ``rows`` more words, each the mean of the old ones."""
+    mean = matrix.mean(dim=0, keepdim=True, dtype=torch.float32).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(rows, -1)])
+
+
 def open_original_llava(
     folder: Path, dtype: torch.dtype = torch.bfloat16, vision_tower: str | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -132,23 +180,16 @@ def open_original_llava(
     if not is_original_llava(config):
         raise ConfigError(f"{folder} is no original LLaVA checkpoint; expected model_type 'llava_llama' in config.json")
     tensors = _open_tensors(folder)
-    # A head that lies there is used as it is, also if the configuration calls it tied.
-    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in tensors
-    inside = any(name.startswith("model.vision_tower.") for name in tensors)
-    if not (name := vision_tower or config.get("mm_vision_tower")):
-        raise ConfigError(f"{folder} names no vision tower (mm_vision_tower); give one as vision_tower=FOLDER")
-    vision_config, tower, source = _open_tower(folder, str(name), inside, dtype)
-    tokenizer = _open_tokenizer(folder)
-    image_id, pad_id = (int(tokenizer.convert_tokens_to_ids(token)) for token in ("<image>", "<pad>"))
-    converted = convert_config(config, vision_config, image_id, pad_id)
+    parts = open_parts(folder, config, tensors, dtype, vision_tower)
+    converted = parts.config
     # Parameters have no memory until they get their tensor; the small tables beside them are real at once.
     with init_empty_weights(include_buffers=False):
         model: Any = LlavaForConditionalGeneration(converted)
     model.config.dtype = dtype
-    model.model.vision_tower.load_state_dict(tower, assign=True, strict=not inside)
+    model.model.vision_tower.load_state_dict(parts.tower, assign=True, strict=bool(parts.tower))
     _fill(model, tensors, folder, config["vocab_size"], dtype)
     model.tie_weights()
-    return model.eval(), _processor(tokenizer, converted, source, config.get("image_aspect_ratio") == "pad")
+    return model.eval(), parts.processor
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -209,8 +250,8 @@ def _fill(model: Any, tensors: Mapping[str, Any], folder: Path, vocab: int, dtyp
     shapes = {_moved(name, back): list(t.shape) for name, t in model.state_dict().items() if t.is_meta}
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    shapes |= {name: [vocab, *shapes[name][1:]] for name in _GROWN if name in shapes}
-    names = {name for name in tensors if not _IGNORED.search(name)}
+    shapes |= {name: [vocab, *shapes[name][1:]] for name in GROWN if name in shapes}
+    names = {name for name in tensors if not IGNORED.search(name)}
     if scales := [name for name in names if name.endswith(".log_scale")]:
         what = f"{folder} is an unbaked training checkpoint, with {len(scales)} learned scales ({_few(scales)})"
         raise ConfigError(f"{what}; expected plain weights: bake the scales into them first")
@@ -227,9 +268,8 @@ def _fill(model: Any, tensors: Mapping[str, Any], folder: Path, vocab: int, dtyp
     for name in shapes:
         # A copy, always: what safetensors hands out is the mapped file itself.
         tensor = tensors[name].get_tensor(name).to(dtype, copy=True)
-        if name in _GROWN:
-            mean = tensor.mean(dim=0, keepdim=True, dtype=torch.float32).to(dtype)
-            tensor = torch.cat([tensor, mean.expand(rows, -1)])
+        if name in GROWN:
+            tensor = grow_vocabulary(tensor, rows)
         owner, _, leaf = module_name(name).rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor))
 

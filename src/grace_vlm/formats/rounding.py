@@ -1,0 +1,100 @@
+"""Does a layout hold the scales of a checkpoint exactly, and if not, what is the nearest that it does hold?
+
+Codes are never touched. ``Converter.stored_scale`` says what reading gives back of a scale; where that is another
+value, writing needs the user's consent (``--allow-rounding``), and the checkpoint is rounded first, so that what is
+written is proved against exactly what was consented to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from grace_vlm.errors import FormatError
+from grace_vlm.formats.converter import Converter, ModelContent
+from grace_vlm.formats.lazy import Lazy
+from grace_vlm.quant.affine import bake
+from grace_vlm.quant.scheme import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What a layout does to the scales of a checkpoint.
+
+    Args:
+        num_scales, num_changed: scales, and those that the layout cannot hold.
+        scale_error: largest |stored - s| / s.
+        weight_error: largest |bf16(q stored) - bf16(q s)|.
+        tensor: the linear that has the largest scale error; empty if all are exact.
+    """
+
+    num_scales: int = 0
+    num_changed: int = 0
+    scale_error: float = 0.0
+    weight_error: float = 0.0
+    tensor: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return self.num_changed == 0
+
+    def __str__(self) -> str:
+        if self.exact:
+            return f"exact: all {self.num_scales:,} scales are kept"
+        return (
+            f"not exact: {self.num_changed:,} of {self.num_scales:,} scales are rounded, by "
+            f"{100 * self.scale_error:.3g} % at most ({self.tensor}); "
+            f"no weight changes by more than {self.weight_error:.3g}"
+        )
+
+    def including(self, name: str, before: QuantizedTensor, after: QuantizedTensor) -> Exactness:
+        """This record with one more linear, as it is and as the layout stores it."""
+        scale, stored = before.scale.float(), after.scale.float()
+        total = self.num_scales + scale.numel()
+        changed = int((scale != stored).sum())
+        if changed == 0:
+            return replace(self, num_scales=total)
+        error = float(((stored - scale).abs() / scale).max())
+        weight_error = float((bake(after).float() - bake(before).float()).abs().max())
+        return Exactness(
+            num_scales=total,
+            num_changed=self.num_changed + changed,
+            scale_error=max(error, self.scale_error),
+            weight_error=max(weight_error, self.weight_error),
+            tensor=name if error > self.scale_error else self.tensor,
+        )
+
+
+def as_stored(name: str, tensor: QuantizedTensor, converter: Converter) -> QuantizedTensor:
+    """A linear with the scales that ``converter`` stores; ``FormatError`` if one becomes zero or infinite."""
+    scheme = tensor.scheme
+    stored = converter.stored_scale(tensor.scale, scheme)
+    if torch.equal(stored, tensor.scale.float()):
+        return tensor
+    if not bool((torch.isfinite(stored) & (stored > 0)).all()):
+        dtype = str(converter.scale_dtype).removeprefix("torch.")
+        raise FormatError(
+            f"{name} has scales from {float(tensor.scale.min()):.3g} to {float(tensor.scale.max()):.3g}; "
+            f"{converter.name} stores them in {dtype}, which cannot hold them"
+        )
+    narrow = converter.scale_dtype == torch.bfloat16
+    rounding = replace(scheme, scale_rounding="bf16" if narrow else "fp32")
+    return QuantizedTensor(tensor.codes, stored.to(torch.bfloat16) if narrow else stored, rounding)
+
+
+def rounded(content: ModelContent, converter: Converter) -> ModelContent:
+    """``content`` with every scale as ``converter`` stores it, and weights baked from those."""
+    narrow = converter.scale_dtype == torch.bfloat16
+    linears = {
+        name: replace(entry, scheme=replace(entry.scheme, scale_rounding="bf16" if narrow else "fp32"))
+        for name, entry in content.linears.items()
+        if entry.scheme
+    }
+
+    def load(name: str) -> QuantizedTensor:
+        tensor, scheme = as_stored(name, content.quantized[name], converter), linears[name].scheme
+        assert scheme is not None
+        return QuantizedTensor(tensor.codes, tensor.scale.to(torch.bfloat16 if narrow else torch.float32), scheme)
+
+    return replace(content, linears=linears, quantized=Lazy(linears, load), baked={})

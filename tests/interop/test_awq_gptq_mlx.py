@@ -1,0 +1,102 @@
+"""AWQ, GPTQ and MLX folders in other people's programs: stock Transformers with gptqmodel and optimum, and MLX on a CPU.
+
+Under ``scale_rounding: sig5`` q s is the same real number in BF16 and FP32, so in FP32 the logits must be equal: 0.0.
+Under the default the same program in FP32 runs the unrounded q s, at most 2^-8 from the baked weight; the bound is that of
+a few such layers. The environment is made here (some minutes); GRACE_INTEROP_GPTQ_PYTHON names one that is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_clean_environment import REPOSITORY, clean_variables, pinned_versions
+
+SCRIPT = Path(__file__).with_name("compare_runtimes.py")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "pillow", "gptqmodel", "optimum", "mlx[cpu]")
+FORMATS = {"w4g128": ("awq", "official-awq", "gptq", "gptq_v2", "mlx"), "w8g128": ("gptq", "mlx")}
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("GRACE_INTEROP_GPTQ_PYTHON"):
+        return Path(given)
+    root = tmp_path_factory.mktemp("gptq")
+    constraints = root / "constraints.txt"
+    constraints.write_text("\n".join(pinned_versions((REPOSITORY / "requirements.lock").read_text("utf-8"))) + "\n")
+    venv.create(root / "venv", with_pip=True)
+    made = root / "venv" / "bin" / "python"
+    install = [made, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *PACKAGES]
+    subprocess.run(install, check=True, env=clean_variables(), timeout=1200)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """<family>-<scheme>-<rounding>[-<layout>], and <family>.safetensors with questions."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "formats"))
+    families, tiny = importlib.import_module("family_models"), importlib.import_module("tiny_models")
+    from transformers import AutoProcessor
+
+    from grace_vlm.formats.pack import pack
+
+    root = tmp_path_factory.mktemp("models")
+    for family in families.FAMILIES:
+        for scheme, layouts in FORMATS.items():
+            for rounding in ("sig5", "bf16"):
+                name = f"{family}-{scheme}-{rounding}"
+                families.write_family(root / name, family, scheme, rounding)
+                for layout in layouts:
+                    pack(root / name, root / f"{name}-{layout}", layout)
+        processor = AutoProcessor.from_pretrained(root / f"{family}-w4g128-bf16")
+        tiny.save_questions(root / f"{family}.safetensors", tiny.random_questions(processor, 12, seed=3))
+    return root
+
+
+def ask(python: Path, *arguments: object) -> dict[str, Any]:
+    """The report of the script, run from a folder that holds nothing of ours."""
+    command = [python, SCRIPT, *map(str, arguments)]
+    variables = clean_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables, cwd="/", timeout=900)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    assert report["problems"] == []
+    print(json.dumps(report["folders"], indent=1))
+    return report["folders"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", ["Qwen3-VL", "Qwen2-VL", "LLaVA-1.5"])
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_transformers_with_gptqmodel(python: Path, folders: Path, family: str, scheme: str) -> None:
+    for rounding, bound in (("sig5", 0.0), ("bf16", 0.1)):
+        name = f"{family}-{scheme}-{rounding}"
+        packed = [folders / f"{name}-{layout}" for layout in FORMATS[scheme] if layout != "mlx"]
+        found = ask(python, folders / name, *packed, "--inputs", folders / f"{family}.safetensors")
+        for layout, report in found.items():
+            # W8 products have more bits than BF16 whatever the scale: there is no exact case.
+            limit = 0.1 if scheme == "w8g128" else bound
+            assert report["max_abs_difference"] <= limit, (layout, report)
+            assert report["top1_agreement"] >= (1.0 if limit == 0 else 0.9)
+            assert report["with_picture"] > 0
+            assert report["logit_std"] > 0.1
+
+
+@pytest.mark.parametrize("family", ["Qwen3-VL", "Qwen2-VL", "LLaVA-1.5"])
+@pytest.mark.parametrize("scheme", FORMATS)
+@pytest.mark.parametrize("rounding", ["sig5", "bf16"])
+def test_mlx_dequantizes_to_the_baked_weights(
+    python: Path, folders: Path, family: str, scheme: str, rounding: str
+) -> None:
+    name = f"{family}-{scheme}-{rounding}"
+    (report,) = ask(python, folders / name, folders / f"{name}-mlx", "--mlx").values()
+    assert report["linears"] == 14
+    assert report["weights_changed"] == 0
