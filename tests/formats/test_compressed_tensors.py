@@ -18,8 +18,8 @@ from grace_vlm.formats.compressed_tensors import _pattern
 from grace_vlm.formats.folder import ModelFolder, write_grid
 from grace_vlm.formats.pack import pack
 from grace_vlm.formats.registry import read_model, validate
-from grace_vlm.formats.verify import verify
 from grace_vlm.formats.shards import write_weights
+from grace_vlm.formats.verify import verify
 from grace_vlm.quant import QuantizedTensor, QuantScheme, bake
 
 FIRST = "model.language_model.layers.0.self_attn.q_proj"

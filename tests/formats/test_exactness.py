@@ -100,7 +100,7 @@ def test_any_layout_into_any_other(folders: dict[tuple[str, str, str], Path | st
 
 
 CONSUMERS = {
-    "compressed-tensors": "Transformers + compressed-tensors, BF16: logits difference 0.0 (tests/interop); vLLM not run",
+    "compressed-tensors": "Transformers + compressed-tensors: BF16 logits difference 0.0 (tests/interop); vLLM not run",
     "awq": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",
     "gptq": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",
     "gptq_v2": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",

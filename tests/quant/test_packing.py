@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_vlm.errors import FormatError
-from grace_vlm.quant.packing import pack_rows, unpack_rows
+from grace_vlm.quant.packing import (
+    AWQ_ORDER,
+    pack_columns,
+    pack_interleaved,
+    pack_rows,
+    unpack_columns,
+    unpack_interleaved,
+    unpack_rows,
+)
 
 
 def test_golden_word_of_four_bits() -> None:
@@ -82,7 +90,7 @@ def test_bits_without_a_layout_are_refused(num_bits: int) -> None:
 def test_columns_that_fill_no_word_are_refused() -> None:
     with pytest.raises(FormatError) as caught:
         pack_rows(torch.zeros(2, 12, dtype=torch.int8), 4)
-    assert str(caught.value) == "in_features 12 is not a multiple of 8 (4-bit words)"
+    assert str(caught.value) == "in_features 12 is not a multiple of 8, the codes of a word"
 
 
 def test_a_shape_that_lies_is_refused() -> None:
@@ -97,3 +105,48 @@ def test_codes_outside_the_range_are_refused(code: int) -> None:
     codes[0, 3] = code
     with pytest.raises(FormatError, match="codes outside the 4-bit range"):
         pack_rows(codes, 4)
+
+
+def test_golden_word_of_awq() -> None:
+    """Outputs 0..7 hold the values 0..7 (as u): the word says its own order."""
+    codes = torch.arange(-8, 0, dtype=torch.int8).reshape(8, 1)
+    assert pack_interleaved(codes).tolist() == [[0x75316420]]
+
+
+def test_interleaved_and_columns_are_their_drawings() -> None:
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-8, 8, (24, 16), generator=generator, dtype=torch.int8)
+    words = pack_interleaved(codes).tolist()
+    for column in range(16):
+        for c in range(3):
+            value = sum((int(codes[8 * c + o, column]) + 8) << (4 * k) for k, o in enumerate(AWQ_ORDER))
+            assert words[column][c] & 0xFFFFFFFF == value
+    words = pack_columns(codes, 4).tolist()
+    for r in range(2):
+        for out in range(24):
+            value = sum((int(codes[out, 8 * r + k]) + 8) << (4 * k) for k in range(8))
+            assert words[r][out] & 0xFFFFFFFF == value
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    num_bits=st.sampled_from([4, 8]), out_words=st.integers(1, 300), words=st.integers(1, 9), seed=st.integers(0, 99)
+)
+def test_transposed_layouts_are_undone(num_bits: int, out_words: int, words: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    half = 2 ** (num_bits - 1)
+    codes = torch.randint(-half, half, (8 * out_words, words * 8), generator=generator, dtype=torch.int8)
+    packed = pack_columns(codes, num_bits)
+    assert packed.shape == (words * 8 * num_bits // 32, 8 * out_words)
+    assert torch.equal(unpack_columns(packed, num_bits, words * 8), codes)
+    if num_bits == 4:
+        assert torch.equal(unpack_interleaved(pack_interleaved(codes), 8 * out_words), codes)
+
+
+def test_transposed_layouts_refuse_what_has_no_whole_words() -> None:
+    with pytest.raises(FormatError, match="out_features 12 is not a multiple of 8"):
+        pack_interleaved(torch.zeros(12, 8, dtype=torch.int8))
+    with pytest.raises(FormatError, match="hold 8 outputs, not the 16"):
+        unpack_interleaved(torch.zeros(4, 1, dtype=torch.int32), 16)
+    with pytest.raises(FormatError, match="hold 8 inputs, not the 16"):
+        unpack_columns(torch.zeros(1, 4, dtype=torch.int32), 4, 16)
