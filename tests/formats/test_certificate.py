@@ -12,7 +12,7 @@ from tiny_models import copy_of, edit_json, edit_tensors
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.certificate import read_certificate
 from grace_vlm.formats.converter import CERTIFICATE
-from grace_vlm.formats.pack import pack
+from grace_vlm.formats.pack import convert, pack
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.rounding import Exactness, rounded
 from grace_vlm.formats.values import digest
@@ -89,14 +89,14 @@ def test_rounding_is_what_the_user_is_told(models: Path, tmp_path: Path) -> None
     assert len(said) == 1
     assert said[0].startswith("gptq is not exact: ")
     assert not (tmp_path / "out").exists()
-    packed = pack(models / "fp32", tmp_path / "out", "gptq", allow_rounding=True)
+    packed = convert(models / "fp32", tmp_path / "out", "gptq", allow_rounding=True)
     before, after = read_model(models / "fp32"), read_model(tmp_path / "out")
     for name, tensor in before.quantized.items():
         assert torch.equal(after.quantized[name].codes, tensor.codes)
         assert torch.equal(after.quantized[name].scale, tensor.scale.half().float())
     assert 0 < packed.exactness.scale_error <= 2**-11
     assert verify_certificate(tmp_path / "out")[1] == []
-    assert packed.root != pack(models / "fp32", tmp_path / "mlx", "mlx").root
+    assert packed.root != convert(models / "fp32", tmp_path / "mlx", "mlx").root
 
 
 def test_scales_that_vanish_are_refused_with_any_consent(models: Path) -> None:

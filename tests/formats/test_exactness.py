@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
             source = write_family(root / f"{family}-{scheme}", family, scheme)
             for layout in LAYOUTS:
                 try:
-                    found[family, scheme, layout] = pack(source, root / f"{family}-{scheme}-{layout}", layout).folder
+                    found[family, scheme, layout] = pack(source, root / f"{family}-{scheme}-{layout}", layout)
                 except FormatError as error:
                     found[family, scheme, layout] = str(error)
     return found
@@ -93,7 +93,7 @@ def test_any_layout_into_any_other(folders: dict[tuple[str, str, str], Path | st
         source = folders["Qwen2-VL", "w4g128", order[-1]]
         assert isinstance(source, Path)
         for number, layout in enumerate(order):
-            source = pack(source, tmp_path / f"{order[0]}-{number}", layout).folder
+            source = pack(source, tmp_path / f"{order[0]}-{number}", layout)
         reference = folders["Qwen2-VL", "w4g128", "grace"]
         assert isinstance(reference, Path)
         assert verify(reference, source).equal

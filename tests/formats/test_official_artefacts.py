@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import copy_of, edit_json
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.pack import pack
+from grace_vlm.formats.pack import convert, pack
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.sidecar import SIDECAR
 from grace_vlm.formats.verify import verify
@@ -84,13 +84,13 @@ def test_fp32_scales_that_came_from_a_sidecar_go_back_into_one(tmp_path: Path) -
     """exp and log meet again: the official layout is exact for what it held, and so are grace and MLX, others not."""
     write_released(tmp_path / "released", *RELEASED[0][:3], {"model_type": "qwen3_vl"})
     for layout in ("official", "grace", "mlx"):
-        assert pack(tmp_path / "released", tmp_path / layout, layout).exactness.exact
+        assert convert(tmp_path / "released", tmp_path / layout, layout).exactness.exact
         assert verify(tmp_path / "released", tmp_path / layout).equal
     for layout in ("compressed-tensors", "awq", "official-awq", "gptq"):
         with pytest.raises(FormatError, match=r"is not exact: [0-9,]+ of [0-9,]+ scales are rounded, by 0\.[0-9]+ %"):
             pack(tmp_path / "released", tmp_path / layout, layout)
         assert not (tmp_path / layout).exists()
-        packed = pack(tmp_path / "released", tmp_path / layout, layout, allow_rounding=True)
+        packed = convert(tmp_path / "released", tmp_path / layout, layout, allow_rounding=True)
         before, after = read_model(tmp_path / "released"), read_model(tmp_path / layout)
         errors = []
         for name, tensor in before.quantized.items():

@@ -24,10 +24,10 @@ def pack_model(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing target."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    from grace_vlm.formats.pack import pack
+    from grace_vlm.formats.pack import convert
 
     with ProgressBar("packing") as bar:
-        packed = pack(
+        packed = convert(
             Path(src),
             dst,
             format,

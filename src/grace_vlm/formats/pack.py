@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from grace_vlm.checkpoint.atomic import publish_folder, refuse_existing
 from grace_vlm.errors import CheckpointError, FormatError
@@ -31,7 +32,7 @@ _ROOM_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Packed:
-    """What ``pack`` published: where, how exactly, and the root of its certificate."""
+    """What ``convert`` published: where, how exactly, and the root of its certificate."""
 
     folder: Path
     exactness: Exactness
@@ -69,7 +70,7 @@ def certify_as_stored(
     return certify(source, progress), found
 
 
-def pack(
+def convert(
     src: Path,
     dst: Path,
     format_name: str,
@@ -80,7 +81,7 @@ def pack(
     notify: Callable[[str], None] = lambda message: None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Packed:
-    """Write the model in ``src`` to ``dst`` in another layout, atomically.
+    """Write the model in ``src`` to ``dst`` in another layout, atomically; says how exactly.
 
     Args:
         src: a model folder of any readable layout, or a run folder.
@@ -131,3 +132,8 @@ def pack(
             )
         write_certificate(stage, certificate)
     return Packed(dst, exactness, certificate["root"])
+
+
+def pack(src: Path, dst: Path, format_name: str, **options: Any) -> Path:
+    """``convert`` with the same arguments and errors, for those who want the folder alone; returns ``dst``."""
+    return convert(src, dst, format_name, **options).folder

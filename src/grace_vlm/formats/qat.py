@@ -61,7 +61,7 @@ def scale_of_log(log_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _read_settings(folder: Path, config: dict[str, Any]) -> tuple[int | None, int | None, torch.dtype | None]:
-    """(bits, group size, dtype of the scales) that ``config.json["qat"]`` states, each None if it does not; taken out of it."""
+    """(bits, group size, dtype of the scales) of ``config.json["qat"]``, None what it does not say; taken out of it."""
     stated = config.pop("qat", {})
     if not isinstance(stated, dict):
         raise FormatError(f"{folder / 'config.json'} has a 'qat' section that is no object")
@@ -87,6 +87,8 @@ def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: Quant
     if not bool(((codes >= scheme.qmin) & (codes <= scheme.qmax)).all()):
         raise FormatError(f"{name}.weight / scale leaves [{scheme.qmin}, {scheme.qmax}], the range of {scheme.name}")
     tensor = QuantizedTensor(codes.to(torch.int8), scale, scheme)
+    if scheme.scale_rounding == "fp32":
+        tensor = _with_their_exponential(tensor, weight)
     again = bake(tensor)
     if scheme.scale_rounding == "fp32":
         on_grid = bool(((again.float() - weight.float()).abs() <= 2.0**-7 * weight.float().abs()).all())
@@ -95,6 +97,26 @@ def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: Quant
     if not on_grid:
         raise FormatError(f"{name}.weight is not on the grid of its scales; expected bf16(q * exp(log_scale))")
     return tensor
+
+
+def _with_their_exponential(tensor: QuantizedTensor, weight: torch.Tensor) -> QuantizedTensor:
+    """``tensor`` with scales moved by up to two FP32 steps, where that and only that gives back the stored weights.
+
+    exp in FP32 is off by a step or two, which ones depends on the machine; so now and then bf16(q * s) is a neighbour of
+    the weight that was released.
+    """
+    found = tensor
+    for steps in (1, -1, 2, -2):
+        wrong = (to_groups(bake(found), tensor.scheme.group_size) != to_groups(weight, tensor.scheme.group_size)).any(
+            -1
+        )
+        if not bool(wrong.any()):
+            break
+        moved = tensor.scale.clone()
+        for _ in range(abs(steps)):
+            moved = torch.nextafter(moved, torch.full_like(moved, torch.inf if steps > 0 else 0.0))
+        found = QuantizedTensor(tensor.codes, torch.where(wrong, moved, found.scale), tensor.scheme)
+    return found
 
 
 def _group_size(folder: Path, weights: Weights, sidecar: Sidecar, name: str, stated: int | None) -> int:
@@ -180,13 +202,15 @@ class Official(Converter):
             return check_tensor(name, _recover(name, baked(name), scale_of(name), scheme), entries[name])
 
         dense = [name for name in weights if name.removesuffix(".weight") not in entries]
+        fp32_names = {name for name, e in entries.items() if e.scheme and e.scheme.scale_rounding == "fp32"}
         return ModelContent(
             layout=self.name,
             folder=folder,
             config=config,
             linears=entries,
             quantized=Lazy(entries, load),
-            baked=stored_weights(entries, weights, baked),
+            # With FP32 scales the weight was compared when its codes were recovered, to a BF16 step.
+            baked=stored_weights(entries, weights, baked) if fp32_names.isdisjoint(entries) else {},
             dense=weights.only(dense),
             bf16_names=linears_among(weights, dense),
         )

@@ -7,10 +7,11 @@ tensor is asked for, so that a model larger than memory can be compared and conv
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,35 +47,66 @@ def check_shard(folder: Path, name: Any) -> Path:
     return path
 
 
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """The tensors of a shard, after the library found its header sound: sizes, offsets, no gap, no overlap."""
+    try:
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except _UNREADABLE as error:
+        raise FormatError(f"{path} is no readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Place(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
 class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of some shards as a read-only mapping; each access reads that tensor from the disk."""
+    """The tensors of some shards as a read-only mapping; each access reads that tensor from the disk.
+
+    Read and not mapped: a mapped file's pages count as this process's memory for as long as it is open.
+    """
 
     def __init__(self, shards: Iterable[Path]) -> None:
-        self._handles: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
         for path in shards:
-            try:
-                handle: Any = safe_open(path, framework="pt")
-                names = list(handle.keys())
-            except (SafetensorError, OSError) as error:
-                raise FormatError(f"{path} is no readable safetensors file: {error}") from error
-            twice = next((name for name in names if name in self._handles), None)
+            found = _places(path)
+            twice = next((name for name in found if name in self._places), None)
             if twice is not None:
                 raise FormatError(f"tensor {twice} is in two shards of {path.parent}; expected one of each")
-            self._handles.update(dict.fromkeys(names, handle))
+            self._places.update(found)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        handle = self._handles[name]
+        spec, place = self.spec(name), self._places[name]
+        flat = torch.empty(spec.num_bytes, dtype=torch.uint8)
         try:
-            tensor: torch.Tensor = handle.get_tensor(name)
-        except _UNREADABLE as error:
-            raise FormatError(f"tensor {name} cannot be read: {error}") from error
-        return tensor
+            with open(place.path, "rb") as file:
+                file.seek(place.offset)
+                num_read = file.readinto(flat.numpy().data) if spec.num_bytes else 0
+        except OSError as error:
+            raise FormatError(f"tensor {name} of {place.path} cannot be read: {error.strerror}") from error
+        if num_read != spec.num_bytes:
+            raise FormatError(f"{place.path} became shorter while it was read; copy the folder again")
+        return flat.view(spec.dtype).reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._handles)
+        return iter(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header, without reading the tensor."""
@@ -82,11 +114,10 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape, from the header."""
-        part = self._handles[name].get_slice(name)
-        dtype = part.get_dtype()
-        if dtype not in DTYPES:
-            raise FormatError(f"tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
-        return TensorSpec(DTYPES[dtype], tuple(part.get_shape()))
+        place = self._places[name]
+        if place.dtype not in DTYPES:
+            raise FormatError(f"tensor {name} has dtype {place.dtype}; expected one of {', '.join(DTYPES)}")
+        return TensorSpec(DTYPES[place.dtype], place.shape)
 
     def only(self, names: Iterable[str]) -> Lazy[torch.Tensor]:
         """Some of the tensors."""
