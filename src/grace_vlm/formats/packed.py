@@ -198,7 +198,7 @@ class PackedLayout(Converter):
                 return PlanEntry(name, *shape, QuantScheme(num_bits, group_size, rounding))
         shapes = ", ".join(
             f"{key.rpartition('.')[2]} {weights.spec(key).dtype} {weights.shape(key)}"
-            for key in weights
+            for key in sorted(weights)
             if key.rpartition(".")[0] == name
         )
         stated = _listed(f"w{bits}g{size}" for bits, size in grids)

@@ -102,8 +102,8 @@ def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: Quant
 def _with_their_exponential(tensor: QuantizedTensor, weight: torch.Tensor) -> QuantizedTensor:
     """``tensor`` with scales moved by up to two FP32 steps, where that and only that gives back the stored weights.
 
-    exp in FP32 is off by a step or two, which ones depends on the machine; so now and then bf16(q * s) is a neighbour of
-    the weight that was released.
+    exp in FP32 is off by a step or two, where depends on the machine; so now and then bf16(q * s) is a neighbour of the
+    weight that was released.
     """
     found = tensor
     for steps in (1, -1, 2, -2):
