@@ -30,16 +30,14 @@ from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding, parse_scheme
 
 GRID = "grid"
-GGUF_MODEL = "model.gguf"
 PLAN_VERSION = 1
 _CODES = re.compile(r"codes-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _ENTRY_KEYS = {"name", "scheme", "scale_rounding", "out_features", "in_features"}
 
 
 def is_model_folder(path: Path) -> bool:
-    """True if ``path`` has a configuration and safetensors weights, or a GGUF model."""
-    has_weights = (path / WEIGHTS).is_file() or (path / INDEX).is_file()
-    return ((path / "config.json").is_file() and has_weights) or (path / GGUF_MODEL).is_file()
+    """True if ``path`` has a configuration and safetensors weights."""
+    return (path / "config.json").is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
 
 
 def resolve_model(path: Path) -> Path:

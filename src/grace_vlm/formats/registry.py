@@ -60,7 +60,7 @@ def _refusal(converter: Converter, linears: dict[str, PlanEntry], dense: set[str
 
 def detect(folder: Path) -> Converter:
     """The layout of a model folder; ``FormatError`` if it is none of ours."""
-    config = read_object(folder / "config.json", FormatError) if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json", FormatError)
     for converter in converters().values():
         if converter.matches(folder, config):
             return converter
