@@ -61,11 +61,13 @@ class Converter(ABC):
     """One layout.
 
     ``name`` is what ``--format`` takes. ``scale_dtype`` is what the layout stores scales in; BF16 scales are exact in
-    FP16 from 2^-17 to 65280, which holds what training makes.
+    FP16 from 2^-17 to 65280, which holds what training makes. ``keeps_original_names``: a model in the original LLaVA
+    layout is written as it is; others get Transformers' names.
     """
 
     name: str
     scale_dtype: torch.dtype = torch.float32
+    keeps_original_names: bool = False
 
     @abstractmethod
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from grace_vlm.formats.folder import is_model_folder, resolve_model
 from grace_vlm.formats.lazy import spec_of
 from grace_vlm.formats.registry import detect
 from grace_vlm.formats.weights import weight_bytes
+from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
@@ -67,22 +68,21 @@ def inspect_content(content: ModelContent) -> dict[str, Any]:
         "other_tensors": len(dense),
         "weight_bytes": stored,
         "bf16_bytes": 2 * weights + sum(2 * spec.num_bytes // spec.dtype.itemsize for spec in dense.values()),
-        "linears": [_linear(name, content.quantized[name]) for name in content.linears],
+        "linears": [_linear(entry, content.quantized[name]) for name, entry in content.linears.items()],
     }
 
 
-def _linear(name: str, tensor: QuantizedTensor) -> dict[str, Any]:
+def _linear(entry: PlanEntry, tensor: QuantizedTensor) -> dict[str, Any]:
     scheme, scale = tensor.scheme, tensor.scale.float()
     clipped = int(torch.count_nonzero((tensor.codes == scheme.qmin) | (tensor.codes == scheme.qmax)))
-    bits = 32 if scheme.scale_rounding == "fp32" else 16
     return {
-        "name": name,
-        "out_features": tensor.shape[0],
-        "in_features": tensor.shape[1],
+        "name": entry.name,
+        "out_features": entry.out_features,
+        "in_features": entry.in_features,
         "scheme": scheme.name,
         "bits": scheme.num_bits,
         "group_size": scheme.group_size,
-        "bytes": (tensor.codes.numel() * scheme.num_bits + scale.numel() * bits) // 8,
+        "bytes": int(entry.stored_bytes),
         "scale_min": float(scale.min()),
         "scale_max": float(scale.max()),
         "clipped": clipped / tensor.codes.numel(),

@@ -27,6 +27,7 @@ class OfficialAwq(Awq):
     """The converter; see the head of the file for what it adds to AWQ."""
 
     name = "official-awq"
+    keeps_original_names = True
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
         return "awq_packing" in config or (folder / MODULES).is_file()

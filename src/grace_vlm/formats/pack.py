@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from grace_vlm.errors import CheckpointError, FormatError
 from grace_vlm.formats.certificate import Certificate, Progress, certify, write_certificate
 from grace_vlm.formats.converter import Converter, ModelContent, refuse
 from grace_vlm.formats.folder import resolve_model
-from grace_vlm.formats.lazy import Lazy, spec_of
+from grace_vlm.formats.lazy import spec_of
 from grace_vlm.formats.llava_original import in_transformers_names
 from grace_vlm.formats.registry import converter_for, read_model
 from grace_vlm.formats.rounding import Exactness, as_stored, rounded
@@ -56,18 +56,13 @@ def certify_as_stored(
     """
     found = Exactness()
 
-    def load(name: str) -> QuantizedTensor:
+    def stored(name: str, before: QuantizedTensor) -> QuantizedTensor:
         nonlocal found
-        before = content.quantized[name]
         after = as_stored(name, before, converter)
         found = found.including(name, before, after)
         return after
 
-    # A weight that was baked from a scale that changes is no longer that of the stored scale: then it is not compared.
-    first = next(iter(content.linears.values())).scheme
-    keeps = first is not None and (first.scale_rounding != "fp32" or converter.name == "grace")
-    source = replace(content, quantized=Lazy(content.linears, load), baked=content.baked if keeps else {})
-    return certify(source, progress), found
+    return certify(content, progress, stored), found
 
 
 def convert(
@@ -105,7 +100,7 @@ def convert(
     content = read_model(source)
     if not content.linears:
         raise FormatError(f"{source} has no grid, so there is nothing to pack; quantize it first (grace quantize)")
-    if not converter.name.startswith("official"):
+    if not converter.keeps_original_names:
         content = in_transformers_names(content, vision_tower)
     refuse(converter, content)
 

@@ -154,6 +154,7 @@ class Official(Converter):
     """The converter; see the head of the file."""
 
     name = "official"
+    keeps_original_names = True
 
     def matches(self, folder: Path, config: Mapping[str, Any]) -> bool:
         return (folder / SIDECAR).is_file() and "quantization_config" not in config
@@ -192,7 +193,8 @@ class Official(Converter):
             bits = _bits_of_codes(folder, (_ratio(weights[f"{n}.weight"], scale_of(n)).round() for n in groups))
         entries = {}
         for name, size in groups.items():
-            rounding: ScaleRounding = "bf16" if scale_of(name).dtype == torch.bfloat16 else "fp32"
+            dtype = scale_dtype or sidecar.log_scales[name].dtype
+            rounding: ScaleRounding = "bf16" if dtype == torch.bfloat16 else "fp32"
             out_features, in_features = weights.shape(f"{name}.weight")
             entries[name] = PlanEntry(name, out_features, in_features, QuantScheme(bits, size, rounding))
 
@@ -202,7 +204,7 @@ class Official(Converter):
             return check_tensor(name, _recover(name, baked(name), scale_of(name), scheme), entries[name])
 
         dense = [name for name in weights if name.removesuffix(".weight") not in entries]
-        fp32_names = {name for name, e in entries.items() if e.scheme and e.scheme.scale_rounding == "fp32"}
+        in_fp32 = any(entry.scheme and entry.scheme.scale_rounding == "fp32" for entry in entries.values())
         return ModelContent(
             layout=self.name,
             folder=folder,
@@ -210,7 +212,7 @@ class Official(Converter):
             linears=entries,
             quantized=Lazy(entries, load),
             # With FP32 scales the weight was compared when its codes were recovered, to a BF16 step.
-            baked=stored_weights(entries, weights, baked) if fp32_names.isdisjoint(entries) else {},
+            baked={} if in_fp32 else stored_weights(entries, weights, baked),
             dense=weights.only(dense),
             bf16_names=linears_among(weights, dense),
         )

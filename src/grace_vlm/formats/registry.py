@@ -14,6 +14,7 @@ from grace_vlm.formats.gptq import Gptq
 from grace_vlm.formats.mlx import Mlx
 from grace_vlm.formats.official_awq import OfficialAwq
 from grace_vlm.formats.qat import Official
+from grace_vlm.formats.rounding import keeps_fp32_scales
 from grace_vlm.models.adapter import Adapter, stored_name
 from grace_vlm.quant.plan import PlanEntry, QuantPlan
 
@@ -53,7 +54,7 @@ def refusals(plan: QuantPlan, adapter: Adapter) -> dict[str, str | None]:
 def _refusal(converter: Converter, linears: dict[str, PlanEntry], dense: set[str]) -> str | None:
     reason = converter.refusal(linears, dense)
     in_fp32 = any(entry.scheme and entry.scheme.scale_rounding == "fp32" for entry in linears.values())
-    if reason is None and in_fp32 and converter.name not in ("grace", "mlx"):
+    if reason is None and in_fp32 and not keeps_fp32_scales(converter):
         return "rounds FP32 scales (pack --allow-rounding); train with scale_rounding=bf16"
     return reason
 

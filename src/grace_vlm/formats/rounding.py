@@ -13,9 +13,10 @@ import torch
 
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent
+from grace_vlm.formats.folder import scale_dtype
 from grace_vlm.formats.lazy import Lazy
 from grace_vlm.quant.affine import bake
-from grace_vlm.quant.scheme import QuantizedTensor
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,22 @@ def as_stored(name: str, tensor: QuantizedTensor, converter: Converter) -> Quant
             f"{name} has scales from {float(tensor.scale.min()):.3g} to {float(tensor.scale.max()):.3g}; "
             f"{converter.name} stores them in {dtype}, which cannot hold them"
         )
-    narrow = converter.scale_dtype == torch.bfloat16
-    rounding = replace(scheme, scale_rounding="bf16" if narrow else "fp32")
-    return QuantizedTensor(tensor.codes, stored.to(torch.bfloat16) if narrow else stored, rounding)
+    return _in(_scheme_of(scheme, converter), tensor.codes, stored)
+
+
+def _scheme_of(scheme: QuantScheme, converter: Converter) -> QuantScheme:
+    """``scheme`` with the rounding that scales have after ``converter`` rounded them."""
+    return replace(scheme, scale_rounding="bf16" if converter.scale_dtype == torch.bfloat16 else "fp32")
+
+
+def _in(scheme: QuantScheme, codes: torch.Tensor, scale: torch.Tensor) -> QuantizedTensor:
+    return QuantizedTensor(codes, scale.to(scale_dtype(scheme)), scheme)
 
 
 def rounded(content: ModelContent, converter: Converter) -> ModelContent:
     """``content`` with every scale as ``converter`` stores it, and weights baked from those."""
-    narrow = converter.scale_dtype == torch.bfloat16
     linears = {
-        name: replace(entry, scheme=replace(entry.scheme, scale_rounding="bf16" if narrow else "fp32"))
+        name: replace(entry, scheme=_scheme_of(entry.scheme, converter))
         for name, entry in content.linears.items()
         if entry.scheme
     }
@@ -95,6 +102,12 @@ def rounded(content: ModelContent, converter: Converter) -> ModelContent:
     def load(name: str) -> QuantizedTensor:
         tensor, scheme = as_stored(name, content.quantized[name], converter), linears[name].scheme
         assert scheme is not None
-        return QuantizedTensor(tensor.codes, tensor.scale.to(torch.bfloat16 if narrow else torch.float32), scheme)
+        return _in(scheme, tensor.codes, tensor.scale)
 
     return replace(content, linears=linears, quantized=Lazy(linears, load), baked={})
+
+
+def keeps_fp32_scales(converter: Converter) -> bool:
+    """Whether a layout gives FP32 scales back as they were, asked of some that need every bit."""
+    scales = torch.linspace(0.01, 0.02, 128).unsqueeze(0)
+    return torch.equal(converter.stored_scale(scales, QuantScheme(4, 1, "fp32")), scales)
