@@ -6,10 +6,10 @@ from pathlib import Path
 
 import typer
 
-from grace_vlm.cli.output import emit_json
+from grace_vlm.cli.output import ProgressBar, emit_json
 from grace_vlm.errors import ConfigError
 
-HELP = """Quantize a model without training it: the rounding baseline.
+HELP = """Quantize a model without training it: rounding, AWQ or GPTQ.
 
 Example: grace quantize runs/demo/student runs/rtn --method rtn --scheme w4g128"""
 
@@ -18,21 +18,37 @@ def quantize_model(
     model: str = typer.Argument(..., help="Model folder, run folder or hub id."),
     dst: Path = typer.Argument(..., help="Model folder to write."),
     scheme: str = typer.Option(..., "--scheme", help="w8g128, w4g128, w3g64, ..."),
-    method: str = typer.Option("rtn", "--method", help="rtn: round to nearest."),
+    method: str = typer.Option("rtn", "--method", help="rtn (round to nearest), awq or gptq."),
     scale: str = typer.Option("mse", "--scale", help="minmax or mse: how scales are chosen."),
-    calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on; rtn takes none."),
+    calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on, for awq and gptq."),
+    images: Path = typer.Option(None, "--images", help="Folder that image paths start from; default: the file's."),
+    num_rows: int = typer.Option(128, "--num-rows", help="How many rows to calibrate on."),
+    seed: int = typer.Option(0, "--seed", help="Which rows are drawn."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda: where awq and gptq compute."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing target."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    if method != "rtn":
-        raise ConfigError(f"method {method!r} is not one of rtn")
+    if method not in ("rtn", "awq", "gptq"):
+        raise ConfigError(f"method {method!r} is not one of rtn, awq, gptq")
     if scale not in ("minmax", "mse"):
         raise ConfigError(f"scale {scale!r} is not one of minmax, mse")
-    if calibration is not None:
-        raise ConfigError("method rtn takes no --calibration; leave it out")
     from grace_vlm.ptq.quantize import quantize_folder
 
-    plan = quantize_folder(model, dst, scheme, scale="mse" if scale == "mse" else "minmax", overwrite=overwrite)
+    with ProgressBar("quantizing layers") as bar:
+        plan = quantize_folder(
+            model,
+            dst,
+            scheme,
+            method="awq" if method == "awq" else "gptq" if method == "gptq" else "rtn",
+            scale="mse" if scale == "mse" else "minmax",
+            calibration=calibration,
+            images=images,
+            num_rows=num_rows,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            progress=bar.update,
+        )
     if as_json:
         emit_json({"model": str(dst), "quantized": len(plan.schemes), "bf16": len(plan.bf16_names)})
     else:

@@ -1,0 +1,130 @@
+"""The inputs of a decoder's linears, layer after layer, by the model's own forward.
+
+To look at layer i, the forward is run with the layers before it cut short: layer i - 1 returns the states that it
+gave when it was its turn, those before it return what they are given, and the run stops behind layer i. So whatever
+a model does between its layers (DeepStack adds picture features there) happens as always, and no layer is computed
+for another's sake.
+
+Memory: one hidden state a token, (tokens, d) in the model's dtype, besides one (in, in) FP32 matrix for each distinct
+input of the linears that are looked at together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grace_vlm.errors import DataError
+
+Forward = Callable[[], Any]
+"""Runs the model on one batch without padding."""
+
+
+class _BehindLayerError(Exception):
+    """Ends a forward behind the layer that was asked for."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a linear's input x over the calibration tokens.
+
+    Args:
+        hessian: (in, in) FP32, mean of x x^T. magnitude: (in,) FP32, mean of abs(x). num_tokens: how many.
+    """
+
+    hessian: torch.Tensor
+    magnitude: torch.Tensor
+    num_tokens: int
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.square: Any = 0.0
+        self.absolute: Any = 0.0
+        self.num_tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.square = self.square + rows.T @ rows
+        self.absolute = self.absolute + rows.abs().sum(dim=0)
+        self.num_tokens += len(rows)
+
+    def moments(self) -> Moments:
+        return Moments(self.square / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+
+
+class Replay:
+    """Layers in order, each with the states that the quantized layers before it make.
+
+    Args:
+        layers: modules whose output is a (B, S, d) tensor. forwards: one a batch.
+
+    Raises:
+        DataError: no batch.
+    """
+
+    def __init__(self, layers: Sequence[Any], forwards: Sequence[Forward]) -> None:
+        if not forwards:
+            raise DataError("there is nothing to calibrate on; give at least one row")
+        self.layers, self.forwards = layers, forwards
+        self._states: list[Any] = [None] * len(forwards)
+
+    def moments(self, number: int, linears: Sequence[Any]) -> list[Moments]:
+        """Of the inputs of ``linears`` inside layer ``number``; linears that read one input are given as one."""
+        sums = [_Sums() for _ in linears]
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, s=s: s.add(args[0]))
+            for linear, s in zip(linears, sums, strict=True)
+        ]
+        try:
+            for batch in range(len(self.forwards)):
+                self._run(number, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [s.moments() for s in sums]
+
+    def advance(self, number: int) -> None:
+        """Layer ``number`` is done: keep what it gives now."""
+        for batch in range(len(self.forwards)):
+            self._states[batch] = self._run(number, batch)
+
+    @torch.no_grad()
+    def _run(self, number: int, batch: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+
+        def stop(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            found.append(output)
+            raise _BehindLayerError
+
+        hook = self.layers[number].register_forward_hook(stop)
+        try:
+            with _cut_short(self.layers[:number], self._states[batch]):
+                self.forwards[batch]()
+        except _BehindLayerError:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
+
+@contextmanager
+def _cut_short(layers: Sequence[Any], state: torch.Tensor | None) -> Iterator[None]:
+    """``layers`` return what they are given, and the last of them ``state``."""
+
+    def same(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    for layer in layers[:-1]:
+        layer.forward = same
+    for layer in layers[-1:]:
+        layer.forward = lambda *_args, **_kwargs: state
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
