@@ -2,7 +2,7 @@
 
 Every layer sees what the quantized layers before it make. GPTQ also goes in order inside a layer: q, k, v, then o,
 then gate and up, then down, each with the inputs that the ones before it now give. AWQ looks once at a layer, folds,
-and rounds its linears.
+proves that the layer still computes what it did, and rounds it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.ptq.awq import awq_scale, search_scale, shrink_norm
+from grace_vlm.ptq.awq import search_scale
+from grace_vlm.ptq.fold import channel_map, fold
 from grace_vlm.ptq.gptq import gptq_quantize
-from grace_vlm.ptq.replay import Forward, Moments, Replay
+from grace_vlm.ptq.replay import Moments, Replay
 from grace_vlm.quant.affine import bake, quantize_tensor
-from grace_vlm.quant.scale_init import ScaleRule
+from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+
+Progress = Callable[[int, int], None]
+"""Called with the layers that are done and how many there are."""
+FOLD_TOLERANCE = 1e-3
+"""Of what a layer adds to its input: far above FP32's rounding, far below what a fold in the wrong place does."""
 
 
 class Stage(NamedTuple):
@@ -35,41 +41,39 @@ STAGES = (
     Stage(("mlp.down_proj",), "mlp.up_proj"),
 )
 
-Progress = Callable[[int, int], None]
-
 
 @torch.no_grad()
 def quantize_layers(
     model: Any,
     schemes: Mapping[str, QuantScheme],
-    layers: Sequence[str],
-    forwards: Sequence[Forward],
+    replay: Replay,
     method: Literal["awq", "gptq"],
     rule: ScaleRule,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, QuantizedTensor]:
-    """(codes, scale) of every linear of ``schemes``; the model's weights become the baked ones, in place.
+    """(codes, scale) on the CPU of every linear of ``schemes``; the model's weights become the baked ones, in place.
 
     Args:
+        model: in FP32 or FP64: what AWQ folds must not be rounded on its way to the grid.
         schemes: module name -> grid; every name is ``<layer>.<one of STAGES>``.
-        layers: module names of the decoder's layers, in order.
-        forwards: each runs the model on one batch without padding.
+        replay: of the model's layers, on the calibration batches.
 
     Raises:
-        ConfigError: a linear that is no part of a layer. DataError: no batch. NonFiniteError: NaN or Inf on the way.
+        ConfigError: a linear that is no part of a layer, or a layer that AWQ's fold changes.
+        FormatError, NonFiniteError: NaN or Inf in a weight, or in what a linear reads.
     """
-    known = {f"{layer}.{name}" for layer in layers for stage in STAGES for name in stage.linears}
+    known = {f"{layer}.{name}" for layer in replay.names for stage in STAGES for name in stage.linears}
     if unknown := sorted(set(schemes) - known):
         raise ConfigError(f"{method} knows no input of {unknown[0]}; it takes linears of decoder layers")
-    replay = Replay([model.get_submodule(layer) for layer in layers], forwards)
     one_layer = _gptq_layer if method == "gptq" else _awq_layer
     quantized: dict[str, QuantizedTensor] = {}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(replay.names):
         own = {name.removeprefix(f"{layer}."): s for name, s in schemes.items() if name.startswith(f"{layer}.")}
-        found = one_layer(replay, number, own, rule)
-        quantized.update({f"{layer}.{name}": tensor for name, tensor in found.items()})
+        for name, tensor in one_layer(replay, number, own, rule).items():
+            model.get_submodule(f"{layer}.{name}").weight.copy_(bake(tensor))
+            quantized[f"{layer}.{name}"] = QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.scheme)
         replay.advance(number)
-        progress(number + 1, len(layers))
+        progress(number + 1, len(replay.names))
     return {name: quantized[name] for name in schemes}
 
 
@@ -93,48 +97,41 @@ def _awq_layer(
     replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule
 ) -> dict[str, QuantizedTensor]:
     layer = replay.layers[number]
-    stages = [stage for stage in STAGES if any(name in schemes for name in stage.linears)]
-    firsts = [next(name for name in stage.linears if name in schemes) for stage in stages]
-    found = replay.moments(number, [layer.get_submodule(name) for name in firsts])
-    weights = {name: layer.get_submodule(name).weight.float().clone() for name in schemes}
-    hessians = {
-        name: scaled
-        for stage, moments in zip(stages, found, strict=True)
-        for name, scaled in _fold(layer, stage, schemes, weights, moments).items()
+    stages = [stage for stage in STAGES if _is_whole(stage, schemes)]
+    found = replay.moments(number, [layer.get_submodule(stage.linears[0]) for stage in stages])
+    entered, before = replay.run(number, 0)
+    for stage, moments in zip(stages, found, strict=True):
+        _enlarge(layer, stage, schemes, moments, rule)
+    after = replay.run(number, 0)[1]
+    if not bool((after - before).norm() <= FOLD_TOLERANCE * (before - entered).norm()):
+        raise ConfigError(
+            f"awq changes what {replay.names[number]} ({type(layer).__name__}) computes, which has norms or heads that "
+            "it does not know; use --method gptq"
+        )
+    weights = {name: layer.get_submodule(name).weight for name in schemes}
+    return {
+        name: quantize_tensor(weight, init_scale(weight, schemes[name], rule), schemes[name])
+        for name, weight in weights.items()
     }
-    result = {}
-    for name, scheme in schemes.items():
-        scale = awq_scale(weights[name], hessians[name], scheme, rule)
-        result[name] = quantize_tensor(weights[name], scale, scheme)
-        layer.get_submodule(name).weight.copy_(bake(result[name]))
-    return result
 
 
-def _fold(
-    layer: Any,
-    stage: Stage,
-    schemes: Mapping[str, QuantScheme],
-    weights: dict[str, torch.Tensor],
-    moments: Moments,
-) -> dict[str, torch.Tensor]:
-    """Enlarge a stage's ``weights`` and shrink their source, where that is exact; the Hessian each then has."""
-    names = [name for name in stage.linears if name in schemes]
-    source, hessian = layer.get_submodule(stage.source), moments.hessian
-    is_norm = stage.source.endswith("norm")
-    # Exact only if every reader is enlarged, and each output channel of the source is one input channel here.
-    is_exact = len(names) == len(stage.linears) and (
-        is_norm or (stage.source in weights and len(weights[stage.source]) == len(hessian))
+def _is_whole(stage: Stage, schemes: Mapping[str, QuantScheme]) -> bool:
+    """Whether every reader goes to a grid, and the source too if it is a linear: what stays BF16 cannot be folded."""
+    return all(name in schemes for name in stage.linears) and (
+        stage.source.endswith("layernorm") or stage.source in schemes
     )
-    if is_exact:
-        scale, alpha = search_scale([weights[name] for name in names], [schemes[name] for name in names], moments)
-        if alpha > 0:
-            if is_norm:
-                scale = shrink_norm(source, scale)
-            else:
-                weights[stage.source] /= scale.unsqueeze(1)
-                if source.bias is not None:
-                    source.bias.copy_((source.bias.float() / scale).to(torch.bfloat16))
-            for name in names:
-                weights[name] *= scale
-            hessian = hessian / scale / scale.unsqueeze(1)
-    return dict.fromkeys(names, hessian)
+
+
+def _enlarge(
+    layer: Any, stage: Stage, schemes: Mapping[str, QuantScheme], moments: Moments, rule: ScaleRule
+) -> None:
+    """Search a stage's scale and fold it into the layer."""
+    readers = [layer.get_submodule(name) for name in stage.linears]
+    channels = channel_map(layer, stage.source, readers[0].weight.shape[1])
+    if channels is None:
+        return
+    channels = channels.to(moments.hessian.device)
+    weights, grids = [reader.weight for reader in readers], [schemes[name] for name in stage.linears]
+    scale, alpha = search_scale(weights, grids, moments, channels, rule)
+    if alpha > 0:
+        fold(layer.get_submodule(stage.source), readers, scale, channels)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from grace_vlm.errors import DataError
+from grace_vlm.quant.affine import compute_dtype
 
 Forward = Callable[[], Any]
 """Runs the model on one batch without padding."""
@@ -33,12 +33,11 @@ class Moments:
     """What is known of a linear's input x over the calibration tokens.
 
     Args:
-        hessian: (in, in) FP32, mean of x x^T. magnitude: (in,) FP32, mean of abs(x). num_tokens: how many.
+        hessian: (in, in), mean of x x^T. magnitude: (in,), mean of abs(x). FP32, or FP64 if the model is.
     """
 
     hessian: torch.Tensor
     magnitude: torch.Tensor
-    num_tokens: int
 
 
 class _Sums:
@@ -48,29 +47,28 @@ class _Sums:
         self.num_tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.to(compute_dtype(rows))
         self.square = self.square + rows.T @ rows
         self.absolute = self.absolute + rows.abs().sum(dim=0)
         self.num_tokens += len(rows)
 
     def moments(self) -> Moments:
-        return Moments(self.square / self.num_tokens, self.absolute / self.num_tokens, self.num_tokens)
+        return Moments(self.square / self.num_tokens, self.absolute / self.num_tokens)
 
 
 class Replay:
     """Layers in order, each with the states that the quantized layers before it make.
 
     Args:
-        layers: modules whose output is a (B, S, d) tensor. forwards: one a batch.
-
-    Raises:
-        DataError: no batch.
+        names: module names of the layers of ``model`` in order, whose first argument and output are (B, S, d).
+        forwards: one a batch, at least one.
     """
 
-    def __init__(self, layers: Sequence[Any], forwards: Sequence[Forward]) -> None:
-        if not forwards:
-            raise DataError("there is nothing to calibrate on; give at least one row")
-        self.layers, self.forwards = layers, forwards
+    def __init__(self, model: Any, names: Sequence[str], forwards: Sequence[Forward]) -> None:
+        assert forwards, "a replay needs a batch"
+        self.names, self.forwards = names, forwards
+        self.layers = [model.get_submodule(name) for name in names]
         self._states: list[Any] = [None] * len(forwards)
 
     def moments(self, number: int, linears: Sequence[Any]) -> list[Moments]:
@@ -82,7 +80,7 @@ class Replay:
         ]
         try:
             for batch in range(len(self.forwards)):
-                self._run(number, batch)
+                self.run(number, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,14 +89,15 @@ class Replay:
     def advance(self, number: int) -> None:
         """Layer ``number`` is done: keep what it gives now."""
         for batch in range(len(self.forwards)):
-            self._states[batch] = self._run(number, batch)
+            self._states[batch] = self.run(number, batch)[1]
 
     @torch.no_grad()
-    def _run(self, number: int, batch: int) -> torch.Tensor:
-        found: list[torch.Tensor] = []
+    def run(self, number: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What layer ``number`` is given in one batch, and what it gives: (B, S, d) each."""
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def stop(_module: Any, _args: Any, output: torch.Tensor) -> None:
-            found.append(output)
+        def stop(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            found.append((args[0], output))
             raise _BehindLayerError
 
         hook = self.layers[number].register_forward_hook(stop)
