@@ -7,7 +7,7 @@ proves that the layer still computes what it did, and rounds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,9 +122,7 @@ def _is_whole(stage: Stage, schemes: Mapping[str, QuantScheme]) -> bool:
     )
 
 
-def _enlarge(
-    layer: Any, stage: Stage, schemes: Mapping[str, QuantScheme], moments: Moments, rule: ScaleRule
-) -> None:
+def _enlarge(layer: Any, stage: Stage, schemes: Mapping[str, QuantScheme], moments: Moments, rule: ScaleRule) -> None:
     """Search a stage's scale and fold it into the layer."""
     readers = [layer.get_submodule(name) for name in stage.linears]
     channels = channel_map(layer, stage.source, readers[0].weight.shape[1])

@@ -9,7 +9,7 @@ from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.adapter import plan_model
 from grace_vlm.models.load import load_model
-from grace_vlm.ptq.calibration import calibration_entries, calibration_forwards, layer_names
+from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
 from grace_vlm.ptq.layers import Progress, quantize_layers
 from grace_vlm.ptq.rtn import round_to_nearest
 from grace_vlm.quant.plan import QuantPlan
@@ -25,24 +25,19 @@ def quantize_folder(
     *,
     method: PtqMethod = "rtn",
     scale: ScaleRule = "mse",
-    calibration: Path | None = None,
-    images: Path | None = None,
-    num_rows: int = 128,
-    seed: int = 0,
-    device: str = "auto",
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> QuantPlan:
     """Quantize ``src`` into ``dst``; returns the plan.
 
     Args:
-        calibration: file of rows for awq and gptq, with ``images`` the root of their pictures; ``num_rows`` of them
-            are drawn by ``seed``.
-        device: where awq and gptq compute; rtn stays on the CPU.
+        calibration: for awq and gptq, which compute in FP32 on its device; rtn has none and stays on the CPU.
+        progress: of awq and gptq, layer by layer.
 
     Raises:
         ConfigError: ``scheme`` is bf16, does not fit a layer, ``src`` is no model, or rows and method do not agree.
-        DataError: rows that cannot be read, or none. NonFiniteError: NaN or Inf on the way.
+        DataError: rows that cannot be read. FormatError, NonFiniteError: NaN or Inf in weights or on the way.
         CheckpointError: ``dst`` exists without ``overwrite``.
     """
     if scheme == "bf16":
@@ -57,12 +52,14 @@ def quantize_folder(
     else:
         if calibration is None:
             raise ConfigError(f"method {method} needs rows to calibrate on; give --calibration FILE")
-        loaded = load_model(src, device)
+        loaded = load_model(src, calibration.device)
         plan = plan_model(loaded.model, loaded.adapter, scheme)
-        entries = calibration_entries(loaded, calibration, images, num_rows, seed)
-        forwards = calibration_forwards(loaded, entries)
-        quantized = quantize_layers(loaded.model, plan.schemes, layer_names(loaded), forwards, method, scale, progress)
-        how = f"Quantized by {method} ({scale} scales, {len(entries)} rows of `{calibration.name}`, seed {seed})"
+        loaded.model.float()
+        entries = calibration_entries(loaded, calibration)
+        replay = calibration_replay(loaded, entries)
+        quantized = quantize_layers(loaded.model, plan.schemes, replay, method, scale, progress)
+        rows = f"{len(entries)} rows of `{calibration.path.name}`, seed {calibration.seed}"
+        how = f"Quantized by {method.upper()} ({scale} scales, {rows})"
     card = f"# {method} {scheme}\n\n{how} from `{src}` by grace-vlm. No training.\n"
     publish_model(dst, loaded.model, loaded.processor, quantized, plan.bf16_names, card, overwrite=overwrite)
     return plan
