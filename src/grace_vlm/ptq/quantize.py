@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from grace_vlm.checkpoint.atomic import refuse_existing
 from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.adapter import plan_model
@@ -42,6 +43,7 @@ def quantize_folder(
     """
     if scheme == "bf16":
         raise ConfigError("quantize needs a grid, scheme is bf16; use for example --scheme w4g128")
+    refuse_existing(dst, overwrite)
     if method == "rtn":
         if calibration is not None:
             raise ConfigError("method rtn takes no --calibration; leave it out")
