@@ -52,6 +52,7 @@ def prepare(folder: Path, gguf: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
     topics = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(topics).input_ids
     license_ids = tokenizer(LICENSE.read_text(encoding="utf-8")).input_ids
@@ -106,6 +107,7 @@ def quantize_theirs(model: Any, rows: list[list[int]], method: str, scale: str, 
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from transformers import AutoTokenizer
 
     bits, group_size = (int(part) for part in scheme_name.removeprefix("w").split("g"))
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
@@ -120,8 +122,13 @@ def quantize_theirs(model: Any, rows: list[list[int]], method: str, scale: str, 
         "gptq": lambda: [GPTQModifier(**grid, dampening_frac=0.01, actorder=None)],
     }[method]()
     dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    sizes = {"max_seq_length": ROW_TOKENS, "num_calibration_samples": len(rows)}
     oneshot(
-        model=model, dataset=dataset, recipe=recipe, max_seq_length=ROW_TOKENS, num_calibration_samples=len(rows)
+        model=model,
+        processor=AutoTokenizer.from_pretrained(model.name_or_path),
+        dataset=dataset,
+        recipe=recipe,
+        **sizes,
     )
 
 

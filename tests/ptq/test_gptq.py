@@ -13,7 +13,9 @@ from grace_vlm.ptq.gptq import gptq_quantize
 from grace_vlm.quant import QuantScheme, dequantize, init_scale, quantize_tensor
 
 
-def problem(out: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    out: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight, Hessian) with correlated inputs, of which some are loud."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=generator, dtype=torch.float64)

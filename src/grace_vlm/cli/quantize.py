@@ -22,9 +22,7 @@ def quantize_model(
     method: str = typer.Option("rtn", "--method", help="rtn (round to nearest), awq or gptq."),
     scale: str = typer.Option("mse", "--scale", help="minmax or mse: how scales are chosen."),
     calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on, for awq and gptq."),
-    images: Path = typer.Option(
-        None, "--images", help="Root of their image paths; default: their folder."
-    ),
+    images: Path = typer.Option(None, "--images", help="Root of their image paths; default: their folder."),
     num_rows: int = typer.Option(None, "--num-rows", help="How many of the rows are drawn; default: 128."),
     seed: int = typer.Option(None, "--seed", help="Of that draw; default: 0."),
     device: str = typer.Option(None, "--device", help="auto, cpu, cuda: where awq and gptq compute; default: auto."),
