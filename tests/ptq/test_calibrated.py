@@ -106,7 +106,7 @@ def test_a_linear_in_bf16_is_left_alone(world: Path) -> None:
     quantize_layers(loaded.model, schemes, replay, "awq", "minmax")
     assert torch.equal(layer.input_layernorm.weight, kept[0])
     assert torch.equal(layer.self_attn.v_proj.weight, kept[1])
-    with pytest.raises(ConfigError, match="^gptq knows no input of lm_head; it takes linears of decoder layers$"):
+    with pytest.raises(ConfigError, match=r"^gptq knows no input of lm_head; it takes linears of decoder layers$"):
         quantize_layers(loaded.model, {"lm_head": QuantScheme(4, 64)}, replay, "gptq", "mse")
 
 

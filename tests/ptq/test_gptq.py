@@ -29,7 +29,7 @@ def problem(
 def plain_gptq(
     weight: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme, rule: Any, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scale) by optimal brain quantization in a fixed order: the inverse of what is left, made anew each time."""
+    """(codes, scale) by optimal brain quantization in a fixed order: the inverse of what is left, made anew."""
     left = weight.clone()
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
     codes, scales = torch.zeros_like(left), []
@@ -98,13 +98,13 @@ def test_inputs_that_are_never_used_change_nothing() -> None:
 def test_values_that_are_not_finite() -> None:
     weight, hessian = problem(8, 128)
     scheme = QuantScheme(4, 64)
-    with pytest.raises(NonFiniteError, match="^calibration gave NaN or Inf in the inputs of a linear; look at"):
+    with pytest.raises(NonFiniteError, match=r"^calibration gave NaN or Inf in the inputs of a linear; look at"):
         gptq_quantize(weight, hessian * torch.nan, scheme, "mse")
     weight[3, 3] = torch.inf
-    with pytest.raises(FormatError, match="^cannot quantize a weight with NaN or Inf in it; look at"):
+    with pytest.raises(FormatError, match=r"^cannot quantize a weight with NaN or Inf in it; look at"):
         gptq_quantize(weight, hessian, scheme, "mse")
 
 
 def test_a_hessian_without_an_inverse() -> None:
-    with pytest.raises(NonFiniteError, match="^a calibration Hessian cannot be inverted; calibrate on more rows$"):
+    with pytest.raises(NonFiniteError, match=r"^a calibration Hessian cannot be inverted; calibrate on more rows$"):
         gptq_quantize(torch.ones(2, 64), torch.ones(64, 64), QuantScheme(4, 64), "mse", damping=0.0)

@@ -1,9 +1,9 @@
 """The inputs of a decoder's linears, layer after layer, by the model's own forward.
 
 To look at layer i, the forward is run with the layers before it cut short: layer i - 1 returns the states that it
-gave when it was its turn, those before it return what they are given, and the run stops behind layer i. So whatever
-a model does between its layers (DeepStack adds picture features there) happens as always, and no layer is computed
-for another's sake.
+gave when it was its turn, those before it return what they are given, and the run stops where enough has been seen
+of layer i. So whatever a model does between its layers (DeepStack adds picture features there) happens as always, and
+no layer is computed for another's sake.
 
 Memory: one hidden state a token, (tokens, d) in the model's dtype, besides one (in, in) FP32 matrix for each distinct
 input of the linears that are looked at together.
@@ -12,7 +12,7 @@ input of the linears that are looked at together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ Forward = Callable[[], Any]
 """Runs the model on one batch without padding."""
 
 
-class _BehindLayerError(Exception):
-    """Ends a forward behind the layer that was asked for."""
+class _SeenError(Exception):
+    """Ends a forward where what was asked for has been seen."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,18 @@ class Replay:
         self._states: list[Any] = [None] * len(forwards)
 
     def moments(self, number: int, linears: Sequence[Any]) -> list[Moments]:
-        """Of the inputs of ``linears`` inside layer ``number``; linears that read one input are given as one."""
+        """Of the inputs of ``linears`` inside layer ``number``, in the order in which they run; the run ends there."""
         sums = [_Sums() for _ in linears]
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, args, s=s: s.add(args[0]))
-            for linear, s in zip(linears, sums, strict=True)
-        ]
+
+        def look(linear: Any, args: tuple[torch.Tensor, ...]) -> None:
+            sums[linears.index(linear)].add(args[0])
+            if linear is linears[-1]:
+                raise _SeenError
+
+        hooks = [linear.register_forward_pre_hook(look) for linear in linears]
         try:
             for batch in range(len(self.forwards)):
-                self.run(number, batch)
+                self._run(number, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,24 +94,25 @@ class Replay:
         for batch in range(len(self.forwards)):
             self._states[batch] = self.run(number, batch)[1]
 
-    @torch.no_grad()
     def run(self, number: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What layer ``number`` is given in one batch, and what it gives: (B, S, d) each."""
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def stop(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             found.append((args[0], output))
-            raise _BehindLayerError
+            raise _SeenError
 
         hook = self.layers[number].register_forward_hook(stop)
         try:
-            with _cut_short(self.layers[:number], self._states[batch]):
-                self.forwards[batch]()
-        except _BehindLayerError:
-            pass
+            self._run(number, batch)
         finally:
             hook.remove()
         return found[0]
+
+    @torch.no_grad()
+    def _run(self, number: int, batch: int) -> None:
+        with _cut_short(self.layers[:number], self._states[batch]), suppress(_SeenError):
+            self.forwards[batch]()
 
 
 @contextmanager
