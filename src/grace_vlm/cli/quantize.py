@@ -12,7 +12,7 @@ from grace_vlm.errors import ConfigError
 
 HELP = """Quantize a model without training it: rounding, AWQ or GPTQ.
 
-Example: grace quantize runs/demo/student runs/gptq --method gptq --scheme w4g128 --calibration runs/demo/data/train.jsonl"""  # noqa: E501
+Example: grace quantize runs/demo/student runs/gptq --method gptq --scheme w4g128 --calibration runs/demo/data/train_questions.jsonl"""  # noqa: E501
 
 
 def quantize_model(
