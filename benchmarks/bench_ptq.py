@@ -107,8 +107,12 @@ def quantize_theirs(model: Any, rows: list[list[int]], method: str, scale: str, 
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoTokenizer
 
+    if not torch.cuda.is_available():
+        # 0.14 pins what it caches for AWQ, which torch cannot do without a driver; nothing else depends on it.
+        IntermediatesCache.pin_memory = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
     bits, group_size = (int(part) for part in scheme_name.removeprefix("w").split("g"))
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
     grid: dict[str, Any] = {
