@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.ptq.awq import search_scale
+from grace_vlm.ptq.awq import clipped_scale, search_scale
 from grace_vlm.ptq.fold import channel_map, fold
 from grace_vlm.ptq.gptq import gptq_quantize
 from grace_vlm.ptq.replay import Moments, Replay
 from grace_vlm.quant.affine import bake, quantize_tensor
-from grace_vlm.quant.scale_init import ScaleRule, init_scale
+from grace_vlm.quant.scale_init import ScaleRule, minmax_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 Progress = Callable[[int, int], None]
@@ -97,22 +97,24 @@ def _awq_layer(
     replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule
 ) -> dict[str, QuantizedTensor]:
     layer = replay.layers[number]
-    stages = [stage for stage in STAGES if _is_whole(stage, schemes)]
+    stages = [stage for stage in STAGES if any(name in schemes for name in stage.linears)]
     found = replay.moments(number, [layer.get_submodule(stage.linears[0]) for stage in stages])
     entered, before = replay.run(number, 0)
+    hessians: dict[str, torch.Tensor] = {}
     for stage, moments in zip(stages, found, strict=True):
-        _enlarge(layer, stage, schemes, moments, rule)
+        hessians.update(dict.fromkeys(stage.linears, _enlarge(layer, stage, schemes, moments)))
     after = replay.run(number, 0)[1]
     if not bool((after - before).norm() <= FOLD_TOLERANCE * (before - entered).norm()):
         raise ConfigError(
             f"awq changes what {replay.names[number]} ({type(layer).__name__}) computes, which has norms or heads that "
             "it does not know; use --method gptq"
         )
-    weights = {name: layer.get_submodule(name).weight for name in schemes}
-    return {
-        name: quantize_tensor(weight, init_scale(weight, schemes[name], rule), schemes[name])
-        for name, weight in weights.items()
-    }
+    result = {}
+    for name, scheme in schemes.items():
+        weight = layer.get_submodule(name).weight
+        scale = minmax_scale(weight, scheme) if rule == "minmax" else clipped_scale(weight, hessians[name], scheme)
+        result[name] = quantize_tensor(weight, scale, scheme)
+    return result
 
 
 def _is_whole(stage: Stage, schemes: Mapping[str, QuantScheme]) -> bool:
@@ -122,14 +124,16 @@ def _is_whole(stage: Stage, schemes: Mapping[str, QuantScheme]) -> bool:
     )
 
 
-def _enlarge(layer: Any, stage: Stage, schemes: Mapping[str, QuantScheme], moments: Moments, rule: ScaleRule) -> None:
-    """Search a stage's scale and fold it into the layer."""
+def _enlarge(layer: Any, stage: Stage, schemes: Mapping[str, QuantScheme], moments: Moments) -> torch.Tensor:
+    """Fold a searched scale into a stage, where that is exact; the Hessian that its linears then have."""
     readers = [layer.get_submodule(name) for name in stage.linears]
     channels = channel_map(layer, stage.source, readers[0].weight.shape[1])
-    if channels is None:
-        return
+    if channels is None or not _is_whole(stage, schemes):
+        return moments.hessian
     channels = channels.to(moments.hessian.device)
     weights, grids = [reader.weight for reader in readers], [schemes[name] for name in stage.linears]
-    scale, alpha = search_scale(weights, grids, moments, channels, rule)
-    if alpha > 0:
-        fold(layer.get_submodule(stage.source), readers, scale, channels)
+    scale, alpha = search_scale(weights, grids, moments, channels)
+    if alpha == 0:
+        return moments.hessian
+    wide = fold(layer.get_submodule(stage.source), readers, scale, channels)[channels]
+    return moments.hessian / wide / wide.unsqueeze(1)
