@@ -13,7 +13,7 @@ from calibrated_toys import FAMILIES, load_toy, replay_of
 from toy_run import write_models, write_rows
 
 from grace_vlm.cli.main import main
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import ConfigError, NonFiniteError
 from grace_vlm.formats.folder import read_grid
 from grace_vlm.formats.weights import open_weights
 from grace_vlm.models.adapter import plan_model
@@ -108,6 +108,18 @@ def test_a_linear_in_bf16_is_left_alone(world: Path) -> None:
     assert torch.equal(layer.self_attn.v_proj.weight, kept[1])
     with pytest.raises(ConfigError, match=r"^gptq knows no input of lm_head; it takes linears of decoder layers$"):
         quantize_layers(loaded.model, {"lm_head": QuantScheme(4, 64)}, replay, "gptq", "mse")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_model_that_computes_nan_is_refused(method: Any, world: Path) -> None:
+    loaded = load_toy("LLaVA-1.5", torch.float32)
+    replay = replay_of(loaded, world)
+    with torch.no_grad():
+        replay.layers[1].input_layernorm.weight[3] = torch.nan
+    schemes = plan_model(loaded.model, loaded.adapter, "w4g64").schemes
+    line = "^calibration gave NaN or Inf in the inputs of a linear; look at the model and its rows$"
+    with pytest.raises(NonFiniteError, match=line):
+        quantize_layers(loaded.model, schemes, replay, method, "mse")
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

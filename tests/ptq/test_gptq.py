@@ -95,16 +95,15 @@ def test_inputs_that_are_never_used_change_nothing() -> None:
     assert int(nothing.codes.abs().max()) == 0
 
 
-def test_values_that_are_not_finite() -> None:
+def test_a_weight_that_is_not_finite() -> None:
     weight, hessian = problem(8, 128)
     scheme = QuantScheme(4, 64)
-    with pytest.raises(NonFiniteError, match=r"^calibration gave NaN or Inf in the inputs of a linear; look at"):
-        gptq_quantize(weight, hessian * torch.nan, scheme, "mse")
     weight[3, 3] = torch.inf
     with pytest.raises(FormatError, match=r"^cannot quantize a weight with NaN or Inf in it; look at"):
         gptq_quantize(weight, hessian, scheme, "mse")
 
 
 def test_a_hessian_without_an_inverse() -> None:
-    with pytest.raises(NonFiniteError, match=r"^a calibration Hessian cannot be inverted; calibrate on more rows$"):
-        gptq_quantize(torch.ones(2, 64), torch.ones(64, 64), QuantScheme(4, 64), "mse", damping=0.0)
+    for hessian in (torch.ones(64, 64), torch.full((64, 64), torch.nan)):
+        with pytest.raises(NonFiniteError, match=r"^a calibration Hessian cannot be inverted; calibrate on more rows$"):
+            gptq_quantize(torch.ones(2, 64), hessian, QuantScheme(4, 64), "mse", damping=0.0)

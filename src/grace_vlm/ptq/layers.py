@@ -70,7 +70,6 @@ def quantize_layers(
     for number, layer in enumerate(replay.names):
         own = {name.removeprefix(f"{layer}."): s for name, s in schemes.items() if name.startswith(f"{layer}.")}
         for name, tensor in one_layer(replay, number, own, rule).items():
-            model.get_submodule(f"{layer}.{name}").weight.copy_(bake(tensor))
             quantized[f"{layer}.{name}"] = QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.scheme)
         replay.advance(number)
         progress(number + 1, len(replay.names))
@@ -114,6 +113,7 @@ def _awq_layer(
         weight = layer.get_submodule(name).weight
         scale = minmax_scale(weight, scheme) if rule == "minmax" else clipped_scale(weight, hessians[name], scheme)
         result[name] = quantize_tensor(weight, scale, scheme)
+        weight.copy_(bake(result[name]))
     return result
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from grace_vlm.errors import NonFiniteError
 from grace_vlm.quant.affine import compute_dtype
 
 Forward = Callable[[], Any]
@@ -54,6 +55,10 @@ class _Sums:
         self.num_tokens += len(rows)
 
     def moments(self) -> Moments:
+        if not bool(torch.isfinite(self.square).all()):
+            raise NonFiniteError(
+                "calibration gave NaN or Inf in the inputs of a linear; look at the model and its rows"
+            )
         return Moments(self.square / self.num_tokens, self.absolute / self.num_tokens)
 
 
@@ -72,7 +77,11 @@ class Replay:
         self._states: list[Any] = [None] * len(forwards)
 
     def moments(self, number: int, linears: Sequence[Any]) -> list[Moments]:
-        """Of the inputs of ``linears`` inside layer ``number``, in the order in which they run; the run ends there."""
+        """Of the inputs of ``linears`` inside layer ``number``, in the order in which they run; the run ends there.
+
+        Raises:
+            NonFiniteError: NaN or Inf in one.
+        """
         sums = [_Sums() for _ in linears]
 
         def look(linear: Any, args: tuple[torch.Tensor, ...]) -> None:
