@@ -56,10 +56,11 @@ def states(replay: Replay) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_errs_less_than_rounding(family: str, world: Path) -> None:
+    """At 8 bits: at 4 these toys with their loud channels are mostly noise."""
     errors = {}
     for method in ("rtn", "awq", "gptq"):
         loaded = load_toy(family, torch.float32)
-        plan = plan_model(loaded.model, loaded.adapter, "w4g64")
+        plan = plan_model(loaded.model, loaded.adapter, "w8g64")
         replay = replay_of(loaded, world)
         before = states(replay)
         if method == "rtn":
@@ -75,7 +76,8 @@ def test_every_family_errs_less_than_rounding(family: str, world: Path) -> None:
             weight = loaded.model.get_submodule(name).weight
             assert torch.equal(weight, bake(tensor).float()), name
         errors[method] = float((states(replay) - before).norm() / before.norm())
-    assert max(errors["awq"], errors["gptq"]) < errors["rtn"], errors
+    assert errors["awq"] < 0.9 * errors["rtn"], errors
+    assert errors["gptq"] < 0.6 * errors["rtn"], errors
 
 
 @torch.no_grad()
