@@ -1,6 +1,7 @@
 """``grace demo``: the whole method on real pictures, in one folder.
 
-    data/ teacher/ student/ rtn_*/ awq_w4/ gptq_w4/ qat_w4/ grace_w4/ grace_w4_packed/ training/ answers/ results.json report.html
+    data/ teacher/ student/ rtn_*/ awq_w4/ gptq_w4/ qat_w4/ grace_w4/ grace_w4_packed/
+    training/ answers/ results.json report.html
 
 Each stage publishes its folder whole or not at all; a demo that was interrupted goes on with the first that is
 missing, and a complete one prints its table again.
