@@ -8,7 +8,11 @@
 are installed with. Calibration: 16 rows of 512 tokens from the start of Python's own help topics
 (``pydoc_data.topics``). Evaluation: FP32, every token but the first of windows of 2,048: ``topics``, the last
 16,384 tokens of the same topics; ``gpl3``, the first 2,048 of the GNU General Public License, version 3.
-All linears but the head are quantized. Appends to ``benchmarks/results/ptq.csv``.
+All linears but the head are quantized.
+
+Scale rules differ: ours is max|w| / qmax in BF16, chosen by GPTQ when a group is reached; theirs max|w| / 7.5 in FP32,
+chosen by GPTQ from the weights as they came. ``ours FOLDER --rows gptq:theirs:w4g64 awq:theirs:w4g64`` puts their
+scales into our methods, so that nothing but the methods differs. Appends to ``benchmarks/results/ptq.csv``.
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -79,6 +85,30 @@ def perplexity(model: Any, windows: list[list[int]]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+@contextmanager
+def their_scales() -> Iterator[None]:
+    """Inside, grace_vlm takes llmcompressor's min-max scales."""
+    from grace_vlm.ptq import awq, gptq, layers
+    from grace_vlm.quant.affine import to_groups
+
+    waiting: list[torch.Tensor] = []
+
+    def scale_of(weight: torch.Tensor, scheme: Any) -> torch.Tensor:
+        return to_groups(weight, scheme.group_size).abs().amax(dim=-1) / ((scheme.qmax - scheme.qmin) / 2)
+
+    def gptq_of(weight: torch.Tensor, hessian: torch.Tensor, scheme: Any, rule: Any) -> Any:
+        waiting.extend(scale_of(weight, scheme).unsqueeze(-1).unbind(dim=1))
+        return gptq.gptq_quantize(weight, hessian, scheme, rule)
+
+    with (
+        mock.patch.object(awq, "minmax_scale", scale_of),
+        mock.patch.object(layers, "minmax_scale", scale_of),
+        mock.patch.object(layers, "gptq_quantize", gptq_of),
+        mock.patch.object(gptq, "init_scale", lambda *_: waiting.pop(0)),
+    ):
+        yield
+
+
 def quantize_ours(model: Any, rows: list[list[int]], method: str, scale: str, scheme_name: str) -> None:
     """Round every linear of the decoder's layers with grace_vlm, in place."""
     from grace_vlm.ptq.layers import quantize_layers
@@ -91,13 +121,15 @@ def quantize_ours(model: Any, rows: list[list[int]], method: str, scale: str, sc
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    plan = make_plan(linears, r"model\.layers\..*", scheme_name)
+    is_theirs = scale == "theirs"
+    plan = make_plan(linears, r"model\.layers\..*", scheme_name, scale_rounding="fp32" if is_theirs else "bf16")
     if method == "rtn":
         round_to_nearest(model, plan, scale)  # type: ignore[arg-type]
         return
     forwards = [functools.partial(model.model, input_ids=torch.tensor([row]), use_cache=False) for row in rows]
     replay = Replay(model, [f"model.layers.{i}" for i in range(len(model.model.layers))], forwards)
-    quantize_layers(model, plan.schemes, replay, method, scale)  # type: ignore[arg-type]
+    with their_scales() if is_theirs else nullcontext():
+        quantize_layers(model, plan.schemes, replay, method, "minmax" if is_theirs else scale)  # type: ignore[arg-type]
 
 
 def quantize_theirs(model: Any, rows: list[list[int]], method: str, scale: str, scheme_name: str) -> None:
