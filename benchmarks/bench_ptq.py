@@ -100,11 +100,14 @@ def their_scales() -> Iterator[None]:
         waiting.extend(scale_of(weight, scheme).unsqueeze(-1).unbind(dim=1))
         return gptq.gptq_quantize(weight, hessian, scheme, rule)
 
+    def next_scale(*_args: Any) -> torch.Tensor:
+        return waiting.pop(0)
+
     with (
         mock.patch.object(awq, "minmax_scale", scale_of),
         mock.patch.object(layers, "minmax_scale", scale_of),
         mock.patch.object(layers, "gptq_quantize", gptq_of),
-        mock.patch.object(gptq, "init_scale", lambda *_: waiting.pop(0)),
+        mock.patch.object(gptq, "init_scale", next_scale),
     ):
         yield
 
