@@ -50,6 +50,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "grace_no_relational": ("loss.relational=false",),
     "grace_no_adaptive": ("loss.adaptive=false",),
 }
+ROUNDED: dict[str, tuple[Any, Any]] = {
+    "rtn_mse": ("rtn", "mse"),
+    "rtn_minmax": ("rtn", "minmax"),
+    "awq": ("awq", "mse"),
+    "gptq": ("gptq", "mse"),
+}
+"""Rows without training: method and scale rule."""
 SEARCHED = {"sft": "bf16", "qat": "w2g128", "kd": "w2g128", "grace": "w2g128"}
 """Methods with a learning rate of their own, and the scheme it is searched at."""
 BORROWED = {"kd_gated": "kd", "grace_rate_of_kd": "kd"}
@@ -125,8 +132,8 @@ def run_job(job: Job) -> dict[str, Any]:
         loaded = load_model(str(recipe.model.teacher), "auto")
     else:
         loaded = load_model(recipe.model.student, "auto")
-        if job.name.startswith("rtn_"):
-            _round(loaded, job)
+        if job.name in ROUNDED:
+            _round(loaded, job, recipe)
     questions = QuestionFile(ROOT / "data" / f"questions_{job.questions}.jsonl", loaded)
     answers = answer_all(loaded, questions, batch_size=256)
     correct = [answer.correct for answer in answers]
@@ -186,12 +193,23 @@ def _train(job: Job, recipe: Any) -> tuple[Any, list[dict[str, Any]]]:
     return loaded, diary
 
 
-def _round(loaded: Any, job: Job) -> None:
+def _round(loaded: Any, job: Job, recipe: Any) -> None:
+    """RTN, AWQ or GPTQ in place, calibrated on rows of the training file."""
     from grace_vlm.models.adapter import plan_model
+    from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
+    from grace_vlm.ptq.layers import quantize_layers
     from grace_vlm.ptq.rtn import round_to_nearest
 
+    method, rule = ROUNDED[job.name]
     plan = plan_model(loaded.model, loaded.adapter, job.scheme)
-    round_to_nearest(loaded.model, plan, "mse" if job.name == "rtn_mse" else "minmax")
+    if method == "rtn":
+        round_to_nearest(loaded.model, plan, rule)
+        return
+    dtype = loaded.model.dtype
+    loaded.model.float()
+    entries = calibration_entries(loaded, Calibration(Path(recipe.data.train)))
+    quantize_layers(loaded.model, plan.schemes, calibration_replay(loaded, entries), method, rule)
+    loaded.model.to(dtype)
 
 
 def search_jobs() -> list[Job]:
@@ -202,7 +220,7 @@ def search_jobs() -> list[Job]:
 def all_jobs(rates: dict[str, float]) -> list[Job]:
     """Every row of the comparison, the most wanted first."""
     jobs = [Job("teacher", "bf16"), Job("student", "bf16")]
-    jobs += [Job(f"rtn_{rule}", f"w{bits}g128") for bits in (8, 4, 3, 2) for rule in ("mse", "minmax")]
+    jobs += [Job(name, f"w{bits}g128") for bits in (8, 4, 3, 2) for name in ROUNDED]
     for seed in (0, 1, 2):
         for name, scheme in TRAINED:
             method = name if name in SEARCHED else BORROWED.get(name, "grace")

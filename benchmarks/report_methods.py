@@ -25,6 +25,7 @@ SCHEMES = ("bf16", "w8g128", "w4g128", "w3g128", "w2g128")
 LABELS = {
     "teacher": "teacher", "student": "student",
     "rtn_minmax": "RTN, min-max scales", "rtn_mse": "RTN, MSE scales",
+    "awq": "AWQ, MSE scales", "gptq": "GPTQ, MSE scales",
     "sft": "fine-tuning only", "qat": "QAT only",
     "kd": "distillation, plain KL", "kd_gated": "distillation, gated KL", "grace": "GRACE",
     "grace_rate_of_kd": "GRACE at the rate of plain KL",
@@ -35,6 +36,7 @@ PAIRS = (
     ("teacher", "student", "bf16"),
     *((name, "sft", "bf16") for name in ("kd", "grace")),
     *((name, other, scheme) for scheme in SCHEMES[2:] for name, other in (
+        ("awq", "rtn_mse"), ("gptq", "rtn_mse"), ("qat", "gptq"),
         ("qat", "rtn_mse"), ("grace", "rtn_mse"), ("grace", "qat"), ("grace", "kd"), ("kd", "qat"), ("kd_gated", "kd"),
     )),
     *(("grace_rate_of_kd", other, scheme) for scheme in ("w4g128", "w2g128") for other in ("grace", "qat", "kd")),

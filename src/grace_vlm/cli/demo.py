@@ -1,6 +1,7 @@
 """``grace demo``: the whole method on real pictures, in one folder.
 
-    data/ teacher/ student/ rtn_*/ qat_w4/ grace_w4/ grace_w4_packed/ training/ answers/ results.json report.html
+    data/ teacher/ student/ rtn_*/ awq_w4/ gptq_w4/ qat_w4/ grace_w4/ grace_w4_packed/
+    training/ answers/ results.json report.html
 
 Each stage publishes its folder whole or not at all; a demo that was interrupted goes on with the first that is
 missing, and a complete one prints its table again.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
@@ -37,6 +38,8 @@ RTN_ROWS = tuple(
     for bits in (4, 3, 2)
     for suffix, rule in (("", "mse"), ("_minmax", "minmax"))
 )
+
+CALIBRATED_ROWS: tuple[tuple[str, Literal["awq", "gptq"]], ...] = (("awq_w4", "awq"), ("gptq_w4", "gptq"))
 
 
 def demo(
@@ -117,6 +120,8 @@ class _Demo:
             self._stage("student", partial(copy_model, self.student))
             for name, scheme, rule in RTN_ROWS:
                 self._stage(name, partial(self._round, scheme, rule))
+            for name, method in CALIBRATED_ROWS:
+                self._stage(name, partial(self._calibrate, method))
             self._stage("qat_w4", partial(self._train, "qat_w4", QAT_RECIPE))
             self._stage("grace_w4", partial(self._train, "grace_w4", GRACE_RECIPE))
             self._stage("grace_w4_packed", lambda dst: pack(self.out / "grace_w4", dst, "compressed-tensors"))
@@ -134,6 +139,13 @@ class _Demo:
         from grace_vlm.ptq.quantize import quantize_folder
 
         quantize_folder(str(self.out / "student"), dst, scheme, scale="mse" if rule == "mse" else "minmax")
+
+    def _calibrate(self, method: Literal["awq", "gptq"], dst: Path) -> None:
+        from grace_vlm.ptq.calibration import Calibration
+        from grace_vlm.ptq.quantize import quantize_folder
+
+        rows = Calibration(self.out / "data" / "train_questions.jsonl")
+        quantize_folder(str(self.out / "student"), dst, "w4g128", method=method, calibration=rows)
 
     def _prepare_data(self, dst: Path) -> None:
         """A part of the toy source."""
@@ -181,6 +193,10 @@ class _Demo:
             Contestant("student", "student BF16", out / "student", "sft", "bf16"),
             Contestant("teacher", "teacher BF16", out / "teacher", "sft", "bf16"),
             *[Contestant(name, f"RTN {scheme} ({rule})", out / name, "rtn", scheme) for name, scheme, rule in RTN_ROWS],
+            *[
+                Contestant(name, f"{method.upper()} w4g128 (mse)", out / name, method, "w4g128")
+                for name, method in CALIBRATED_ROWS
+            ],
             Contestant("qat_w4", "QAT W4, no teacher", out / "qat_w4", "qat", "w4g128", trained["qat_w4"]),
             Contestant("grace_w4", "GRACE W4", out / "grace_w4", "grace", "w4g128", trained["grace_w4"]),
             Contestant("grace_w4_packed", "GRACE W4 packed", out / "grace_w4_packed", "grace", "w4g128"),

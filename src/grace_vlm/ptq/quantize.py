@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from grace_vlm.checkpoint.atomic import refuse_existing
 from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.adapter import plan_model
 from grace_vlm.models.load import load_model
+from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
+from grace_vlm.ptq.layers import Progress, quantize_layers
 from grace_vlm.ptq.rtn import round_to_nearest
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule
 
-PtqMethod = Literal["rtn"]
+PtqMethod = Literal["rtn", "awq", "gptq"]
 
 
 def quantize_folder(
@@ -23,19 +26,42 @@ def quantize_folder(
     *,
     method: PtqMethod = "rtn",
     scale: ScaleRule = "mse",
+    calibration: Calibration | None = None,
     overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> QuantPlan:
     """Quantize ``src`` into ``dst``; returns the plan.
 
+    Args:
+        calibration: for awq and gptq, which compute in FP32 on its device; rtn has none and stays on the CPU.
+        progress: of awq and gptq, layer by layer.
+
     Raises:
-        ConfigError: ``scheme`` is bf16, does not fit a layer, or ``src`` is no model.
+        ConfigError: ``scheme`` is bf16, does not fit a layer, ``src`` is no model, or rows and method do not agree.
+        DataError: rows that cannot be read. FormatError, NonFiniteError: NaN or Inf in weights or on the way.
         CheckpointError: ``dst`` exists without ``overwrite``.
     """
     if scheme == "bf16":
         raise ConfigError("quantize needs a grid, scheme is bf16; use for example --scheme w4g128")
-    loaded = load_model(src, "cpu")
-    plan = plan_model(loaded.model, loaded.adapter, scheme)
-    quantized = round_to_nearest(loaded.model, plan, scale)
-    card = f"# {method} {scheme}\n\nRounded to nearest ({scale} scales) from `{src}` by grace-vlm. No training.\n"
+    refuse_existing(dst, overwrite)
+    if method == "rtn":
+        if calibration is not None:
+            raise ConfigError("method rtn takes no --calibration; leave it out")
+        loaded = load_model(src, "cpu")
+        plan = plan_model(loaded.model, loaded.adapter, scheme)
+        quantized = round_to_nearest(loaded.model, plan, scale)
+        how = f"Rounded to nearest ({scale} scales)"
+    else:
+        if calibration is None:
+            raise ConfigError(f"method {method} needs rows to calibrate on; give --calibration FILE")
+        loaded = load_model(src, calibration.device)
+        plan = plan_model(loaded.model, loaded.adapter, scheme)
+        loaded.model.float()
+        entries = calibration_entries(loaded, calibration)
+        replay = calibration_replay(loaded, entries)
+        quantized = quantize_layers(loaded.model, plan.schemes, replay, method, scale, progress)
+        rows = f"{len(entries)} rows of `{calibration.path.name}`, seed {calibration.seed}"
+        how = f"Quantized by {method.upper()} ({scale} scales, {rows})"
+    card = f"# {method} {scheme}\n\n{how} from `{src}` by grace-vlm. No training.\n"
     publish_model(dst, loaded.model, loaded.processor, quantized, plan.bf16_names, card, overwrite=overwrite)
     return plan
