@@ -196,3 +196,37 @@ def test_what_torch_reads_of_our_pickle(tmp_path: Path) -> None:
         assert all(
             torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
         )
+
+
+def _change_weight(folder: Path, name: str, change: Any) -> None:
+    """Give a linear another weight, in the safetensors and in the pickle."""
+    tensors, sidecar = load_file(folder / "model.safetensors"), torch.load(folder / SIDECAR, weights_only=True)
+    weight = tensors[f"{name}.weight"].clone()
+    change(weight)
+    tensors[f"{name}.weight"] = sidecar[f"{name}.weight"] = weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(sidecar, folder / SIDECAR)
+
+
+def test_a_scale_that_no_step_repairs_stays_as_it_was(tmp_path: Path) -> None:
+    """Two neighbours in one group, one up and one down: no single scale gives both."""
+    made = write_released(tmp_path / "released", RELEASED[0][0], {"mlp.up_proj": (256, 256)}, 4, {})
+    name = next(iter(made))
+    before = read_model(tmp_path / "released").quantized[name]
+    odd = (before.codes[0, :128].abs() > 2).nonzero()[:2, 0].tolist()
+
+    def nudge(weight: torch.Tensor) -> None:
+        for column, step in zip(odd, (1, -1), strict=True):
+            weight.view(torch.int16)[0, column] += step
+
+    _change_weight(tmp_path / "released", name, nudge)
+    after = read_model(tmp_path / "released").quantized[name]
+    assert torch.equal(after.codes, before.codes)
+    assert torch.equal(after.scale, before.scale)
+
+
+def test_nan_in_a_weight_is_named(tmp_path: Path) -> None:
+    made = write_released(tmp_path / "released", RELEASED[0][0], {"mlp.up_proj": (256, 256)}, 4, {})
+    _change_weight(tmp_path / "released", next(iter(made)), lambda weight: weight[0, :1].fill_(torch.nan))
+    with pytest.raises(FormatError, match="has a quantized weight with NaN or Inf in it"):
+        read_model(tmp_path / "released")

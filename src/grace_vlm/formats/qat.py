@@ -105,18 +105,22 @@ def _with_their_exponential(tensor: QuantizedTensor, weight: torch.Tensor) -> Qu
     exp in FP32 is off by a step or two, where depends on the machine; so now and then bf16(q * s) is a neighbour of the
     weight that was released.
     """
-    found = tensor
+    size = tensor.scheme.group_size
+    wanted = to_groups(weight, size)
+
+    def wrong_with(scale: torch.Tensor) -> torch.Tensor:
+        return (to_groups(bake(QuantizedTensor(tensor.codes, scale, tensor.scheme)), size) != wanted).any(-1)
+
+    scale, wrong = tensor.scale, wrong_with(tensor.scale)
     for steps in (1, -1, 2, -2):
-        wrong = (to_groups(bake(found), tensor.scheme.group_size) != to_groups(weight, tensor.scheme.group_size)).any(
-            -1
-        )
         if not bool(wrong.any()):
             break
-        moved = tensor.scale.clone()
+        moved = tensor.scale
         for _ in range(abs(steps)):
             moved = torch.nextafter(moved, torch.full_like(moved, torch.inf if steps > 0 else 0.0))
-        found = QuantizedTensor(tensor.codes, torch.where(wrong, moved, found.scale), tensor.scheme)
-    return found
+        repaired = wrong & ~wrong_with(moved)
+        scale, wrong = torch.where(repaired, moved, scale), wrong & ~repaired
+    return QuantizedTensor(tensor.codes, scale, tensor.scheme)
 
 
 def _group_size(folder: Path, weights: Weights, sidecar: Sidecar, name: str, stated: int | None) -> int:
@@ -272,6 +276,8 @@ def _bits_of_codes(folder: Path, all_codes: Any) -> int:
     """Bits from the range that the codes of a whole model take."""
     low = high = 0
     for codes in all_codes:
+        if not bool(torch.isfinite(codes).all()):
+            raise FormatError(f"{folder} has a quantized weight with NaN or Inf in it; copy or train it again")
         low, high = min(low, int(codes.min())), max(high, int(codes.max()))
     if low >= -8 and high <= 7 and max(high, -low) >= 7:
         return 4
