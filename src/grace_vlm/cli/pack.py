@@ -12,7 +12,7 @@ HELP = """Convert a quantized model folder to a layout that runtimes load, prove
 
 Codes are never changed. A layout that cannot hold the scales is refused, unless --allow-rounding.
 Example: grace pack runs/demo/grace_w4 runs/packed --format compressed-tensors"""
-FORMATS = "compressed-tensors, awq, gptq, gptq_v2, mlx, official, official-awq or grace."
+FORMATS = "compressed-tensors, awq, gptq, gptq_v2, gguf, mlx, official, official-awq or grace."
 
 
 def pack_model(

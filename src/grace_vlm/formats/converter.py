@@ -37,7 +37,7 @@ class ModelContent:
     Args:
         layout: the name of the converter that read it.
         folder: where it was read; its tokenizer and processor files go along in a conversion.
-        config: ``config.json`` without what the layout itself put there.
+        config: ``config.json`` without what the layout itself put there; empty if the folder has none.
         linears: the quantized linears in the order of the file, with shape and scheme.
         quantized: (codes, scale) of each of them.
         baked: the stored BF16 weight of each of them; empty if the layout stores codes only.

@@ -36,8 +36,9 @@ _ENTRY_KEYS = {"name", "scheme", "scale_rounding", "out_features", "in_features"
 
 
 def is_model_folder(path: Path) -> bool:
-    """True if ``path`` has a configuration and safetensors weights."""
-    return (path / "config.json").is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
+    """True if ``path`` has a configuration and safetensors weights, or GGUF files."""
+    has_weights = (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+    return ((path / "config.json").is_file() and has_weights) or any(path.glob("*.gguf"))
 
 
 def resolve_model(path: Path) -> Path:

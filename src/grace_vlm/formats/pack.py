@@ -43,7 +43,7 @@ def estimate_bytes(content: ModelContent, converter: Converter) -> int:
     """What a layout will write, a little too high: checked against the free space before anything is written."""
     linears_bytes = sum(converter.linear_bytes(entry) for entry in content.linears.values())
     dense_bytes = shard_bytes(spec_of(content.dense, name) for name in content.dense)
-    small = [path for path in content.folder.iterdir() if path.suffix not in (".safetensors", ".bin")]
+    small = [path for path in content.folder.iterdir() if path.suffix not in (".safetensors", ".bin", ".gguf")]
     return linears_bytes + dense_bytes + sum(path.stat().st_size for path in small if path.is_file()) + _ROOM_BYTES
 
 
@@ -100,6 +100,8 @@ def convert(
     content = read_model(source)
     if not content.linears:
         raise FormatError(f"{source} has no grid, so there is nothing to pack; quantize it first (grace quantize)")
+    if not (source / "config.json").is_file():
+        raise FormatError(f"{source} has no config.json, which {format_name} needs; put the model's own beside it")
     if not converter.keeps_original_names:
         content = in_transformers_names(content, vision_tower)
     refuse(converter, content)

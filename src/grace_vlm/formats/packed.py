@@ -72,7 +72,7 @@ def refuse_beyond_decoder(
             held = " or ".join(f"w{b}" for b in bits)
             return f"{name} is {entry.scheme.name}; {layout} holds {held} only: quantize to w{bits[0]}g128"
         if name.endswith("embed_tokens") or name.rpartition(".")[2] == "lm_head":
-            return f"{name} has a grid; {layout} packs the decoder's linears: leave quant.head in bf16"
+            return f"{name} has a grid; {layout} packs the decoder's linears: leave quant.head in bf16, or use gguf"
         if any(part in name.split(".") for part in DENSE_PARTS):
             return f"{name} has a grid; {layout} packs the decoder's linears: leave quant.tower and .projector in bf16"
         for size, what in ((entry.out_features, "out_features"), (entry.in_features, "in_features")):

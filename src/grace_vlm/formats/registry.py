@@ -10,6 +10,7 @@ from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.compressed_tensors import CompressedTensors
 from grace_vlm.formats.converter import Converter, ModelContent
 from grace_vlm.formats.folder import ModelFolder
+from grace_vlm.formats.gguf import Gguf
 from grace_vlm.formats.gptq import Gptq
 from grace_vlm.formats.mlx import Mlx
 from grace_vlm.formats.official_awq import OfficialAwq
@@ -29,6 +30,7 @@ def converters() -> dict[str, Converter]:
         Gptq("gptq"),
         Gptq("gptq_v2"),
         Mlx(),
+        Gguf(),
         ModelFolder(),
     )
     return {layout.name: layout for layout in layouts}
@@ -61,7 +63,7 @@ def _refusal(converter: Converter, linears: dict[str, PlanEntry], dense: set[str
 
 def detect(folder: Path) -> Converter:
     """The layout of a model folder; ``FormatError`` if it is none of ours."""
-    config = read_object(folder / "config.json", FormatError)
+    config = read_object(folder / "config.json", FormatError) if (folder / "config.json").is_file() else {}
     for converter in converters().values():
         if converter.matches(folder, config):
             return converter

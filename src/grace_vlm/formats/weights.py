@@ -153,5 +153,6 @@ def linears_among(weights: Weights, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of weights on the disk: every safetensors and .bin file below the folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
+    """Bytes of weights on the disk: every safetensors, .bin and GGUF file below the folder."""
+    suffixes = (".safetensors", ".bin", ".gguf")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
