@@ -33,13 +33,14 @@ pytestmark = pytest.mark.interop
 
 
 def pinned_versions(lock: str) -> list[str]:
-    """The ``name==version`` of every requirement of a lock file, without hashes, markers and comments."""
-    return re.findall(r"^([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)", lock, flags=re.MULTILINE)
+    """The ``name==version`` of every requirement of a lock file, without extras, hashes, markers and comments."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?(==[A-Za-z0-9._+!-]+)", lock, flags=re.MULTILINE)
+    return ["".join(pair) for pair in found]
 
 
 def test_pinned_versions() -> None:
-    lock = "# made by us\ntorch==2.14.1 \\\n    --hash=sha256:aa==\nnumpy==2.4.6 ; python_version >= '3.11'\n\n"
-    assert pinned_versions(lock) == ["torch==2.14.1", "numpy==2.4.6"]
+    lock = "# made by us\ntorch==2.14.1 \\\n    --hash=sha256:aa==\nnumpy==2.4.6 ; python_version >= '3.11'\na[b, c]==1\n"
+    assert pinned_versions(lock) == ["torch==2.14.1", "numpy==2.4.6", "a==1"]
 
 
 def clean_variables() -> dict[str, str]:
