@@ -27,10 +27,9 @@ PACKAGES = ("torch", "torchvision", "transformers", "compressed-tensors", "accel
 
 
 def load(folder: str, problems: list[str], **options: object) -> torch.nn.Module:
-    """The model in BF16; keys that did not fit are problems."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True, **options
-    )
+    """The model, in BF16 unless ``dtype`` says otherwise; keys that did not fit are problems."""
+    options = {"dtype": torch.bfloat16, **options}
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
     problems += [f"{folder}: {kind} {sorted(map(str, keys))[:3]}" for kind, keys in info.items() if keys]
     return model.eval()
 

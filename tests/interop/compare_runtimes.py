@@ -17,28 +17,18 @@ import sys
 from pathlib import Path
 
 import torch
-from compare_logits import stored_inputs
+from compare_logits import load, stored_inputs
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
 
 LIMIT = 60
 
 
-def load(folder: str, dtype: torch.dtype, problems: list[str]) -> torch.nn.Module:
-    """The model on the CPU; keys that did not fit are problems."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, device_map="cpu", output_loading_info=True
-    )
-    problems += [f"{folder}: {kind} {sorted(map(str, keys))[:3]}" for kind, keys in info.items() if keys]
-    return model.eval()
-
-
 def compare_models(options: argparse.Namespace, problems: list[str]) -> dict[str, object]:
     dtype = getattr(torch, options.dtype)
-    baked = load(options.baked, dtype, problems)
+    baked = load(options.baked, problems, dtype=dtype)
     report: dict[str, object] = {}
     for folder in options.packed:
-        packed = load(folder, dtype, problems)
+        packed = load(folder, problems, dtype=dtype, device_map="cpu")
         kinds = sorted({type(m).__name__ for m in packed.modules() if "Linear" in type(m).__name__} - {"Linear"})
         if not kinds:
             problems.append(f"{folder}: no linear is quantized")

@@ -7,17 +7,12 @@ of a few such layers. The environment is made here (some minutes); GRACE_INTEROP
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import subprocess
-import sys
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_clean_environment import REPOSITORY, clean_variables, pinned_versions
+from environments import environment, format_tests, record, run_script
 
 SCRIPT = Path(__file__).with_name("compare_runtimes.py")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "pillow", "gptqmodel", "optimum", "mlx[cpu]")
@@ -29,23 +24,13 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("GRACE_INTEROP_GPTQ_PYTHON"):
-        return Path(given)
-    root = tmp_path_factory.mktemp("gptq")
-    constraints = root / "constraints.txt"
-    constraints.write_text("\n".join(pinned_versions((REPOSITORY / "requirements.lock").read_text("utf-8"))) + "\n")
-    venv.create(root / "venv", with_pip=True)
-    made = root / "venv" / "bin" / "python"
-    install = [made, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *PACKAGES]
-    subprocess.run(install, check=True, env=clean_variables(), timeout=1200)
-    return made
+    return environment(tmp_path_factory.mktemp("gptq"), "GRACE_INTEROP_GPTQ_PYTHON", PACKAGES)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """<family>-<scheme>-<rounding>[-<layout>], and <family>.safetensors with questions."""
-    sys.path.insert(0, str(REPOSITORY / "tests" / "formats"))
-    families, tiny = importlib.import_module("family_models"), importlib.import_module("tiny_models")
+    families, tiny = format_tests("family_models"), format_tests("tiny_models")
     from transformers import AutoProcessor
 
     from grace_vlm.formats.pack import pack
@@ -65,13 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(python: Path, *arguments: object) -> dict[str, Any]:
     """The report of the script, run from a folder that holds nothing of ours."""
-    command = [python, SCRIPT, *map(str, arguments)]
-    variables = clean_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=variables, cwd="/", timeout=900)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    report: dict[str, Any] = json.loads(run_script(python, SCRIPT, *arguments).splitlines()[-1])
     assert report["problems"] == []
-    print(json.dumps(report["folders"], indent=1))
     return report["folders"]  # type: ignore[no-any-return]
 
 
@@ -83,6 +63,7 @@ def test_transformers_with_gptqmodel(python: Path, folders: Path, family: str, s
         layouts = [f for f in FORMATS[scheme] if f != "mlx" and (family == "Qwen3-VL" or f in ("awq", "gptq"))]
         packed = [folders / f"{name}-{layout}" for layout in layouts]
         found = ask(python, folders / name, *packed, "--inputs", folders / f"{family}.safetensors")
+        record(f"gptqmodel-{name}", found)
         for layout, report in found.items():
             # W8 products have more bits than BF16 whatever the scale: there is no exact case.
             limit = 0.1 if scheme == "w8g128" else bound
@@ -100,5 +81,6 @@ def test_mlx_dequantizes_to_the_baked_weights(
 ) -> None:
     name = f"{family}-{scheme}-{rounding}"
     (report,) = ask(python, folders / name, folders / f"{name}-mlx", "--mlx").values()
+    record(f"mlx-{name}", report)
     assert report["linears"] == 14
     assert report["weights_changed"] == 0

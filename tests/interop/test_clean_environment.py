@@ -12,19 +12,15 @@ compressed-tensors, accelerate and Pillow alone. What is compared (all optional,
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import subprocess
-import sys
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
+from environments import REPOSITORY, clean_variables, environment, format_tests, pinned_versions
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("compare_logits.py")
 PACKAGES = ("torch", "torchvision", "transformers", "compressed-tensors", "accelerate", "pillow")
 NUM_QUESTIONS = 200
@@ -32,44 +28,18 @@ NUM_QUESTIONS = 200
 pytestmark = pytest.mark.interop
 
 
-def pinned_versions(lock: str) -> list[str]:
-    """The ``name==version`` of every requirement of a lock file, without extras, hashes, markers and comments."""
-    found = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?(==[A-Za-z0-9._+!-]+)", lock, flags=re.MULTILINE)
-    return ["".join(pair) for pair in found]
-
-
 def test_pinned_versions() -> None:
-    lock = "# made by us\ntorch==2.14.1 \\\n    --hash=sha256:aa==\nnumpy==2.4.6 ; python_version >= '3.11'\na[b, c]==1\n"
+    lock = (
+        "# made by us\ntorch==2.14.1 \\\n    --hash=sha256:aa==\nnumpy==2.4.6 ; python_version >= '3.11'\na[b, c]==1\n"
+    )
     assert pinned_versions(lock) == ["torch==2.14.1", "numpy==2.4.6", "a==1"]
-
-
-def clean_variables() -> dict[str, str]:
-    """The environment without anything that could lend our packages to another interpreter."""
-    return {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
-
-
-def tiny_models() -> Any:
-    """``tests/formats/tiny_models.py``, which no package holds."""
-    sys.path.insert(0, str(REPOSITORY / "tests" / "formats"))
-    return importlib.import_module("tiny_models")
 
 
 @pytest.fixture(scope="module")
 def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("GRACE_INTEROP_PYTHON"):
-        return Path(given)
-    root = tmp_path_factory.mktemp("clean")
-    constraints = root / "constraints.txt"
     pins = pinned_versions((REPOSITORY / "requirements.lock").read_text(encoding="utf-8"))
     assert {pin.split("==")[0].lower().replace("_", "-") for pin in pins} >= set(PACKAGES)
-    constraints.write_text("\n".join(pins) + "\n")
-    venv.create(root / "venv", with_pip=True)
-    python = root / "venv" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *PACKAGES]
-    subprocess.run(install, check=True, env=clean_variables(), timeout=900)
-    return python
+    return environment(tmp_path_factory.mktemp("clean"), "GRACE_INTEROP_PYTHON", PACKAGES)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
         return {"given": (Path(str(given[0])), Path(str(given[1])))}
     from grace_vlm.formats.pack import pack
 
-    tiny, root = tiny_models(), tmp_path_factory.mktemp("models")
+    tiny, root = format_tests("tiny_models"), tmp_path_factory.mktemp("models")
     model, processor = tiny.build_tiny()
     for scheme in ("w4g128", "w8g128"):
         tiny.write_model_folder(root / scheme, model, processor, lambda name, scheme=scheme: scheme)
@@ -96,7 +66,7 @@ def questions(folders: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.Te
         return ["--questions", given, *(["--images", images] if images else [])]
     from transformers import AutoProcessor
 
-    tiny, (baked, _) = tiny_models(), next(iter(folders.values()))
+    tiny, (baked, _) = format_tests("tiny_models"), next(iter(folders.values()))
     path = tmp_path_factory.mktemp("questions") / "inputs.safetensors"
     processor = AutoProcessor.from_pretrained(baked)
     assert tiny.save_questions(path, tiny.random_questions(processor, NUM_QUESTIONS, seed=5)) == NUM_QUESTIONS
@@ -149,7 +119,7 @@ def test_the_comparison_can_fail(
     clean_python: Path, folders: dict[str, tuple[Path, Path]], questions: list[str], tmp_path: Path
 ) -> None:
     """With one code of each row changed in the packed file, the same script says so."""
-    tiny, (baked, packed) = tiny_models(), next(iter(folders.values()))
+    tiny, (baked, packed) = format_tests("tiny_models"), next(iter(folders.values()))
     changed = tiny.copy_of(packed, tmp_path / "changed")
 
     def flip(tensors: dict[str, Any]) -> None:

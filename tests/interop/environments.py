@@ -1,0 +1,72 @@
+"""Environments with other people's programs and without ours, and what the tests here share."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("results")
+
+
+def pinned_versions(lock: str) -> list[str]:
+    """The ``name==version`` of every requirement of a lock file, without extras, hashes, markers and comments."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?(==[A-Za-z0-9._+!-]+)", lock, flags=re.MULTILINE)
+    return ["".join(pair) for pair in found]
+
+
+def clean_variables() -> dict[str, str]:
+    """The environment without anything that could lend our packages to another interpreter."""
+    return {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+
+
+def environment(root: Path, variable: str, packages: Sequence[str], *, pinned: bool = True) -> Path:
+    """The interpreter that ``variable`` names, or that of a new virtual environment in ``root``.
+
+    Args:
+        packages: what is installed. pinned: in the versions of ``requirements.lock``, where that has them.
+    """
+    if given := os.environ.get(variable):
+        return Path(given)
+    venv.create(root / "venv", with_pip=True)
+    python = root / "venv" / "bin" / "python"
+    constraints = root / "constraints.txt"
+    pins = pinned_versions((REPOSITORY / "requirements.lock").read_text(encoding="utf-8")) if pinned else []
+    constraints.write_text("\n".join(pins) + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *packages]
+    subprocess.run(install, check=True, env=clean_variables(), timeout=1200)
+    return python
+
+
+def run_script(python: Path, script: Path, *arguments: object, timeout: int = 1200, **variables: str) -> str:
+    """What ``script`` prints, run from a folder that holds nothing of ours; its last words if it fails."""
+    command = [python, script, *map(str, arguments)]
+    own = clean_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | variables
+    ran = subprocess.run(command, capture_output=True, text=True, env=own, cwd="/", timeout=timeout)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def record(name: str, report: Any) -> None:
+    """Print what was found; with ``GRACE_WRITE_DOCS=1`` keep it in ``results/`` too."""
+    text = json.dumps(report, indent=1) + "\n"
+    print(text)
+    if os.environ.get("GRACE_WRITE_DOCS"):
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def format_tests(module: str) -> Any:
+    """A module of ``tests/formats``, which no package holds."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "formats"))
+    return importlib.import_module(module)
