@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, neutral_scale, refuse, write_config
 from grace_vlm.formats.folder import check_tensor
@@ -33,7 +32,7 @@ from grace_vlm.formats.gguf_tokenizer import tokenizer_values
 from grace_vlm.formats.gguf_values import parsed_config, text_values, vision_values
 from grace_vlm.formats.lazy import Lazy, TensorSpec, spec_of
 from grace_vlm.formats.shards import INDEX, WEIGHTS
-from grace_vlm.formats.weights import inside
+from grace_vlm.formats.weights import read_inside, require_inside
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
@@ -218,9 +217,7 @@ class _Reader:
 
     @staticmethod
     def _open(path: Path) -> GgufFile:
-        if not inside(path):
-            raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
-        return GgufFile(path)
+        return GgufFile(require_inside(path))
 
     def _projector(self) -> str:
         found = self.vision.text("clip.projector_type") or self.vision.text("clip.vision.projector_type")
@@ -270,7 +267,7 @@ class _Reader:
         return ModelContent(
             layout=Gguf.name,
             folder=self.folder,
-            config=read_object(config_file, FormatError) if config_file.is_file() else {},
+            config=read_inside(self.folder, config_file.name) if config_file.is_file() else {},
             linears=entries,
             quantized=Lazy(entries, load),
             baked={},

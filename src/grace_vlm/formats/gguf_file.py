@@ -191,6 +191,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # a pipe would be waited for
+            raise FormatError(f"{path} is no plain file; expected a GGUF file")
         try:
             with open(path, "rb") as file:
                 self._read(_Header(path, file, path.stat().st_size))

@@ -20,6 +20,7 @@ from grace_vlm.formats.folder import resolve_model
 from grace_vlm.formats.llava_original import in_the_names_of
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.values import Difference, compare_values
+from grace_vlm.formats.weights import require_inside
 from grace_vlm.quant.affine import bake
 
 
@@ -136,7 +137,7 @@ def verify_certificate(
         FormatError: no certificate there, or a damaged one; a folder that is not readable.
     """
     source = resolve_model(folder)
-    path = certificate or source / CERTIFICATE
+    path = certificate or require_inside(source / CERTIFICATE)
     if not path.is_file():
         raise FormatError(f"{source} has no {CERTIFICATE}; name another folder or a certificate to compare with")
     stated = read_certificate(path)
