@@ -122,14 +122,18 @@ def _head(file: File, rng: random.Random) -> str:
     elif what == "key length" and file.entries:
         file.key_lengths[rng.randrange(len(file.entries))] = rng.choice(_BIG)
     else:
-        kind, value = rng.choice(((4, struct.pack("<I", rng.choice((0, 1, 8, 16, 33, 64, 4096, 1 << 31)))), (8, _string(b"32"))))
+        kind, value = rng.choice(
+            ((4, struct.pack("<I", rng.choice((0, 1, 8, 16, 33, 64, 4096, 1 << 31)))), (8, _string(b"32")))
+        )
         file.entries.append(Entry(b"general.alignment", kind, value))
     return what
 
 
 def _value(file: File, rng: random.Random) -> str:
     index = rng.randrange(len(file.entries))
-    telling = [i for i, e in enumerate(file.entries) if e.key.startswith((b"grace.", b"general.arch", b"clip.", b"llama."))]
+    telling = [
+        i for i, e in enumerate(file.entries) if e.key.startswith((b"grace.", b"general.arch", b"clip.", b"llama."))
+    ]
     if telling and rng.random() < 0.5:
         index = rng.choice(telling)
     entry = file.entries[index]
@@ -146,10 +150,15 @@ def _value(file: File, rng: random.Random) -> str:
         entry.raw = entry.raw[: _WIDTHS[entry.kind]]
     elif what == "string":
         entry.kind = _STRING
-        entry.raw = _string(rng.choice((rng.choice(STRINGS).encode("utf-8", "surrogatepass"), b"\xff\xfe", b"llama", b"clip")))
+        entry.raw = _string(
+            rng.choice((rng.choice(STRINGS).encode("utf-8", "surrogatepass"), b"\xff\xfe", b"llama", b"clip"))
+        )
     elif what == "array":
         kind, count = rng.choice((0, 4, 5, 6, 7, 8, 9, 10, 77)), rng.choice((*_BIG, 3, 4))
-        entry.kind, entry.raw = _ARRAY, struct.pack("<IQ", kind, count) + rng.randbytes(min(count, 4) * _WIDTHS.get(kind, 8))
+        entry.kind, entry.raw = (
+            _ARRAY,
+            struct.pack("<IQ", kind, count) + rng.randbytes(min(count, 4) * _WIDTHS.get(kind, 8)),
+        )
     elif what == "nested":
         depth = rng.choice((1, 10, 5000))
         entry.kind, entry.raw = _ARRAY, struct.pack("<IQ", _ARRAY, 1) * depth + struct.pack("<IQB", 0, 1, 7)
@@ -168,21 +177,35 @@ def _line(file: File, rng: random.Random) -> str:
         return _head(file, rng)
     index = rng.randrange(len(file.lines))
     line, other = file.lines[index], rng.choice(file.lines)
-    what = rng.choice(("sizes", "sizes", "rank", "kind", "kind", "offset", "name", "double", "drop", "exchange", "order"))
+    what = rng.choice(
+        ("sizes", "sizes", "rank", "kind", "kind", "offset", "name", "double", "drop", "exchange", "order")
+    )
     if what == "sizes":
         line.sizes[rng.randrange(len(line.sizes))] = rng.choice((*_BIG, line.sizes[0] * 2, line.sizes[0] // 2, 32))
         if rng.random() < 0.3:
             line.sizes.reverse()
     elif what == "rank":
-        line.sizes = rng.choice(([], [1] * 5, [1] * 70, [*line.sizes, 1], [1, *line.sizes], [1 << 32] * 4, line.sizes[::-1]))
+        line.sizes = rng.choice(
+            ([], [1] * 5, [1] * 70, [*line.sizes, 1], [1, *line.sizes], [1 << 32] * 4, line.sizes[::-1])
+        )
     elif what == "kind":
         line.kind = rng.choice((0, 1, 2, 8, 30, 3, 12, 14, 255, 1 << 31))
     elif what == "offset":
-        line.offset = rng.choice((*_BIG, line.offset + 1, line.offset + 32, line.offset - 32, other.offset, len(file.data)))
+        line.offset = rng.choice(
+            (*_BIG, line.offset + 1, line.offset + 32, line.offset - 32, other.offset, len(file.data))
+        )
         line.offset %= 1 << 64
     elif what == "name":
-        known = (b"output.weight", b"blk.0.attn_q.weight", b"blk.7.attn_q.weight", b"v.deepstack.0.fc1.weight", b"rope_freqs.weight")
-        line.name = rng.choice((*known, line.name + b"x", rng.choice(STRINGS).encode("utf-8", "surrogatepass"), b"\xff"))
+        known = (
+            b"output.weight",
+            b"blk.0.attn_q.weight",
+            b"blk.7.attn_q.weight",
+            b"v.deepstack.0.fc1.weight",
+            b"rope_freqs.weight",
+        )
+        line.name = rng.choice(
+            (*known, line.name + b"x", rng.choice(STRINGS).encode("utf-8", "surrogatepass"), b"\xff")
+        )
     elif what == "double":
         file.lines.append(replace(line, offset=rng.choice((line.offset, len(file.data)))))
     elif what == "drop":
@@ -203,7 +226,9 @@ def _data(file: File, rng: random.Random) -> str:
         block = 18 if line.kind == 2 else 34
         num_blocks = line.sizes[0] * line.sizes[1] // 32
         what, value = rng.choice(("one", "group", "all")), struct.pack("<H", rng.choice(_SCALES))
-        chosen = {"one": [rng.randrange(num_blocks)], "group": range(min(4, num_blocks)), "all": range(num_blocks)}[what]
+        chosen = {"one": [rng.randrange(num_blocks)], "group": range(min(4, num_blocks)), "all": range(num_blocks)}[
+            what
+        ]
         for number in chosen:
             at = line.offset + number * block
             file.data[at : at + 2] = value

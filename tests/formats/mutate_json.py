@@ -10,7 +10,17 @@ from hostile_values import NUMBERS, RAW_JSON, STRINGS, changed_bytes, hostile
 
 _MARK = "@@raw@@"
 _TELLING = (
-    *("num_bits", "bits", "group_size", "zero_point", "version", "quant_method", "checkpoint_format", "sym", "desc_act"),
+    *(
+        "num_bits",
+        "bits",
+        "group_size",
+        "zero_point",
+        "version",
+        "quant_method",
+        "checkpoint_format",
+        "sym",
+        "desc_act",
+    ),
     *("format", "type", "symmetric", "strategy", "dynamic", "actorder", "scheme", "scale_rounding", "out_features"),
     *("in_features", "name", "modules", "mode", "qat", "scale_dtype", "weight_map", "model_type", "architectures"),
     *("quantization_config", "quantization", "awq_packing", "config_groups", "weights", "format_version", "linears"),

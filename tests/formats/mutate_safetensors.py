@@ -20,7 +20,10 @@ _OTHER_DTYPES = ("F4", "F6_E2M3", "F128", "bf16", "", "I4", "Q4_0")
 _FLOATS = {
     "BF16": ("H", (0x7FC0, 0x7F80, 0xFF80, 0x0000, 0x8000, 0xBF80, 0x0001, 0x8001, 0x7F7F, 0x3F80)),
     "F16": ("H", (0x7E00, 0x7C00, 0xFC00, 0x0000, 0x8000, 0xBC00, 0x0001, 0x8001, 0x7BFF, 0x3C00)),
-    "F32": ("I", (0x7FC00000, 0x7F800000, 0xFF800000, 0, 0x80000000, 0xBF800000, 1, 0x80000001, 0x7F7FFFFF, 0x3F800000)),
+    "F32": (
+        "I",
+        (0x7FC00000, 0x7F800000, 0xFF800000, 0, 0x80000000, 0xBF800000, 1, 0x80000001, 0x7F7FFFFF, 0x3F800000),
+    ),
 }
 """Patterns of NaN, Inf, -Inf, 0, -0, -1, the smallest denormals, the largest number and 1."""
 
@@ -39,7 +42,9 @@ def put_together(header: Any, data: bytes, raw: str = "null") -> bytes:
 
 def _length(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
     length = int.from_bytes(raw[:8], "little")
-    value = rng.choice((0, 1, 2, 8, length - 1, length + 1, len(raw), 100 << 20, 1 << 31, 1 << 40, 1 << 63, (1 << 64) - 1))
+    value = rng.choice(
+        (0, 1, 2, 8, length - 1, length + 1, len(raw), 100 << 20, 1 << 31, 1 << 40, 1 << 63, (1 << 64) - 1)
+    )
     return f"header length {value}", value.to_bytes(8, "little") + raw[8:]
 
 
@@ -50,7 +55,14 @@ def _shape(shape: list[int], rng: random.Random) -> list[Any]:
     return rng.choice(
         (
             *(shape[::-1], [count], [1, *shape], [*shape, 1], [], [0], [*shape, 0], [-1], [-size for size in shape]),
-            *([1 << 62, 4], [1 << 63], [(1 << 64) - 1, 2], [count // 2, 2], [2, count // 2], [size + 1 for size in shape]),
+            *(
+                [1 << 62, 4],
+                [1 << 63],
+                [(1 << 64) - 1, 2],
+                [count // 2, 2],
+                [2, count // 2],
+                [size + 1 for size in shape],
+            ),
             *([1.5], ["2"], [True], [[1]], [1] * 70),
         )
     )
@@ -59,8 +71,23 @@ def _shape(shape: list[int], rng: random.Random) -> list[Any]:
 def _offsets(begin: int, end: int, size: int, rng: random.Random) -> list[Any]:
     return rng.choice(
         (
-            *([end, begin], [begin, end + 8], [begin + 1, end], [begin, end - 1], [0, end], [begin, size], [size, size]),
-            *([begin + size, end + size], [-8, end], [1 << 63, (1 << 63) + end - begin], [0, (1 << 64) - 1], [begin], []),
+            *(
+                [end, begin],
+                [begin, end + 8],
+                [begin + 1, end],
+                [begin, end - 1],
+                [0, end],
+                [begin, size],
+                [size, size],
+            ),
+            *(
+                [begin + size, end + size],
+                [-8, end],
+                [1 << 63, (1 << 63) + end - begin],
+                [0, (1 << 64) - 1],
+                [begin],
+                [],
+            ),
             *([begin, end, end], [float(begin), float(end)], [str(begin), end], [0, 0]),
         )
     )
@@ -76,7 +103,19 @@ def _table(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
     entry, text = header[name], "null"
     begin, end = entry["data_offsets"]
     what = rng.choice(
-        ("dtype", "dtype", "shape", "shape", "offsets", "exchange", "exchange", "rename", "drop", "drop with data", "extra")
+        (
+            "dtype",
+            "dtype",
+            "shape",
+            "shape",
+            "offsets",
+            "exchange",
+            "exchange",
+            "rename",
+            "drop",
+            "drop with data",
+            "extra",
+        )
         + ("double", "raw", "value", "metadata", "order", "alias")
     )
     if what == "dtype":
@@ -91,7 +130,9 @@ def _table(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
         other = rng.choice(alike) if alike else other
         header[name], header[other] = header[other], header[name]
     elif what == "rename":
-        header[rng.choice((*STRINGS, f"{name}x", name.replace("layers.0", "layers.1"), f"{other}.{name}"))] = header.pop(name)
+        header[rng.choice((*STRINGS, f"{name}x", name.replace("layers.0", "layers.1"), f"{other}.{name}"))] = (
+            header.pop(name)
+        )
     elif what == "drop":
         del header[name]
     elif what == "drop with data":
@@ -100,7 +141,17 @@ def _table(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
             if "data_offsets" in line and line["data_offsets"][0] >= end:
                 line["data_offsets"] = [offset - (end - begin) for offset in line["data_offsets"]]
     elif what == "extra":
-        parts = ("weight_packed", "weight_scale", "weight_zero_point", "qweight", "scales", "biases", "g_idx", "bias", "codes")
+        parts = (
+            "weight_packed",
+            "weight_scale",
+            "weight_zero_point",
+            "qweight",
+            "scales",
+            "biases",
+            "g_idx",
+            "bias",
+            "codes",
+        )
         extra = rng.choice((*STRINGS, f"{name.rpartition('.')[0]}.{rng.choice(parts)}", f"ghost.{rng.choice(parts)}"))
         header[extra] = {**entry, "data_offsets": [len(data), len(data) + end - begin]}
         data += data[begin:end]

@@ -18,7 +18,9 @@ def _saved(content: Any) -> bytes:
 
 
 def _zip(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
-    what = rng.choice(("deflated", "doubled entry", "missing entry", "foreign entry", "renamed", "comment", "no pickle"))
+    what = rng.choice(
+        ("deflated", "doubled entry", "missing entry", "foreign entry", "renamed", "comment", "no pickle")
+    )
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as source, zipfile.ZipFile(out, "w") as target:
         entries = [(entry.filename, source.read(entry)) for entry in source.infolist()]
@@ -27,7 +29,9 @@ def _zip(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
         elif what == "missing entry":
             entries.pop(rng.randrange(len(entries)))
         elif what == "foreign entry":
-            entries.append((rng.choice(("../outside", "/etc/passwd", "archive/code/x.py", "archive/constants.pkl")), b"x"))
+            entries.append(
+                (rng.choice(("../outside", "/etc/passwd", "archive/code/x.py", "archive/constants.pkl")), b"x")
+            )
         elif what == "renamed":
             entries = [(name.replace("archive/", "../archive/"), data) for name, data in entries]
         elif what == "no pickle":
@@ -66,7 +70,9 @@ def _content(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
     elif what == "dtype":
         found[key] = tensor.to(rng.choice((torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64)))
     elif what == "shape":
-        found[key] = rng.choice((tensor.flatten(), tensor[:0], tensor[None], tensor[:-1], torch.tensor(1.0), tensor.flatten()[:1]))
+        found[key] = rng.choice(
+            (tensor.flatten(), tensor[:0], tensor[None], tensor[:-1], torch.tensor(1.0), tensor.flatten()[:1])
+        )
     elif what == "drop":
         del found[key]
     elif what == "rename":

@@ -6,13 +6,12 @@ of one layer; ``-shards`` has an index; ``-fp32`` has FP32 scales (the official 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from safetensors.torch import load_file
+from family_models import write_family
 from tiny_models import TEXTS, edit_json, write_model_folder
 
 from grace_vlm.errors import FormatError
@@ -52,6 +51,13 @@ def _write_small(folder: Path, real: Path, scheme: QuantScheme) -> None:
     write_grid(folder, quantized, (f"{_LAYER}.self_attn.k_proj",))
 
 
+def _add_family(root: Path, family: str, suffix: str) -> None:
+    """Two families whose names and rows GGUF has otherwise."""
+    write_family(root / "source", family, "w4g32")
+    pack(root / "source", root / f"gguf-real-{suffix}", "gguf")
+    shutil.rmtree(root / "source")
+
+
 def _into_shards(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -73,6 +79,8 @@ def write_bases(root: Path) -> None:
                 pack(root / f"grace-{suffix}", root / f"{layout}-{suffix}", layout)
             except FormatError:  # W8 as AWQ; FP32 scales in most
                 assert suffix in ("w8", "fp32")
+    _add_family(root, "Qwen2-VL", "qwen2")
+    _add_family(root, "LLaVA-1.5", "llava")
     edit_json(root / "official-fp32" / "config.json", lambda config: config.pop("qat"))
     for layout in ("grace", "compressed-tensors", "gptq"):
         shutil.copytree(root / f"{layout}-w4", root / f"{layout}-shards")
@@ -83,16 +91,9 @@ def read_bases(root: Path) -> dict[str, dict[str, bytes]]:
     """Base name -> path in its folder -> bytes."""
     return {
         folder.name: {
-            path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
         for folder in sorted(root.iterdir())
     }
-
-
-def config_of(root: Path, base: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads((root / base / "config.json").read_text())
-    return found
-
-
-def set_threads() -> None:
-    torch.set_num_threads(1)

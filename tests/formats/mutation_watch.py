@@ -1,4 +1,4 @@
-"""What a reader may not do, watched from within its process: files, commands, memory, time, and what errors look like."""
+"""What a reader may not do, watched from within its process: files, commands, memory, time, and how errors look."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ CASE_SECONDS = 5
 ROOM_BYTES = 1 << 30
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.symlink", "os.truncate")
-_COMMANDS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pickle.find_class")
+_COMMANDS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "pickle.find_class",
+)
 _MAX_CHARS = 10_000
 
 
@@ -45,13 +53,13 @@ class Watch:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
-        if event == "open" and not isinstance(arguments[0], int):
+        # shutil.rmtree goes by bare names within a folder that it has open.
+        if event == "open" and not isinstance(arguments[0], int) and os.sep in os.fsdecode(arguments[0]):
             name, writes = os.path.realpath(os.fsdecode(arguments[0])), bool((arguments[2] or 0) & _WRITES)
             if not name.startswith(self.writable if writes else self.readable):
                 self.seen.append(f"{'wrote' if writes else 'opened'} {name}")
         elif event in _CHANGES:
             name = os.path.realpath(os.path.dirname(os.fsdecode(arguments[0])))
-            # shutil.rmtree goes by names within a folder that it has open.
             if not f"{name}/".startswith(self.writable) and os.path.isabs(os.fsdecode(arguments[0])):
                 self.seen.append(f"{event} of {arguments[0]}")
         elif event in _COMMANDS:

@@ -44,14 +44,23 @@ _LINEARS = tuple(rest.removesuffix(".weight").split(".N.")[-1] for rest in TEXT 
 _ENDS = ("embed_tokens", "lm_head")
 
 
+def _require_halves(rows: torch.Tensor, num_heads: int) -> None:
+    if rows.shape[0] % (2 * num_heads):
+        raise FormatError(
+            f"a matrix of q or k has {rows.shape[0]} rows; {num_heads} heads need a multiple of twice that"
+        )
+
+
 def interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows (heads * d, ...) as architecture ``llama`` has those of q and k: 0, d/2, 1, d/2 + 1, ... of each head."""
+    _require_halves(rows, num_heads)
     halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """The inverse of ``interleaved``."""
+    _require_halves(rows, num_heads)
     pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -109,7 +118,7 @@ class _Writer:
     def __init__(self, content: ModelContent, stage: Path) -> None:
         self.content, self.stage = content, stage
         model_type = content.config.get("model_type")
-        if model_type not in BY_MODEL_TYPE:
+        if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
             raise FormatError(f"gguf is written for {', '.join(BY_MODEL_TYPE)}; this model is {model_type!r}")
         self.architecture, self.projector = BY_MODEL_TYPE[model_type]
         self.config = parsed_config(content.config)

@@ -165,7 +165,7 @@ class Official(Converter):
     def read(self, folder: Path) -> ModelContent:
         config, weights = read_inside(folder, "config.json"), open_weights(folder)
         bits, stated_size, scale_dtype = _read_settings(folder, config)
-        stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
         sidecar = read_sidecar(require_inside(folder / SIDECAR), 2 * stored_bytes + _ROOM_BYTES)
         if stray := sorted((sidecar.weights.keys() | sidecar.biases.keys()) - sidecar.log_scales.keys()):
             raise FormatError(f"{folder / SIDECAR} has tensors of {stray[0]} but no log_scale for it")

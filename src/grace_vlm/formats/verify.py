@@ -51,9 +51,11 @@ class VerifyReport:
         return self.first is None
 
 
-def _by_layer(name: str) -> list[str | int]:
+def _by_layer(name: str) -> list[str | tuple[int, str]]:
     """A sorting key under which layer 2 comes before layer 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+    # Every second part is a number, which may have more digits than ``int`` takes.
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _presence(name: str, a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> Difference | None:
