@@ -28,6 +28,10 @@ _FLOATS = {
 """Patterns of NaN, Inf, -Inf, 0, -0, -1, the smallest denormals, the largest number and 1."""
 
 
+_TWICE = ("dtype", "shape", "exchange")
+_ONCE = ("offsets", "rename", "drop", "drop with data", "extra", "double", "raw", "value", "metadata", "order", "alias")
+
+
 def take_apart(raw: bytes) -> tuple[dict[str, Any], bytearray]:
     """(header, data) of a sound file."""
     length = int.from_bytes(raw[:8], "little")
@@ -102,22 +106,7 @@ def _table(raw: bytes, rng: random.Random) -> tuple[str, bytes]:
     name, other = rng.choice(names), rng.choice(names)
     entry, text = header[name], "null"
     begin, end = entry["data_offsets"]
-    what = rng.choice(
-        (
-            "dtype",
-            "dtype",
-            "shape",
-            "shape",
-            "offsets",
-            "exchange",
-            "exchange",
-            "rename",
-            "drop",
-            "drop with data",
-            "extra",
-        )
-        + ("double", "raw", "value", "metadata", "order", "alias")
-    )
+    what = rng.choice((*_TWICE, *_TWICE, *_ONCE))
     if what == "dtype":
         same = [dtype for dtype, width in _WIDTHS.items() if width == _WIDTHS.get(entry["dtype"])]
         entry["dtype"] = rng.choice(same if rng.random() < 0.7 else [*_WIDTHS, *_OTHER_DTYPES])

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
-from safetensors.torch import load_file
 from family_models import write_family
+from safetensors.torch import load_file
 from tiny_models import TEXTS, edit_json, write_model_folder
 
 from grace_vlm.errors import FormatError

@@ -88,6 +88,7 @@ def test_stock_transformers_loads_it_as_plain_bf16(models: Path) -> None:
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
 
 
+@pytest.mark.usefixtures("started_sidecars")
 def test_a_bias_goes_along(tmp_path: Path) -> None:
     from grace_vlm.formats.folder import write_grid
     from grace_vlm.formats.shards import write_weights
@@ -145,6 +146,7 @@ class Payload:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.usefixtures("started_sidecars")
 def test_a_pickle_with_code_does_nothing(models: Path, tmp_path: Path) -> None:
     folder = copy_of(models / "w4-official", tmp_path / "copy")
     torch.save({"x.weight": Payload(tmp_path / "ran")}, folder / SIDECAR)
@@ -250,3 +252,9 @@ def test_a_configuration_that_lies_is_refused(models: Path, tmp_path: Path, chan
     with pytest.raises(FormatError, match=message) as caught:
         validate(folder)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_shard_that_leads_nowhere_is_not_counted(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models / "w4-official", tmp_path / "copy")
+    (folder / "stray.safetensors").symlink_to("nowhere")
+    assert verify(folder, models / "w4").equal

@@ -110,10 +110,12 @@ def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]
     while True:
         try:
             return _raised(next(waiting))
-        except (RuntimeError, ConnectionError) as error:
-            # A worker that dies while it hands a tensor over breaks the connection that carries it.
-            reason = (str(error).splitlines() or [""])[0]
-            if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|is killed|timed out", reason):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that dies while it hands a tensor over breaks the connection that carries it, or ends it.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, RuntimeError) and not re.search(
+                "exited unexpectedly|is killed|timed out|ancdata", reason
+            ):
                 raise
             is_late = "timed out" in reason
             if is_late and time.monotonic() < deadline:
