@@ -38,14 +38,18 @@ CONFIG_CASES: list[tuple[Change, str]] = [
 ]
 
 
+def values_of(stated: dict[str, Any], folder: Path) -> None:
+    config = parsed_config(stated)
+    text_values(config, QWEN3, [])
+    vision_values(config, QWEN3, "qwen3vl_merger", folder)
+
+
 @pytest.mark.parametrize(("change", "message"), CONFIG_CASES)
 def test_a_configuration_that_no_model_has(models: Path, change: Change, message: str) -> None:
     stated = json.loads((models / "w4" / "config.json").read_text())
     change(stated)
     with pytest.raises(FormatError, match=message):
-        config = parsed_config(stated)
-        text_values(config, QWEN3, [])
-        vision_values(config, QWEN3, "qwen3vl_merger", models / "w4")
+        values_of(stated, models / "w4")
 
 
 @pytest.mark.parametrize("mean", [None, [0.5], ["0.5"] * 3, 0.5])

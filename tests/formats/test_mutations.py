@@ -75,7 +75,8 @@ def check_counts(counts: dict[str, int], cases: int) -> None:
 def test_every_layout_is_damaged(root: Path) -> None:
     bases = read_bases(root / "bases")
     assert {name.rpartition("-")[0] for name in bases} >= set(converters())
-    assert {case(number, bases).base for number in range(2000)} == set(bases)
+    damaged = {case(number, bases).base.split("-")[0] for number in range(2000)}
+    assert damaged == {name.split("-")[0] for name in bases}
 
 
 def test_a_number_is_a_case(root: Path) -> None:
