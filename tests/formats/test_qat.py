@@ -88,7 +88,6 @@ def test_stock_transformers_loads_it_as_plain_bf16(models: Path) -> None:
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
 
 
-@pytest.mark.usefixtures("started_sidecars")
 def test_a_bias_goes_along(tmp_path: Path) -> None:
     from grace_vlm.formats.folder import write_grid
     from grace_vlm.formats.shards import write_weights
@@ -134,6 +133,17 @@ def test_what_it_cannot_hold_is_refused(models: Path, tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             pack(models / name, tmp_path / "out", "official")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_started_reads_what_a_forked_one_does(models: Path, request: pytest.FixtureRequest) -> None:
+    """The other tests fork it (conftest.py); users start it."""
+    path = models / "w4-official" / SIDECAR
+    forked = read_sidecar(path, 1 << 30)
+    request.getfixturevalue("started_sidecars")
+    started = read_sidecar(path, 1 << 30)
+    assert started.weights == forked.weights
+    assert started.log_scales.keys() == forked.log_scales.keys()
+    assert all(torch.equal(started.log_scales[name], tensor) for name, tensor in forked.log_scales.items())
 
 
 class Payload:
