@@ -7,11 +7,21 @@ ours and shows its traceback.
 
 from __future__ import annotations
 
+_MAX_CHARS = 4000
+
 
 class GraceError(Exception):
-    """Base of the user errors; never raised itself."""
+    """Base of the user errors; never raised itself.
+
+    A message may name what a stranger wrote: control characters in it are shown escaped, and only its beginning.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        shown = message if len(message) <= _MAX_CHARS else f"{message[:_MAX_CHARS]}... ({len(message):,} characters)"
+        return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 class ConfigError(GraceError):

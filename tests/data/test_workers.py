@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from test_loader import BAD, encoder, make_reader, same, write_rows
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
+from grace_vlm.data.workers import _next_results
 from grace_vlm.errors import ConfigError, DataError
 
 __all__ = ["encoder"]
@@ -49,6 +52,31 @@ def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Enc
 
     with pytest.raises(DataError, match=r"a loader worker died: .*; no row was skipped"):
         go_on()
+
+
+def broken_off(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (EOFError(), "EOFError"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+        (RuntimeError("received 0 items of ancdata"), "received 0 items of ancdata"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly\nmore"), ".* exited unexpectedly"),
+    ],
+)
+def test_a_worker_may_break_off_at_any_byte(error: Exception, reason: str) -> None:
+    """What is seen of a kill depends on what the worker was handing over."""
+    with pytest.raises(DataError, match=rf"a loader worker died: {reason}; no row was skipped"):
+        _next_results(broken_off(error))
+
+
+def test_an_error_that_is_no_death_is_passed_on() -> None:
+    with pytest.raises(RuntimeError, match="a shape that lies"):
+        _next_results(broken_off(RuntimeError("a shape that lies")))
 
 
 def test_a_users_error_in_a_worker_is_the_line_it_is_without_workers(tmp_path: Path, encoder: Encoder) -> None:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_sidecars import ForkedSidecars
 from tiny_models import build_tiny, write_model_folder
 
+from grace_vlm.formats import sidecar
 from grace_vlm.formats.pack import pack
 from grace_vlm.quant import QuantizedTensor
 
 
+@pytest.fixture(autouse=True, scope="session")
+def forked_sidecars() -> Iterator[ForkedSidecars]:
+    """The process that opens a pickle is forked, not started: the same code under the same limits, without imports."""
+    server = ForkedSidecars(sidecar._run_child)
+    sidecar._run_child = server.run
+    yield server
+    sidecar._run_child = server.started
+    server.close()
+
+
+@pytest.fixture
+def started_sidecars(forked_sidecars: ForkedSidecars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that opens a pickle is started anew, as users have it."""
+    monkeypatch.setattr(sidecar, "_run_child", forked_sidecars.started)
+
+
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, forked_sidecars: ForkedSidecars) -> Path:
     """A folder with w4, w8, mixed, sig5, fp32 and bf16 model folders, and w4, w8, mixed packed two ways."""
     root = tmp_path_factory.mktemp("models")
     model, processor = build_tiny()

@@ -12,8 +12,13 @@ import torch
 from tiny_models import copy_of, edit_json, edit_tensors
 
 from grace_vlm.errors import CheckpointError, FormatError
+from grace_vlm.formats.converter import CERTIFICATE
 from grace_vlm.formats.folder import is_model_folder, read_grid, resolve_model, write_grid
+from grace_vlm.formats.inspect import inspect_folder
+from grace_vlm.formats.pack import pack
 from grace_vlm.formats.registry import detect, read_model, validate
+from grace_vlm.formats.sidecar import SIDECAR
+from grace_vlm.formats.verify import verify, verify_certificate
 from grace_vlm.formats.weights import iter_weights
 from grace_vlm.quant import QuantizedTensor, QuantScheme, bake
 
@@ -148,6 +153,42 @@ def test_codes_in_several_files(models: Path, tmp_path: Path) -> None:
     (grid / "codes-00001-of-00001.safetensors").rename(grid / "codes-00001-of-00002.safetensors")
     with pytest.raises(FormatError, match="expected codes-00001-of-0000N"):
         read_grid(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("grace", "config.json"),
+        ("grace", "grid"),
+        ("grace", "grid/plan.json"),
+        ("grace", CODES),
+        ("official", SIDECAR),
+        ("official-awq", "awq_quantized_modules.json"),
+        ("gguf", "mmproj.gguf"),
+        ("gguf", CERTIFICATE),
+    ],
+)
+def test_no_link_leads_out_of_the_folder(models: Path, tmp_path: Path, layout: str, name: str) -> None:
+    folder = copy_of(models / "w4", tmp_path / "model") if layout == "grace" else tmp_path / "model"
+    if layout != "grace":
+        pack(models / "w4", folder, layout)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match=rf"{name.partition('/')[0]}.* lies outside its folder"):
+        verify_certificate(folder, None if name == CERTIFICATE else models / "w4-ct" / CERTIFICATE)
+    if name == CERTIFICATE:
+        with pytest.raises(FormatError, match="lies outside its folder"):
+            inspect_folder(folder)
+
+
+def test_a_snapshot_of_the_hub_is_read(models: Path, tmp_path: Path) -> None:
+    """Its files are links into ``blobs``, also those of the grid."""
+    snapshot, blobs = copy_of(models / "w4", tmp_path / "snapshots" / "main"), tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert verify(snapshot, models / "w4").equal
 
 
 def test_write_grid_refuses_what_read_grid_would(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_released_folder_is_read(
 
 def test_fp32_scales_that_came_from_a_sidecar_go_back_into_one(tmp_path: Path) -> None:
     """exp and log meet again: the official layout is exact for what it held, and so are grace and MLX, others not."""
-    write_released(tmp_path / "released", *RELEASED[0][:3], {"model_type": "qwen3_vl"})
+    shapes = {"self_attn.q_proj": (512, 512), "mlp.down_proj": (512, 1536)}
+    write_released(tmp_path / "released", RELEASED[0][0], shapes, 4, {"model_type": "qwen3_vl"})
     for layout in ("official", "grace", "mlx"):
         assert convert(tmp_path / "released", tmp_path / layout, layout).exactness.exact
         assert verify(tmp_path / "released", tmp_path / layout).equal
@@ -102,7 +103,8 @@ def test_fp32_scales_that_came_from_a_sidecar_go_back_into_one(tmp_path: Path) -
 
 @pytest.mark.parametrize("largest", [1, 6])
 def test_uncertain_bits_are_refused(tmp_path: Path, largest: int) -> None:
-    made = write_released(tmp_path / "released", *RELEASED[0][:3], {"model_type": "qwen3_vl"})
+    shapes = {"mlp.down_proj": (256, 512)}
+    made = write_released(tmp_path / "released", RELEASED[0][0], shapes, 4, {"model_type": "qwen3_vl"})
     tensors, sidecar = load_file(tmp_path / "released" / "model.safetensors"), {}
     for name, (codes, log_scale, _) in made.items():
         small = codes.clamp(-largest, largest).float().reshape(len(codes), -1, 128)

@@ -135,6 +135,17 @@ def test_what_it_cannot_hold_is_refused(models: Path, tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_is_started_reads_what_a_forked_one_does(models: Path, request: pytest.FixtureRequest) -> None:
+    """The other tests fork it (conftest.py); users start it."""
+    path = models / "w4-official" / SIDECAR
+    forked = read_sidecar(path, 1 << 30)
+    request.getfixturevalue("started_sidecars")
+    started = read_sidecar(path, 1 << 30)
+    assert started.weights == forked.weights
+    assert started.log_scales.keys() == forked.log_scales.keys()
+    assert all(torch.equal(started.log_scales[name], tensor) for name, tensor in forked.log_scales.items())
+
+
 class Payload:
     """Runs a command when it is unpickled by a careless reader."""
 
@@ -145,6 +156,7 @@ class Payload:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.usefixtures("started_sidecars")
 def test_a_pickle_with_code_does_nothing(models: Path, tmp_path: Path) -> None:
     folder = copy_of(models / "w4-official", tmp_path / "copy")
     torch.save({"x.weight": Payload(tmp_path / "ran")}, folder / SIDECAR)
@@ -250,3 +262,9 @@ def test_a_configuration_that_lies_is_refused(models: Path, tmp_path: Path, chan
     with pytest.raises(FormatError, match=message) as caught:
         validate(folder)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_shard_that_leads_nowhere_is_not_counted(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models / "w4-official", tmp_path / "copy")
+    (folder / "stray.safetensors").symlink_to("nowhere")
+    assert verify(folder, models / "w4").equal

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
+from grace_vlm.formats.folder import ModelFolder
+from grace_vlm.formats.gguf_file import GgufFile
 from grace_vlm.formats.shards import INDEX, write_weights
 from grace_vlm.formats.weights import iter_weights, linears_among, open_weights
 
@@ -114,10 +117,41 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "[]", "{", '{"a": NaN}', "[" * 100_000]
+    "text",
+    [
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+        "[]",
+        "{",
+        '{"a": NaN}',
+        "[" * 100_000,
+        '{"weight_map": {"a": ' + "[" * 101 + "]" * 101 + "}}",
+        '{"weight_map": {"\\ud800": "model.safetensors"}}',
+    ],
 )
 def test_an_index_that_is_no_plain_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(FormatError) as caught:
         open_weights(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+    assert "is no usable JSON" in str(caught.value) or "holds a JSON list" in str(caught.value)
+
+
+def test_nesting_that_configurations_have_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": ' + "[" * 90 + "]" * 90 + ', "b": "\\ud83d\\ude00"}')
+    assert read_object(tmp_path / "x.json")["b"] == "\U0001f600"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_weights(tmp_path, tensors())
+    for name in ("config.json", "model.gguf"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(FormatError, match=r"config\.json is no usable JSON: it is no plain file"):
+        ModelFolder().read(tmp_path)
+    with pytest.raises(FormatError, match=r"model\.gguf is no plain file; expected a GGUF file"):
+        GgufFile(tmp_path / "model.gguf")
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(FormatError, match="lies outside its folder"):
+        open_weights(tmp_path)

@@ -488,6 +488,8 @@ def test_a_folder_without_tokenizer_or_configuration(folder: Path) -> None:
         ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, False),
         ({"model_type": "llava_mpt", "architectures": ["LlavaMPTForCausalLM"], "mm_vision_tower": "x"}, False),
         ({"model_type": "llava", "architectures": None}, False),
+        ({"model_type": "llava", "architectures": 5}, False),
+        ({"model_type": "llava", "architectures": "LlavaLlamaForCausalLM"}, False),
         ({}, False),
     ],
 )

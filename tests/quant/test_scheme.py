@@ -24,7 +24,22 @@ def test_bf16_is_the_absence_of_a_grid() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "w5g128", "w4", "w4g", "w4g0", "w4g-1", "w4g012", "W4G128", "w4g128 ", "w16g128", "int4", "BF16", "w4g12\n"],
+    [
+        "",
+        "w5g128",
+        "w4",
+        "w4g",
+        "w4g0",
+        "w4g-1",
+        "w4g012",
+        "W4G128",
+        "w4g128 ",
+        "w16g128",
+        "int4",
+        "BF16",
+        "w4g12\n",
+        "w4g1234567890",
+    ],
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,12 +1,15 @@
 """JSON from a disk, read as strictly as it was written.
 
-Python's own reader takes ``NaN``, lets the last of two equal keys win, and follows nesting until the stack ends. A
-file that decides what a run resumes from may do none of that.
+Python's own reader takes ``NaN`` and half a surrogate pair, lets the last of two equal keys win, and follows nesting
+until the stack ends, or leaves that to whoever prints or writes the result. A file that decides what a run resumes
+from may do none of that.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from grace_vlm.errors import CheckpointError, GraceError
 
 MAX_BYTES = 64 << 20
 """Far above any configuration, index or resume state; below what would hurt."""
+MAX_DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _refuse_constant(name: str) -> Any:
@@ -28,16 +33,34 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _is_deep(found: Any) -> bool:
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [item for items in children for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _parse(text: str) -> Any:
+    found = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+    if isinstance(found, dict | list) and _is_deep(found):
+        raise RecursionError
+    if _SURROGATE.search(text):
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
+
+
 def read_object(path: Path, error: type[GraceError] = CheckpointError) -> dict[str, Any]:
     """The JSON object in ``path``; anything else is one line of ``error``."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        state = path.stat()
+        if state.st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
-        found = json.loads(
-            path.read_bytes().decode("utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_refuse_duplicates,
-        )
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
+            raise ValueError("it is no plain file")
+        found = _parse(path.read_bytes().decode("utf-8"))
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}; expected a JSON file") from reason
     except RecursionError as reason:

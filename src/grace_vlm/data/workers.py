@@ -29,6 +29,8 @@ Chunk = list[tuple[Position, int]]
 PREFETCH_CHUNKS = 4
 POLL_SECONDS = 5
 HANG_SECONDS = 120
+_OF_WORKERS = re.compile("exited unexpectedly|is killed|timed out|ancdata")
+"""In the text of a ``RuntimeError`` that says something of a worker, and not of its work."""
 
 
 class _Prepared(Dataset[Any]):
@@ -110,10 +112,10 @@ def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]
     while True:
         try:
             return _raised(next(waiting))
-        except (RuntimeError, ConnectionError) as error:
-            # A worker that dies while it hands a tensor over breaks the connection that carries it.
-            reason = (str(error).splitlines() or [""])[0]
-            if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|is killed|timed out", reason):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that dies while it hands a tensor over breaks the connection that carries it, or ends it.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, RuntimeError) and not _OF_WORKERS.search(reason):
                 raise
             is_late = "timed out" in reason
             if is_late and time.monotonic() < deadline:

@@ -19,12 +19,11 @@ from typing import Any, get_args
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import CheckpointError, ConfigError, FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, write_config
 from grace_vlm.formats.lazy import Lazy, TensorSpec, joined
 from grace_vlm.formats.shards import INDEX, WEIGHTS, write_shards, write_weights
-from grace_vlm.formats.weights import Weights, check_shard, open_weights
+from grace_vlm.formats.weights import Weights, check_shard, open_weights, read_inside
 from grace_vlm.quant.affine import bake
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding, parse_scheme
@@ -99,7 +98,7 @@ def _plan_entry(where: Path, item: Any) -> PlanEntry:
 def read_plan(folder: Path) -> tuple[dict[str, PlanEntry], tuple[str, ...]]:
     """(quantized linears by name in model order, names of the linears in BF16) of ``grid/plan.json``."""
     where = folder / GRID / "plan.json"
-    plan = read_object(where, FormatError)
+    plan = read_inside(folder, f"{GRID}/plan.json")
     if plan.get("format_version") != PLAN_VERSION:
         raise FormatError(f"{where} has format_version {plan.get('format_version')!r}; this grace reads {PLAN_VERSION}")
     linears, bf16 = plan.get("linears"), plan.get("bf16")
@@ -119,7 +118,7 @@ def _open_grid(folder: Path, entries: Mapping[str, PlanEntry]) -> Weights:
         raise FormatError(
             f"{folder / GRID} holds {names or 'no codes'}; expected codes-00001-of-0000N.safetensors, all N"
         )
-    weights = Weights(check_shard(folder / GRID, name) for name in names)
+    weights = Weights(check_shard(folder / GRID, name, folder) for name in names)
     expected = {f"{name}.{part}" for name in entries for part in ("codes", "scale")}
     if weights.keys() != expected:
         odd = min(weights.keys() ^ expected)
@@ -219,7 +218,7 @@ class ModelFolder(Converter):
         return entry.bf16_bytes + entry.bf16_bytes // 2 + 4 * entry.num_scales + 1024
 
     def read(self, folder: Path) -> ModelContent:
-        config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
+        config, weights = read_inside(folder, "config.json"), open_weights(folder)
         if not (folder / GRID).is_dir():
             return ModelContent(self.name, folder, config, {}, {}, {}, weights, ())
         entries, bf16, quantized = open_grid(folder)

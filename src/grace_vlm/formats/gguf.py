@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, neutral_scale, refuse, write_config
 from grace_vlm.formats.folder import check_tensor
@@ -33,7 +32,7 @@ from grace_vlm.formats.gguf_tokenizer import tokenizer_values
 from grace_vlm.formats.gguf_values import parsed_config, text_values, vision_values
 from grace_vlm.formats.lazy import Lazy, TensorSpec, spec_of
 from grace_vlm.formats.shards import INDEX, WEIGHTS
-from grace_vlm.formats.weights import inside
+from grace_vlm.formats.weights import read_inside, require_inside
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
@@ -45,14 +44,23 @@ _LINEARS = tuple(rest.removesuffix(".weight").split(".N.")[-1] for rest in TEXT 
 _ENDS = ("embed_tokens", "lm_head")
 
 
+def _require_halves(rows: torch.Tensor, num_heads: int) -> None:
+    if rows.shape[0] % (2 * num_heads):
+        raise FormatError(
+            f"a matrix of q or k has {rows.shape[0]} rows; {num_heads} heads need a multiple of twice that"
+        )
+
+
 def interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows (heads * d, ...) as architecture ``llama`` has those of q and k: 0, d/2, 1, d/2 + 1, ... of each head."""
+    _require_halves(rows, num_heads)
     halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """The inverse of ``interleaved``."""
+    _require_halves(rows, num_heads)
     pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -110,7 +118,7 @@ class _Writer:
     def __init__(self, content: ModelContent, stage: Path) -> None:
         self.content, self.stage = content, stage
         model_type = content.config.get("model_type")
-        if model_type not in BY_MODEL_TYPE:
+        if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
             raise FormatError(f"gguf is written for {', '.join(BY_MODEL_TYPE)}; this model is {model_type!r}")
         self.architecture, self.projector = BY_MODEL_TYPE[model_type]
         self.config = parsed_config(content.config)
@@ -218,9 +226,7 @@ class _Reader:
 
     @staticmethod
     def _open(path: Path) -> GgufFile:
-        if not inside(path):
-            raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
-        return GgufFile(path)
+        return GgufFile(require_inside(path))
 
     def _projector(self) -> str:
         found = self.vision.text("clip.projector_type") or self.vision.text("clip.vision.projector_type")
@@ -270,7 +276,7 @@ class _Reader:
         return ModelContent(
             layout=Gguf.name,
             folder=self.folder,
-            config=read_object(config_file, FormatError) if config_file.is_file() else {},
+            config=read_inside(self.folder, config_file.name) if config_file.is_file() else {},
             linears=entries,
             quantized=Lazy(entries, load),
             baked={},

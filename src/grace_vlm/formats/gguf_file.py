@@ -102,7 +102,11 @@ def write_gguf(
         tensors: name -> kind and shape (rows first). load: a tensor whose bytes are those of the file.
     """
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(values))]
-    header += [_string(key) + _encoded(value) for key, value in values.items()]
+    for key, value in values.items():
+        try:
+            header.append(_string(key) + _encoded(value))
+        except (struct.error, OverflowError) as error:
+            raise FormatError(f"gguf cannot hold {key} = {value!r}: {error}") from error
     offset = 0
     for name, (kind, shape) in tensors.items():
         header.append(_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape)))
@@ -191,6 +195,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # a pipe would be waited for
+            raise FormatError(f"{path} is no plain file; expected a GGUF file")
         try:
             with open(path, "rb") as file:
                 self._read(_Header(path, file, path.stat().st_size))

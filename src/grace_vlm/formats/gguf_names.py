@@ -18,7 +18,7 @@ from typing import NamedTuple
 from grace_vlm.errors import FormatError
 
 PARTS = ("text", "head", "vision", "projector")
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 def _both(rules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

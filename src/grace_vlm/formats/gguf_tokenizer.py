@@ -45,6 +45,8 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
         ids: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
         special = {token["content"]: bool(token["special"]) for token in added}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        if odd := [token for token, index in ids.items() if not isinstance(token, str) or type(index) is not int]:
+            raise TypeError(f"{odd[0]!r} is no token with a number")
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is no BPE tokenizer ({error}); gguf is written for Qwen's and Llama's") from error
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
@@ -67,7 +69,7 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
     for name, key in names.items():
         stated = settings.get(key)
         content = stated.get("content") if isinstance(stated, dict) else stated
-        if content in ids:
+        if isinstance(content, str) and content in ids:
             values[f"tokenizer.ggml.{name}_token_id"] = ids[content]
     values["tokenizer.ggml.add_bos_token"] = _adds_bos(state, settings)
     template = _chat_template(folder, settings)
@@ -98,15 +100,15 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 def _parts(state: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
     """The members of a sequence, or the one that there is."""
-    found = state.get(key) or {}
+    found = state.get(key)
     parts = found.get(inner, [found]) if isinstance(found, dict) else []
-    return [part for part in parts if isinstance(part, dict)]
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
 def _pre(path: Path, state: dict[str, Any]) -> str:
     splits = [part.get("pattern") for part in _parts(state, "pre_tokenizer", "pretokenizers") if part.get("pattern")]
     expressions = [split.get("Regex") for split in splits if isinstance(split, dict)]
-    if len(expressions) == 1 and expressions[0] in _PRE:
+    if len(expressions) == 1 and isinstance(expressions[0], str) and expressions[0] in _PRE:
         return _PRE[expressions[0]]
     raise FormatError(
         f"{path} cuts words by {expressions!r}, for which llama.cpp has no name here; known are Qwen's and Llama's"
@@ -125,14 +127,18 @@ def _adds_bos(state: dict[str, Any], settings: dict[str, Any]) -> bool:
     stated = settings.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    processors = _parts(state, "post_processor", "processors")
-    return any("SpecialToken" in (part.get("single") or [{}])[0] for part in processors)
+    templates = [part.get("single") for part in _parts(state, "post_processor", "processors")]
+    firsts = [template[0] for template in templates if isinstance(template, list) and template]
+    return any(isinstance(first, dict) and "SpecialToken" in first for first in firsts)
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{jinja} is not UTF-8 ({error.reason})") from error
     for stated in (_object(folder / "chat_template.json").get("chat_template"), settings.get("chat_template")):
         if isinstance(stated, str):
             return stated

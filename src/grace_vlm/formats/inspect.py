@@ -16,7 +16,7 @@ from grace_vlm.formats.converter import CERTIFICATE, ModelContent
 from grace_vlm.formats.folder import is_model_folder, resolve_model
 from grace_vlm.formats.lazy import spec_of
 from grace_vlm.formats.registry import detect
-from grace_vlm.formats.weights import weight_bytes
+from grace_vlm.formats.weights import require_inside, weight_bytes
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -42,7 +42,7 @@ def inspect_folder(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "model" if is_model_folder(path) else "run", "folder": str(folder)}
     facts["published_whole"] = is_complete(folder)
     if (folder / CERTIFICATE).is_file():
-        facts["certificate"] = read_certificate(folder / CERTIFICATE)["root"]
+        facts["certificate"] = read_certificate(require_inside(folder / CERTIFICATE))["root"]
     return {**facts, **detect(folder).inspect(folder)}
 
 

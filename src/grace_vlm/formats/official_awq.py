@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.converter import ModelContent
 from grace_vlm.formats.packed import Grid, one_grid, stated_grid
+from grace_vlm.formats.weights import read_inside
 
 MODULES = "awq_quantized_modules.json"
 
@@ -34,7 +34,7 @@ class OfficialAwq(Awq):
 
     def read(self, folder: Path) -> ModelContent:
         content = super().read(folder)
-        listed = read_object(folder / MODULES, FormatError).get("modules")
+        listed = read_inside(folder, MODULES).get("modules")
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise FormatError(f"{folder / MODULES} needs a list 'modules' of names")
         if odd := sorted(set(listed) ^ content.linears.keys()):
@@ -44,7 +44,7 @@ class OfficialAwq(Awq):
 
     def take_statement(self, folder: Path, config: dict[str, Any]) -> list[Grid]:
         config.pop("quantization_config", None)
-        packing, side = config.pop("awq_packing", None), read_object(folder / MODULES, FormatError)
+        packing, side = config.pop("awq_packing", None), read_inside(folder, MODULES)
         stated = [(name, s) for name, s in (("awq_packing", packing), (MODULES, side)) if isinstance(s, dict)]
         grids = {stated_grid(folder, name, s.get("bits"), s.get("group_size")) for name, s in stated}
         zero, version = stated[0][1].get("zero_point", 8), stated[0][1].get("version", "gemm")

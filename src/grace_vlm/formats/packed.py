@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, neutral_scale, refuse, write_config
 from grace_vlm.formats.folder import check_tensor
 from grace_vlm.formats.lazy import Lazy, TensorSpec, joined
 from grace_vlm.formats.shards import shard_bytes, write_weights
-from grace_vlm.formats.weights import Weights, linears_among, open_weights
+from grace_vlm.formats.weights import Weights, linears_among, open_weights, read_inside
 from grace_vlm.quant.packing import codes_per_word
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
@@ -139,7 +138,7 @@ class PackedLayout(Converter):
         return shard_bytes(self.parts(entry).values())
 
     def read(self, folder: Path) -> ModelContent:
-        config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
+        config, weights = read_inside(folder, "config.json"), open_weights(folder)
         grids = self.take_statement(folder, config)
         ending = f".{self.marker}"
         names = [name.removesuffix(ending) for name in weights if name.endswith(ending)]

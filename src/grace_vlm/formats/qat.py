@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, refuse, write_config
 from grace_vlm.formats.folder import baked_weights, check_tensor, stored_weights
@@ -40,7 +39,7 @@ from grace_vlm.formats.packed import one_grid
 from grace_vlm.formats.shards import write_weights
 from grace_vlm.formats.sidecar import SIDECAR, Sidecar, read_sidecar, write_sidecar
 from grace_vlm.formats.values import digest
-from grace_vlm.formats.weights import Weights, linears_among, open_weights
+from grace_vlm.formats.weights import Weights, linears_among, open_weights, read_inside, require_inside
 from grace_vlm.quant.affine import bake, to_groups
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
@@ -164,10 +163,10 @@ class Official(Converter):
         return (folder / SIDECAR).is_file() and "quantization_config" not in config
 
     def read(self, folder: Path) -> ModelContent:
-        config, weights = read_object(folder / "config.json", FormatError), open_weights(folder)
+        config, weights = read_inside(folder, "config.json"), open_weights(folder)
         bits, stated_size, scale_dtype = _read_settings(folder, config)
-        stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        sidecar = read_sidecar(folder / SIDECAR, 2 * stored_bytes + _ROOM_BYTES)
+        stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+        sidecar = read_sidecar(require_inside(folder / SIDECAR), 2 * stored_bytes + _ROOM_BYTES)
         if stray := sorted((sidecar.weights.keys() | sidecar.biases.keys()) - sidecar.log_scales.keys()):
             raise FormatError(f"{folder / SIDECAR} has tensors of {stray[0]} but no log_scale for it")
         groups = {name: _group_size(folder, weights, sidecar, name, stated_size) for name in sidecar.log_scales}

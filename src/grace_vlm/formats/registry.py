@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.compressed_tensors import CompressedTensors
@@ -16,6 +15,7 @@ from grace_vlm.formats.mlx import Mlx
 from grace_vlm.formats.official_awq import OfficialAwq
 from grace_vlm.formats.qat import Official
 from grace_vlm.formats.rounding import keeps_fp32_scales
+from grace_vlm.formats.weights import read_inside
 from grace_vlm.models.adapter import Adapter, stored_name
 from grace_vlm.quant.plan import PlanEntry, QuantPlan
 
@@ -63,7 +63,7 @@ def _refusal(converter: Converter, linears: dict[str, PlanEntry], dense: set[str
 
 def detect(folder: Path) -> Converter:
     """The layout of a model folder; ``FormatError`` if it is none of ours."""
-    config = read_object(folder / "config.json", FormatError) if (folder / "config.json").is_file() else {}
+    config = read_inside(folder, "config.json") if (folder / "config.json").is_file() else {}
     for converter in converters().values():
         if converter.matches(folder, config):
             return converter

@@ -114,9 +114,8 @@ def read_sidecar(path: Path, max_bytes: int) -> Sidecar:
     seconds = _SECONDS + path.stat().st_size // _BYTES_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="grace-sidecar-") as folder:
         out = Path(folder) / "small.safetensors"
-        command = [sys.executable, "-m", __name__, str(path.resolve()), str(out), str(max_bytes)]
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+            ran = _run_child([str(path.resolve()), str(out), str(max_bytes)], seconds)
         except subprocess.TimeoutExpired:
             raise FormatError(f"{path} could not be read in {seconds} s; it is no sidecar of this model") from None
         if ran.returncode == 2:
@@ -128,6 +127,12 @@ def read_sidecar(path: Path, max_bytes: int) -> Sidecar:
                 f"{ran.returncode}: {last})"
             )
         return _read_small(out)
+
+
+def _run_child(arguments: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """``main(arguments)`` in a process of its own; ``TimeoutExpired`` if it takes longer."""
+    command = [sys.executable, "-m", __name__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
 
 
 def _read_small(path: Path) -> Sidecar:
@@ -208,9 +213,15 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             file.write(b"3\n")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """The child: (pickle, file to write, most bytes of the pickle) -> exit status."""
     try:
-        _child(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+        _child(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
     except FormatError as refused:
         sys.stderr.write(" ".join(str(refused).split()) + "\n")
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from grace_vlm.formats.folder import resolve_model
 from grace_vlm.formats.llava_original import in_the_names_of
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.values import Difference, compare_values
+from grace_vlm.formats.weights import require_inside
 from grace_vlm.quant.affine import bake
 
 
@@ -50,9 +51,11 @@ class VerifyReport:
         return self.first is None
 
 
-def _by_layer(name: str) -> list[str | int]:
+def _by_layer(name: str) -> list[str | tuple[int, str]]:
     """A sorting key under which layer 2 comes before layer 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+    # Every second part is a number, which may have more digits than ``int`` takes.
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _presence(name: str, a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> Difference | None:
@@ -136,7 +139,7 @@ def verify_certificate(
         FormatError: no certificate there, or a damaged one; a folder that is not readable.
     """
     source = resolve_model(folder)
-    path = certificate or source / CERTIFICATE
+    path = certificate or require_inside(source / CERTIFICATE)
     if not path.is_file():
         raise FormatError(f"{source} has no {CERTIFICATE}; name another folder or a certificate to compare with")
     stated = read_certificate(path)

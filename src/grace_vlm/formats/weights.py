@@ -25,23 +25,39 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, Ke
 _SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
 
-def inside(path: Path) -> bool:
-    """Whether the file that ``path`` leads to lies in its folder, or in the hub cache that the folder is a snapshot of.
+def inside(path: Path, model: Path | None = None) -> bool:
+    """Whether the file that ``path`` leads to lies in its model folder, or in the hub cache that has it as a snapshot.
 
     The cache keeps the files of ``models--X/snapshots/Y/`` in ``models--X/blobs/`` and links them.
+
+    Args:
+        model: the model folder, where the file lies deeper in it.
     """
-    folder, target = path.parent.resolve(), path.resolve()
+    try:
+        folder, target = (model or path.parent).resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
     cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    return target.parent == folder or target.parent == cache
+    return target.is_relative_to(folder) or target.parent == cache
 
 
-def check_shard(folder: Path, name: Any) -> Path:
-    """The path of shard ``name`` of ``folder``; ``FormatError`` if it is not a plain file inside."""
+def require_inside(path: Path, model: Path | None = None) -> Path:
+    """``path``, if it is ``inside``; else ``FormatError``."""
+    if not inside(path, model):
+        raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
+    return path
+
+
+def read_inside(model: Path, name: str) -> dict[str, Any]:
+    """The JSON object in file ``name`` of a model folder; ``FormatError`` if it is none, or lies elsewhere."""
+    return read_object(require_inside(model / name, model), FormatError)
+
+
+def check_shard(folder: Path, name: Any, model: Path | None = None) -> Path:
+    """The path of shard ``name`` of ``folder``; ``FormatError`` if it is not a plain file inside (of ``model``)."""
     if not isinstance(name, str) or not _SHARD.fullmatch(name):
         raise FormatError(f"{folder} names a shard {name!r}; expected a bare file name like {WEIGHTS}")
-    path = folder / name
-    if not inside(path):
-        raise FormatError(f"{path} lies outside its folder (a symbolic link); copy the file there")
+    path = require_inside(folder / name, model)
     if not path.is_file():
         raise FormatError(f"{path} is missing; download or copy the folder again")
     return path
@@ -128,7 +144,7 @@ def open_weights(folder: Path) -> Weights:
     """The weights of a Hugging Face folder: ``model.safetensors``, or the shards of its index."""
     if not (folder / INDEX).is_file():
         return Weights([check_shard(folder, WEIGHTS)])
-    weight_map = read_object(folder / INDEX, FormatError).get("weight_map")
+    weight_map = read_inside(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{folder / INDEX} has no weight_map; expected tensor name -> shard name")
     for name in weight_map.values():

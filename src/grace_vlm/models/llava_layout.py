@@ -64,7 +64,8 @@ IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 
 def is_original_llava(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of the original layout (``LlavaLlamaForCausalLM``), not Transformers' own."""
-    kind, original = config.get("model_type"), "LlavaLlamaForCausalLM" in (config.get("architectures") or ())
+    kind, classes = config.get("model_type"), config.get("architectures")
+    original = isinstance(classes, list) and "LlavaLlamaForCausalLM" in classes
     return kind == "llava_llama" or (original and (kind == "llava" or "mm_vision_tower" in config))
 
 

@@ -23,7 +23,7 @@ besides (constraint B: ``q*s`` is then the same real number in BF16, FP16 and FP
 implementation trains; not exact once a format stores 16 bits.
 """
 
-_PATTERN = re.compile(r"w([2348])g([1-9][0-9]*)")
+_PATTERN = re.compile(r"w([2348])g([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
