@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -268,8 +268,3 @@ class GgufFile:
         """A tensor of F32, F16 or BF16."""
         kind, shape, _ = self.tensors[name]
         return self.raw(name).reshape(-1).view(DTYPES[kind]).reshape(shape)
-
-
-def total_bytes(tensors: Iterable[tuple[Kind, tuple[int, ...]]]) -> int:
-    """Bytes of the data of a file."""
-    return sum(padded(Tensor(kind, shape, 0).num_bytes) for kind, shape in tensors)

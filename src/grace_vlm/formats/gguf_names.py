@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from grace_vlm.errors import FormatError
 
-PARTS = ("text", "head", "vision", "projector")
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
@@ -109,7 +108,7 @@ _CLIP = {
 
 
 class Architecture(NamedTuple):
-    """llama.cpp's name of a family, its rules by projector type, and stock prefixes in the order of ``PARTS``."""
+    """llama.cpp's name of a family, its rules by projector type, and stock prefixes of text, head, vision, projector."""
 
     name: str
     projectors: Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -155,7 +154,7 @@ class Names:
 
     Args:
         projector: projector type, which says the vision rules.
-        prefixes: of stock names, in the order of ``PARTS``.
+        prefixes: of stock names: text, head, vision, projector.
         deepstack: the tower's layers whose features go to the decoder, in order: the file counts layers, the model
             counts features.
     """
