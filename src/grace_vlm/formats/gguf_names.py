@@ -108,7 +108,7 @@ _CLIP = {
 
 
 class Architecture(NamedTuple):
-    """llama.cpp's name of a family, its rules by projector type, and stock prefixes of text, head, vision, projector."""
+    """llama.cpp's name of a family, its rules by projector type, stock prefixes of text, head, vision, projector."""
 
     name: str
     projectors: Mapping[str, Mapping[str, tuple[str, ...]]]
