@@ -99,16 +99,19 @@ def test_any_layout_into_any_other(folders: dict[tuple[str, str, str], Path | st
         assert verify(reference, source).equal
 
 
+VLLM = "vLLM on a CPU with its matmul replaced"
 CONSUMERS = {
-    "compressed-tensors": "Transformers + compressed-tensors: BF16 logits difference 0.0 (tests/interop); vLLM not run",
-    "awq": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",
-    "gptq": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",
-    "gptq_v2": "Transformers + gptqmodel + optimum (tests/interop); vLLM, SGLang not run",
-    "mlx": "`mx.dequantize` on a CPU, weights equal (tests/interop); mlx-vlm and Metal not run",
+    "compressed-tensors": f"Transformers: logits equal, 0.0; {VLLM}: 0.0. SGLang, vLLM on a GPU: not run",
+    "awq": f"Transformers + gptqmodel; {VLLM}: 0.0. SGLang, vLLM on a GPU: not run",
+    "gptq": f"Transformers + gptqmodel + optimum; {VLLM}, W4: 0.0. SGLang, vLLM on a GPU: not run",
+    "gptq_v2": f"Transformers + gptqmodel + optimum; {VLLM}, W4: 0.0. SGLang, vLLM on a GPU: not run",
+    "gguf": "`gguf`'s dequantizer: equal; llama.cpp with pictures: the same first tokens. llama.cpp on a GPU: not run",
+    "mlx": "`mx.dequantize` on a CPU: weights equal. mlx-vlm and Metal: not run",
     "official": "Transformers, as plain BF16; a reader made from the layout's description (tests/formats)",
-    "official-awq": "Transformers, as AWQ; a reader made from the layout's description (tests/formats)",
+    "official-awq": f"as AWQ: Transformers + gptqmodel; {VLLM}: 0.0; a reader made from the layout's description",
     "grace": "Transformers, as plain BF16",
 }
+"""Seen in tests/interop and tests/formats."""
 
 
 def table(folders: dict[tuple[str, str, str], Path | str]) -> str:

@@ -25,19 +25,13 @@ import sys
 from pathlib import Path
 
 import torch
-
-# torchvision's wheel from the package index has compiled operators for another torch; none of them is used here.
-_operators = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from PIL import Image  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.model_executor.kernels.linear.mixed_precision import cpu as kernel  # noqa: E402
-from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: E402
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels.linear.mixed_precision import cpu as kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32 as unpack,
 )
-from vllm.scalar_type import scalar_types  # noqa: E402
+from vllm.scalar_type import scalar_types
 
 
 def dequantize(self: kernel.CPUWNA16LinearKernel, layer: torch.nn.Module) -> None:

@@ -21,7 +21,7 @@ WORDS = ("what shape is in the picture?", "is there a red circle?", "Ünïcode 1
 
 
 def random_rows(family: str, folder: Path, num: int) -> list[tuple[str, Path | None]]:
-    """(text, picture): noise for two in three, none for the others."""
+    """(text, picture): noise for two in three, none for the others; one colour where llama.cpp resamples (LLaVA)."""
     chance, rows = random.Random(0), []
     noise = torch.Generator().manual_seed(0)
     for index in range(num):
@@ -29,9 +29,10 @@ def random_rows(family: str, folder: Path, num: int) -> list[tuple[str, Path | N
         picture = None
         if index % 3:
             width, height = chance.choice(SIZES[family])
-            pixels = torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8)
+            size = (1, 1, 3) if family == "LLaVA-1.5" else (height, width, 3)
+            pixels = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8).expand(height, width, 3)
             picture = folder / f"{family}-{index}.png"
-            Image.fromarray(pixels.numpy()).save(picture)
+            Image.fromarray(pixels.contiguous().numpy()).save(picture)
         rows.append((text, picture))
     return rows
 

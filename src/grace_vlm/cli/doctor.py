@@ -21,7 +21,6 @@ _PACKAGES = {
     "accelerate": "train",
     "compressed-tensors": "open packed models",
     "easy-vqa": "grace data prepare, grace demo",
-    "gguf": "GGUF export (later)",
     "triton": "GPU kernels",
     "tensorboard": "runtime.trackers=[tensorboard]",
     "wandb": "runtime.trackers=[wandb]",
