@@ -37,6 +37,7 @@ def make_source(root: Path, source: str, scheme: str) -> Path:
     from grace_vlm.formats.lazy import Lazy, TensorSpec
     from grace_vlm.models.adapter import plan_model, stored_name
     from grace_vlm.models.load import describe_model
+    from grace_vlm.models.toy import build_toy_processor
     from grace_vlm.quant.scheme import QuantizedTensor
 
     folder = root / f"{source.split('/')[-1]}-{scheme}"
@@ -79,6 +80,8 @@ def make_source(root: Path, source: str, scheme: str) -> Path:
         companions=lambda stage: None,
     )
     folder.mkdir(parents=True)
+    # A toy's tokenizer and picture settings: gguf carries them in its headers.
+    build_toy_processor(["what shape is in the picture?"] * 8).save_pretrained(folder)
     ModelFolder().write(content, folder)
     return folder
 
