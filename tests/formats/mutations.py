@@ -59,12 +59,14 @@ class Case:
 
 def _weight_of_base(name: str) -> float:
     """Reading a pickle costs a process: few of those. The larger, real models are read less often, too."""
-    return (0.3 if name.startswith("official-") or name == "official" else 4) * (0.2 if "real" in name else 1)
+    layout = name.rpartition("-")[0]
+    return (0.5 if layout == "official" else 4) * (0.2 if "real" in name else 1)
 
 
 def _file_in(files: Mapping[str, bytes], rng: random.Random) -> str:
     names = [name for name in files if name in (*_OFTEN, *_RARE) or name.endswith((".safetensors", ".gguf"))]
-    return rng.choices(sorted(names), [1 if name in _RARE else 12 for name in sorted(names)])[0]
+    shares = dict.fromkeys(names, 12) | dict.fromkeys(_RARE, 1) | {SIDECAR: 30}
+    return rng.choices(sorted(names), [shares[name] for name in sorted(names)])[0]
 
 
 def _odd(name: str, rng: random.Random) -> tuple[str, Odd | None]:
