@@ -134,7 +134,7 @@ QWEN2 = Architecture(
 LLAVA = Architecture(
     "llama",
     {"mlp": _CLIP},
-    ("language_model.model.", "language_model.", "vision_tower.", "multi_modal_projector."),
+    ("language_model.model.", "language_model.", "vision_tower.vision_model.", "multi_modal_projector."),
     "embeddings.class_embedding",
 )
 ARCHITECTURES = {one.name: one for one in (QWEN3, QWEN2, LLAVA)}

@@ -15,6 +15,7 @@ import torch
 
 from grace_vlm.checkpoint.atomic import publish_folder
 from grace_vlm.formats.folder import write_grid
+from grace_vlm.formats.shards import write_weights
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.quant.affine import bake
@@ -56,7 +57,7 @@ def publish_model(
     Raises:
         CheckpointError: ``dst`` exists without ``overwrite``, or the disk refuses.
     """
-    state = _bf16_state(model, quantized)
+    state, adapter = _bf16_state(model, quantized), adapter_for(model.config.model_type)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     codes_bytes = sum(tensor.codes.numel() + 2 * tensor.scale.numel() for tensor in quantized.values())
     with publish_folder(dst, overwrite=overwrite, needed_bytes=num_bytes + codes_bytes) as stage:
@@ -67,10 +68,14 @@ def publish_model(
         ):
             if config is not None:
                 config.dtype = torch.bfloat16
-        model.save_pretrained(stage, state_dict=state)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(stage)
+        if model.can_generate():
+            model.generation_config.save_pretrained(stage)
+        # Not by save_pretrained: its names of LLaVA's tower are the newest, which vLLM does not know yet.
+        write_weights(stage, {stored_name(adapter, name): tensor for name, tensor in state.items()})
         processor.save_pretrained(stage)
         if quantized:
-            adapter = adapter_for(model.config.model_type)
             stored = {stored_name(adapter, name): tensor for name, tensor in quantized.items()}
             write_grid(stage, stored, tuple(stored_name(adapter, name) for name in bf16_names))
         (stage / "README.md").write_text(card, encoding="utf-8")

@@ -31,7 +31,9 @@ class LlavaAdapter:
     frozen: tuple[str, ...] = ("model.vision_tower.",)
     stored_names: tuple[tuple[str, str], ...] = (
         ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower."),
+        # The hub's name of CLIP's layers, which every release of Transformers reads; newer ones write none.
+        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
         ("lm_head", "language_model.lm_head"),
     )
