@@ -67,7 +67,9 @@ def ask(folder: str, questions: list[dict[str, object]]) -> tuple[list[dict[str,
         if question["pictures"]:
             prompt["multi_modal_data"] = {"image": [Image.open(path) for path in question["pictures"]]}
         prompts.append(prompt)
-    answers = model.generate(prompts, SamplingParams(max_tokens=1, temperature=0, logprobs=-1), use_tqdm=False)
+    answers = model.generate(
+        prompts, SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False), use_tqdm=False
+    )
     found = [
         {
             "num_tokens": len(answer.prompt_token_ids),
