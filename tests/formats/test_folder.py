@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import copy_of, edit_json, edit_tensors
 
+from grace_vlm.checkpoint import verify_manifest
 from grace_vlm.errors import CheckpointError, FormatError
 from grace_vlm.formats.converter import CERTIFICATE
 from grace_vlm.formats.folder import is_model_folder, read_grid, resolve_model, write_grid
@@ -179,6 +180,17 @@ def test_no_link_leads_out_of_the_folder(models: Path, tmp_path: Path, layout: s
     if name == CERTIFICATE:
         with pytest.raises(FormatError, match="lies outside its folder"):
             inspect_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_manifest_elsewhere_is_none(models: Path, tmp_path: Path, name: str) -> None:
+    folder = pack(models / "w4", tmp_path / "model", "gptq")
+    assert inspect_folder(folder)["published_whole"]
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"has no {name}: it was never completely written"):
+        verify_manifest(folder)
+    assert not inspect_folder(folder)["published_whole"]
 
 
 def test_a_snapshot_of_the_hub_is_read(models: Path, tmp_path: Path) -> None:

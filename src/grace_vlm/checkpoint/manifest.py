@@ -61,7 +61,7 @@ def write_manifest(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries, after its own hash was found to match the marker."""
     for name in (MANIFEST, MARKER):
-        if not (folder / name).is_file():
+        if (folder / name).is_symlink() or not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}: it was never completely written, or not by grace")
     actual, marker = sha256_file(folder / MANIFEST), (folder / MARKER).read_bytes()
     if marker != _marker_text(actual):
