@@ -1,11 +1,11 @@
 """Runs in an environment without grace: do AWQ and GPTQ folders give the baked folder's logits, MLX its weights?
 
     python compare_runtimes.py BAKED --inputs FILE.safetensors --dtype float32 PACKED...
-    python compare_runtimes.py BAKED --mlx PACKED...
+    python compare_runtimes.py --mlx BAKED PACKED [BAKED PACKED]...
 
 The first loads each PACKED with stock Transformers (which calls gptqmodel and optimum) and asks both. The second runs
-``mx.dequantize`` on the tensors of each PACKED and compares with the baked weights. Prints one JSON line; it is for the
-caller to judge.
+``mx.dequantize`` on the tensors of each PACKED and compares with the weights of the BAKED before it. Prints one JSON
+line; it is for the caller to judge.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def compare_mlx(options: argparse.Namespace) -> dict[str, object]:
     import mlx.core as mx
     import numpy as np
 
-    with safe_open(Path(options.baked) / "model.safetensors", framework="pt") as handle:
-        baked = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     report: dict[str, object] = {}
-    for folder in options.packed:
+    folders = [options.baked, *options.packed]
+    for source, folder in zip(folders[::2], folders[1::2], strict=True):
+        with safe_open(Path(source) / "model.safetensors", framework="pt") as handle:
+            baked = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         stated = json.loads((Path(folder) / "config.json").read_text())["quantization"]
         tensors = mx.load(str(Path(folder) / "model.safetensors"))
         names = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
