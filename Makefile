@@ -1,8 +1,9 @@
 # Everything here makes .venv first, from one lock with hashes, and again when the lock changes.
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_PYTHON ?= python3
 
-.PHONY: help demo demo-from-scratch test soak interop lint format types docs clean
+.PHONY: help demo demo-from-scratch test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -28,13 +29,16 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
 test: .venv/.stamp lint types  ## lint, types, tests, coverage
-	$(BIN)/python -m pytest -m "not soak and not interop" --cov=grace_vlm --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not soak and not interop and not gpu" --cov=grace_vlm --cov-report=term:skip-covered
 
 soak: .venv/.stamp  ## kills and long property runs
 	$(BIN)/python -m pytest -m soak
 
 interop: .venv/.stamp  ## clean environments with other people's programs
 	$(BIN)/python -m pytest -m interop
+
+gpu-test:  ## kernels on a CUDA GPU, with any Python that has torch and pytest (GPU_PYTHON=python3)
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/kernels tests/losses
 
 lint: .venv/.stamp  ## ruff
 	$(BIN)/ruff check src tests benchmarks docs

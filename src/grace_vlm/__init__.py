@@ -19,6 +19,8 @@ _HOMES = {
     "dequantize": "grace_vlm.quant",
     "fake_quantize": "grace_vlm.quant",
     "gated_decoupled_kd": "grace_vlm.losses",
+    "linear_gate": "grace_vlm.losses",
+    "linear_gdkd": "grace_vlm.losses",
     "load_recipe": "grace_vlm.train.config",
     "minmax_scale": "grace_vlm.quant",
     "mse_scale": "grace_vlm.quant",

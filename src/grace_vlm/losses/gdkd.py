@@ -19,7 +19,7 @@ u is the logit of the binary problem (p_k = sigmoid(u_s)), and nothing is ever f
     NCKD = sum_{j != k} q^_j (y_j - z_j)/T - B + A
 
 The official code forms 1 - p in FP32 and clamps it at 1e-8: for a teacher with 1 - q_k <= 1e-4 its TCKD is off by 4 %,
-below 1e-8 it is lost. For u_t > 0 the mirrored form of TCKD keeps every digit (``_binary_kl``).
+below 1e-8 it is lost. For u_t > 0 the mirrored form of TCKD keeps every digit (``binary_kl``).
 Also used: KL(q || p) = TCKD + (1 - q_k) NCKD, so plain KL is the same code with other weights.
 
 FP64 inputs are computed in FP64, everything else in FP32. No gradient reaches the teacher or the gate.
@@ -62,12 +62,12 @@ class DistillationTerms:
     gate_sum: torch.Tensor
 
 
-def _softplus(x: torch.Tensor) -> torch.Tensor:
+def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + e^x) without torch's cut-over to x above 20, which costs 2e-9."""
     return -F.logsigmoid(-x)
 
 
-def _binary_kl(u_teacher: torch.Tensor, u_student: torch.Tensor) -> torch.Tensor:
+def binary_kl(u_teacher: torch.Tensor, u_student: torch.Tensor) -> torch.Tensor:
     """KL of two Bernoullis from their logits; exact for u_teacher large of either sign.
 
     The mirrored form swaps the classes: KL([q, 1-q] || [p, 1-p]) with u -> -u. Of the two, the one whose teacher
@@ -75,7 +75,7 @@ def _binary_kl(u_teacher: torch.Tensor, u_student: torch.Tensor) -> torch.Tensor
     """
     sign = torch.where(u_teacher > 0, -1.0, 1.0).to(u_teacher.dtype)
     teacher, student = sign * u_teacher, sign * u_student
-    return torch.sigmoid(teacher) * (teacher - student) + _softplus(student) - _softplus(teacher)
+    return torch.sigmoid(teacher) * (teacher - student) + softplus(student) - softplus(teacher)
 
 
 def align_vocabularies(
@@ -94,13 +94,23 @@ def align_vocabularies(
     return student_logits[..., :width], teacher_logits[..., :width]
 
 
-def confidence_gate(teacher_logits: torch.Tensor) -> torch.Tensor:
-    """exp(-H / log|V|) of raw teacher logits (N, V) at T = 1 (eq. 1-2); (N,), no gradient."""
-    logits = teacher_logits.detach()
-    log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+def entropy_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of softmax(logits) at T = 1 in nats: (N, V) FP32 or FP64 -> (N,)."""
+    log_probs = F.log_softmax(logits, dim=-1)
     # exp(-inf) * -inf is NaN; a word of probability 0 adds nothing to the entropy. A NaN logit stays a NaN.
-    entropy = -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(dim=-1)
-    return torch.exp(-entropy / math.log(teacher_logits.shape[-1]))
+    return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def gate_of_entropy(entropy: torch.Tensor, num_words: int) -> torch.Tensor:
+    """exp(-H / log|V|) (eq. 1-2) of entropies in nats, any shape."""
+    return torch.exp(-entropy / math.log(num_words))
+
+
+def confidence_gate(teacher_logits: torch.Tensor) -> torch.Tensor:
+    """The gate of raw teacher logits (N, V) at T = 1 (eq. 1-2); (N,), no gradient."""
+    logits = teacher_logits.detach()
+    entropy = entropy_rows(logits if logits.dtype == torch.float64 else logits.float())
+    return gate_of_entropy(entropy, logits.shape[-1])
 
 
 def token_divergences(
@@ -117,7 +127,7 @@ def token_divergences(
     u_teacher = teacher.gather(1, index).squeeze(1) - b
     rest_probs = torch.exp(teacher_rest - b.unsqueeze(1))  # 0 at the target
     nckd = (rest_probs * (teacher - student)).sum(dim=1) - b + a
-    return _binary_kl(u_teacher, u_student), nckd, torch.sigmoid(-u_teacher)
+    return binary_kl(u_teacher, u_student), nckd, torch.sigmoid(-u_teacher)
 
 
 def gated_decoupled_kd(

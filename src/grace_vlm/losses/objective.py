@@ -13,16 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from grace_vlm.losses.gdkd import VocabularyPolicy, confidence_gate, gated_decoupled_kd
+from grace_vlm.losses.gdkd import VocabularyPolicy, align_vocabularies, confidence_gate, gated_decoupled_kd
+from grace_vlm.losses.linear_gdkd import linear_gate, linear_gdkd
+from grace_vlm.losses.official import official_decoupled_kd, official_gate, official_logits
 from grace_vlm.losses.rcka import relational_cka_sum
 from grace_vlm.losses.signal import TeacherSignal
 
 Method = Literal["sft", "qat", "kd", "grace"]
+Implementation = Literal["fused", "reference", "official"]
+"""How the vocabulary's part is computed. ``fused``: chunk by chunk, no (N, V) tensor. ``reference``: the same numbers
+from whole FP32 logits by autograd. ``official``: the official code's roundings and clamps."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Objective:
         relational_weight: omega.
         min_tokens: images with fewer visual tokens stay out of the relation loss.
         vocabulary: what to do with heads of different width.
+        implementation: see ``Implementation``; ``official`` has no plain KL.
     """
 
     method: Method
@@ -48,6 +54,7 @@ class Objective:
     relational_weight: float = 3.0
     min_tokens: int = 4
     vocabulary: VocabularyPolicy = "equal"
+    implementation: Implementation = "fused"
 
     @property
     def needs_teacher(self) -> bool:
@@ -58,19 +65,29 @@ class Objective:
         return self.method == "grace" and self.gate
 
     @property
+    def is_decoupled(self) -> bool:
+        return self.method == "grace" and self.decoupled
+
+    @property
     def is_relational(self) -> bool:
         return self.method == "grace" and self.relational
 
-    def gate_of(self, teacher_logits: torch.Tensor) -> torch.Tensor:
-        """The token weights of the distillation term, (N,) FP32: the gate, or ones."""
-        if self.is_gated:
-            return confidence_gate(teacher_logits)
-        return torch.ones(teacher_logits.shape[0], dtype=torch.float32, device=teacher_logits.device)
+    def gate_of(self, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor) -> torch.Tensor:
+        """The token weights of the distillation term from (N, d_t) states and the head (V_t, d_t): the gate, or ones;
+        (N,) FP32 (FP64 for FP64 states)."""
+        if not self.is_gated:
+            dtype = torch.float64 if teacher_hidden.dtype == torch.float64 else torch.float32
+            return torch.ones(teacher_hidden.shape[0], dtype=dtype, device=teacher_hidden.device)
+        if self.implementation == "official":
+            return official_gate(official_logits(teacher_hidden, teacher_head))
+        if self.implementation == "reference":
+            return confidence_gate(F.linear(teacher_hidden, teacher_head))
+        return linear_gate(teacher_hidden, teacher_head)
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """Counts of an optimizer step (or of a micro-batch), as scalar tensors: tokens, sum of gate, images."""
+    """What the terms are divided by, scalar tensors: tokens, sum of the gate, images of an optimizer step."""
 
     tokens: torch.Tensor
     gate: torch.Tensor
@@ -97,46 +114,34 @@ class LossTerms:
 
 def compute_terms(
     objective: Objective,
-    student_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
     targets: torch.Tensor,
     normalizers: Normalizers,
     *,
     distillation_weight: float = 0.0,
     relational_ramp: float = 1.0,
     student_relational: torch.Tensor | None = None,
-    teacher_logits: torch.Tensor | None = None,
+    teacher_head: torch.Tensor | None = None,
     signal: TeacherSignal | None = None,
     image_lengths: Sequence[int] = (),
+    head_gradient: torch.Tensor | None = None,
 ) -> LossTerms:
     """All terms of one micro-batch.
 
     Args:
-        student_logits: (n_supervised, V). targets: (n_supervised,) next tokens, all valid.
+        hidden: (n_supervised, d_s) last hidden states. head: (V, d_s). targets: (n_supervised,) next tokens, all valid.
         distillation_weight: beta times its warm-up. relational_ramp: the warm-up a_rel(t); omega is in ``objective``.
-        student_relational: (n_visual, d_s) at the tapped layer. teacher_logits: (n_supervised, V).
+        student_relational: (n_visual, d_s) at the tapped layer. teacher_head: (V_t, d_t).
         signal: the teacher's record; None for ``sft`` and ``qat``.
+        head_gradient: (V, d_s) sum that the fused loss adds the head's gradient to (``linear_gdkd``); ``total`` must
+            then go backward unscaled. The other implementations leave it alone and use autograd.
     """
-    zero = torch.zeros((), dtype=torch.float32, device=student_logits.device)
-    cross_entropy = F.cross_entropy(student_logits.float(), targets, reduction="sum")
-    total = cross_entropy / normalizers.tokens.clamp_min(1.0)
-    distillation, relational, images = zero, zero, zero
-    if objective.needs_teacher:
-        assert teacher_logits is not None
-        assert signal is not None
-        terms = gated_decoupled_kd(
-            student_logits,
-            teacher_logits,
-            targets,
-            temperature=objective.temperature,
-            tckd_weight=objective.tckd_weight,
-            nckd_weight=objective.nckd_weight,
-            normalizer=1.0,
-            gate=signal.gate,
-            decoupled=objective.method == "grace" and objective.decoupled,
-            vocabulary=objective.vocabulary,
-        )
-        distillation = terms.loss
-        total = total + distillation_weight * distillation / normalizers.gate.clamp_min(1e-8)
+    words = _fused_words if objective.implementation == "fused" else _whole_words
+    total, cross_entropy, distillation = words(
+        objective, hidden, head, targets, normalizers, distillation_weight, teacher_head, signal, head_gradient
+    )
+    relational = images = torch.zeros((), dtype=torch.float32, device=hidden.device)
     if objective.is_relational:
         assert student_relational is not None
         assert signal is not None
@@ -146,3 +151,93 @@ def compute_terms(
         scale = relational_ramp * objective.relational_weight
         total = total + scale * relational / normalizers.images.clamp_min(1.0)
     return LossTerms(total, cross_entropy.detach(), distillation.detach(), relational.detach(), images.detach())
+
+
+_Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(weighted total with graph, cross-entropy sum, gated distillation sum): scalars."""
+
+
+def _fused_words(
+    objective: Objective,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    normalizers: Normalizers,
+    distillation_weight: float,
+    teacher_head: torch.Tensor | None,
+    signal: TeacherSignal | None,
+    head_gradient: torch.Tensor | None,
+) -> _Words:
+    gate = signal.gate if objective.needs_teacher and signal is not None else None
+    terms = linear_gdkd(
+        hidden,
+        head,
+        targets,
+        cross_entropy_weights=1.0 / normalizers.tokens.clamp_min(1.0),
+        teacher_hidden=None if gate is None or signal is None else signal.hidden,
+        teacher_head=None if gate is None else teacher_head,
+        distillation_weights=None if gate is None else distillation_weight * gate / normalizers.gate.clamp_min(1e-8),
+        temperature=objective.temperature,
+        tckd_weight=objective.tckd_weight,
+        nckd_weight=objective.nckd_weight,
+        decoupled=objective.is_decoupled,
+        vocabulary=objective.vocabulary,
+        head_gradient=head_gradient,
+    )
+    distillation = terms.distillation.sum() if gate is None else (gate * terms.distillation).sum()
+    return terms.loss, terms.cross_entropy.sum(), distillation
+
+
+def _whole_words(
+    objective: Objective,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    normalizers: Normalizers,
+    distillation_weight: float,
+    teacher_head: torch.Tensor | None,
+    signal: TeacherSignal | None,
+    head_gradient: torch.Tensor | None,
+) -> _Words:
+    logits_of = official_logits if objective.implementation == "official" else F.linear
+    logits = logits_of(hidden, head)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+    total = cross_entropy / normalizers.tokens.clamp_min(1.0)
+    distillation = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    if objective.needs_teacher:
+        assert signal is not None
+        assert teacher_head is not None
+        teacher_logits = logits_of(signal.hidden, teacher_head)
+        distillation = _whole_distillation(objective, logits, teacher_logits, targets, signal.gate)
+        total = total + distillation_weight * distillation / normalizers.gate.clamp_min(1e-8)
+    return total, cross_entropy, distillation
+
+
+def _whole_distillation(
+    objective: Objective,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """The gated sum of eq. 6, not normalised."""
+    weights: dict[str, Any] = {
+        "temperature": objective.temperature,
+        "tckd_weight": objective.tckd_weight,
+        "nckd_weight": objective.nckd_weight,
+    }
+    if objective.implementation == "official":
+        assert objective.is_decoupled, "the official code has no plain KL"
+        student, teacher = align_vocabularies(student_logits, teacher_logits, objective.vocabulary)
+        return (gate * official_decoupled_kd(student, teacher, targets, **weights)).sum()
+    return gated_decoupled_kd(
+        student_logits,
+        teacher_logits,
+        targets,
+        normalizer=1.0,
+        gate=gate,
+        decoupled=objective.is_decoupled,
+        vocabulary=objective.vocabulary,
+        **weights,
+    ).loss

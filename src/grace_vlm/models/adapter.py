@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.quant.plan import LinearShape, Part, QuantPlan, make_plan
 from grace_vlm.quant.scheme import ScaleRounding
 
@@ -82,7 +83,9 @@ class Adapter(Protocol):
         """(grid, pixels) of decoded RGB pictures, as the model's own image processor makes them."""
         ...
 
-    def head(self, model: Any) -> nn.Linear: ...
+    def head(self, model: Any) -> nn.Linear:
+        """The vocabulary's head: logits are its weight times the last hidden state, without a bias or a cap."""
+        ...
 
     def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
         """One output a picture, in order; ``pixels`` and ``grids`` are what ``patchify`` gave."""
@@ -146,6 +149,16 @@ def plan_model(
     of_parts = [(adapter.parts[part], text) for part, text in (part_schemes or {}).items()]
     shapes = linear_shapes(model, adapter.parts)
     return make_plan(shapes, adapter.parts["language"], scheme, [*of_parts, *overrides], scale_rounding)
+
+
+def plain_head(head: nn.Module, whose: str) -> torch.Tensor:
+    """(V, d) weight of a vocabulary head; ``ConfigError`` if logits are not just weight times hidden state."""
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"the {whose}'s head is {type(head).__name__}{' with a bias' if isinstance(head, nn.Linear) else ''}; "
+            "expected nn.Linear without a bias: the loss multiplies by its weight itself"
+        )
+    return head.weight
 
 
 def stored_name(adapter: Adapter, name: str) -> str:

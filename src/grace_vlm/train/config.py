@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.losses.gdkd import VocabularyPolicy
-from grace_vlm.losses.objective import Method, Objective
+from grace_vlm.losses.objective import Implementation, Method, Objective
 from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import Part
 from grace_vlm.quant.scale_init import ScaleRule
@@ -87,6 +87,11 @@ class LossConfig(_Section):
     )
     vocabulary: VocabularyPolicy = Field(
         "common", description="heads of different width over one tokenizer: compare the common words, or an error"
+    )
+    implementation: Implementation = Field(
+        "fused",
+        description="fused: no logits of all tokens; reference: whole logits, the same numbers; official: the official "
+        "code's BF16 logits and clamps, for parity",
     )
     adaptive_weight: AdaptiveConfig = AdaptiveConfig()
 
@@ -171,6 +176,12 @@ class Recipe(_Section):
             raise ConfigError("method qat needs a grid, scheme is bf16; use scheme=w4g128 or method=sft")
         if self.method in ("kd", "grace") and self.model.teacher is None:
             raise ConfigError(f"method {self.method} needs a teacher; set model.teacher to a model folder")
+        if self.loss.implementation == "official" and not (
+            self.objective().is_decoupled or self.method in ("sft", "qat")
+        ):
+            raise ConfigError(
+                "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
+            )
         self._check_data()
         return self
 
@@ -212,6 +223,7 @@ class Recipe(_Section):
             relational_weight=loss.relational_weight,
             min_tokens=loss.min_tokens,
             vocabulary=loss.vocabulary,
+            implementation=loss.implementation,
         )
 
 

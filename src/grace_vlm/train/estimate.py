@@ -4,7 +4,7 @@ Memory is the peak of what PyTorch allocates on one GPU, at the end of a micro-b
 
     leaves 2 B a weight, teacher 2 B, and for every trained weight a master, a gradient and two moments, 4 B each;
     activations that the backward pass will read: with checkpointing one (tokens, d) a layer, and one layer opened;
-    logits of student and teacher at supervised positions and what the loss keeps of them.
+    the workspace of the fused loss: logits of a chunk of tokens and their gradient (losses/linear_gdkd.py).
 
 ``benchmarks/bench_true_size.py memory`` compares it with measured peaks. Time is what the GPU computes, at the share of
 its rate that our products reach, and what the host needs to launch it: a constant for every pass through a layer, which
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, chunking
 from grace_vlm.models.adapter import Adapter
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.config import Recipe
@@ -34,9 +35,9 @@ ACHIEVED_FRACTION = 0.5
 """Of the data sheet's rate, what the products of a step reach once they run (benchmarks/results/true_size.csv)."""
 LAUNCH_SECONDS = 0.0024
 """Of the host, for one pass of one micro-batch through one decoder layer."""
-LOSS_BYTES = 42
-"""A supervised position and word: logits of both models in BF16 and the FP32 tensors that autograd keeps of the
-cross-entropy, the divergences and the gate (measured, benchmarks/results/true_size.csv)."""
+WHOLE_LOGITS_BYTES, WHOLE_LOGITS_BYTES_ALONE = 42, 14
+"""A supervised position and word where the loss keeps whole logits (``loss.implementation`` other than fused), with a
+teacher and without: logits in BF16 and the FP32 tensors that autograd keeps (measured before there was another)."""
 GIB = 1 << 30
 
 
@@ -192,6 +193,14 @@ def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if is_all or not name.startswith(adapter.frozen))
 
 
+def _loss_bytes(recipe: Recipe, supervised: float, num_words: int, teacher: tuple[Any, Adapter] | None) -> int:
+    if recipe.loss.implementation != "fused":
+        each = WHOLE_LOGITS_BYTES if teacher is not None else WHOLE_LOGITS_BYTES_ALONE
+        return int(each * supervised * num_words)
+    teacher_words = 0 if teacher is None else _Sizes.of(*teacher).vocabulary
+    return chunking(round(supervised), num_words, teacher_words, 2, WORKSPACE_BYTES).num_bytes
+
+
 def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, int]:
     own = _Sizes.of(*student)
     trained = _trained_parameters(recipe, *student)
@@ -207,7 +216,6 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         if checkpointing
         else (own.layers * _layer_bytes(own, tokens))
     )
-    loss_bytes = LOSS_BYTES if teacher is not None else 14
     parts = {
         "student weights": 2 * own.num_parameters,
         "masters": 4 * trained,
@@ -216,7 +224,7 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         # log-scale, gradient, two moments, the start for the diary; and the scale in use.
         "scales": 22 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
-        "loss": int(loss_bytes * supervised * own.vocabulary),
+        "loss": _loss_bytes(recipe, supervised, own.vocabulary, teacher),
     }
     num_towers = 1 + (teacher is not None)
     caches = data.pixel_cache_gib + num_towers * recipe.runtime.tower_cache_gib

@@ -153,6 +153,10 @@ class Masters:
                 tracked.accumulated.copy_(grad)
             tracked.master.grad = tracked.accumulated
 
+    def accumulator(self, leaf: torch.Tensor) -> torch.Tensor | None:
+        """The FP32 gradient sum of a leaf, to add to without autograd; None if the leaf is not trained."""
+        return next((tracked.accumulated for tracked in self._tracked.values() if tracked.leaf is leaf), None)
+
     def accumulators(self) -> list[torch.Tensor]:
         """The gradient sums, for the reduction over ranks (before ``collect``)."""
         return [tracked.accumulated for tracked in self._tracked.values()]

@@ -23,6 +23,7 @@ from grace_vlm.errors import NonFiniteError
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.losses.objective import LossTerms, Normalizers, compute_terms
 from grace_vlm.losses.signal import TeacherSignal
+from grace_vlm.models.adapter import plain_head
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.config import LossConfig, Recipe
@@ -102,6 +103,8 @@ class Stepper:
         self.masters, self.optimizer, self.teacher, self.adaptive = masters, optimizer, teacher, adaptive
         self.accelerator = accelerator
         self.objective = recipe.objective()
+        self.head = plain_head(student.adapter.head(student.model), "student")
+        self.head_gradient = masters.accumulator(self.head)
         self.device = next(student.model.parameters()).device
 
     @property
@@ -158,25 +161,25 @@ class Stepper:
             segments=batch.segments,
         )
         hidden = states.last.reshape(-1, states.last.shape[-1])[batch.supervised]
-        logits = self.student.adapter.head(self.student.model)(hidden)
         per_step = config.normalization == "global"
-        counts = (whole if per_step else own).float()
+        # Micro-batch normalisation averages over micro-batches and ranks, as the official trainer does.
+        counts = (whole if per_step else own * (num_micro_batches * self.accelerator.num_processes)).float()
         relational = states.relational if states.relational is not None else hidden.new_zeros(0, hidden.shape[-1])
         terms = compute_terms(
             objective,
-            logits,
+            hidden,
+            self.head,
             batch.targets,
             Normalizers(tokens=counts[0], gate=counts[1], images=counts[2]),
             distillation_weight=self.distillation_weight() * ramp(step, config.distillation_warmup_steps),
             relational_ramp=ramp(step, config.relational_warmup_steps),
             student_relational=relational,
-            teacher_logits=self.teacher.logits(signal) if self.teacher and signal else None,
+            teacher_head=self.teacher.head if self.teacher else None,
             signal=signal,
             image_lengths=batch.image_lengths,
+            head_gradient=self.head_gradient,
         )
-        # Micro-batch normalisation averages over micro-batches and ranks, as the official trainer does.
-        share = 1.0 if per_step else 1.0 / (num_micro_batches * self.accelerator.num_processes)
-        (terms.total * share).backward()
+        terms.total.backward()
         return terms
 
     def _read(self, step: int, measured: list[_Measured], grad_norm: torch.Tensor) -> tuple[torch.Tensor, float]:

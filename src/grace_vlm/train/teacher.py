@@ -7,6 +7,7 @@ import torch
 from grace_vlm.data.collate import Batch
 from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
+from grace_vlm.models.adapter import plain_head
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
 
@@ -28,6 +29,7 @@ class OnlineTeacher:
         self.model.requires_grad_(False).eval()
         self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
         self.device = next(self.model.parameters()).device
+        self.head = plain_head(loaded.adapter.head(loaded.model), "teacher")
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
@@ -43,12 +45,6 @@ class OnlineTeacher:
             segments=batch.segments,
         )
         hidden = states.last.reshape(-1, states.last.shape[-1])[local.supervised]
-        gate = self.objective.gate_of(self.adapter.head(self.model)(hidden))
+        gate = self.objective.gate_of(hidden, self.head)
         relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
         return TeacherSignal(hidden.to(where), gate.to(where), relational.to(where), batch.image_lengths)
-
-    @torch.no_grad()
-    def logits(self, signal: TeacherSignal) -> torch.Tensor:
-        """(n_supervised, V) from the signal's hidden states."""
-        logits: torch.Tensor = self.adapter.head(self.model)(signal.hidden.to(self.device))
-        return logits.to(signal.hidden.device)
