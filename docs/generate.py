@@ -23,6 +23,7 @@ COMMANDS = (
     "eval",
     "chat",
     "compare",
+    "bench",
     "doctor",
 )
 

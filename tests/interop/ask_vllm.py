@@ -3,8 +3,8 @@
     python ask_vllm.py QUESTIONS.json OUT.json FOLDER...
 
 vLLM's own loader, configuration, name mapping, fused layers and pictures; its quantized matmul has no kernel for a CPU
-without AVX-512, and none at 8 bits, so that one is replaced by unpack, dequantize, linear. OUT: {folder's name: a list
-of {"num_tokens", "logprobs": by token id}}, and the kinds of linear method under "linears".
+without AVX-512, and none at 8 bits, so that one is replaced by unpack, dequantize, linear, on every CPU. OUT: {folder's
+name: a list of {"num_tokens", "logprobs": by token id}}, and the kinds of linear method under "linears".
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
+    # A CPU with AMX would get 8-bit activations and another matmul.
+    VLLM_CPU_INT4_W4A8="0",
 )
 import collections
 import gc

@@ -40,6 +40,7 @@ def root(
 
 def _register() -> None:
     from grace_vlm.cli import (
+        bench,
         chat,
         compare,
         data_check,
@@ -67,6 +68,7 @@ def _register() -> None:
     app.command("eval", help=evaluate.HELP)(evaluate.evaluate)
     app.command("chat", help=chat.HELP)(chat.chat)
     app.command("compare", help=compare.HELP)(compare.compare)
+    app.command("bench", help=bench.HELP, context_settings=bench.SETTINGS)(bench.bench)
     app.command("doctor", help=doctor.HELP)(doctor.doctor)
 
 

@@ -38,6 +38,7 @@ SIDECAR = "qat_quantized_weights.bin"
 ROOM_BYTES = 1 << 30
 """Address space that the child may take beyond the file's own size."""
 _ALIGNMENT = 64
+_MAPPED_AT_A_TIME = 16
 _SECONDS, _BYTES_PER_SECOND = 120, 20_000_000
 _UNPICKLING = (
     pickle.UnpicklingError,
@@ -163,12 +164,18 @@ def _child(path: Path, out: Path, max_bytes: int) -> None:
     torch.set_num_threads(1)
     _cap_memory(path.stat().st_size + ROOM_BYTES)
     found = load_pickle(path, max_bytes)
-    weights = {
-        name.removesuffix(".weight"): (str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest(tensor))
-        for name, tensor in found.items()
-        if name.endswith(".weight")
-    }
     small = {name: tensor.clone() for name, tensor in found.items() if not name.endswith(".weight")}
+    names = [name for name in found if name.endswith(".weight")]
+    weights = {}
+    for first in range(0, len(names), _MAPPED_AT_A_TIME):
+        # The file is mapped, and pages that were read count as this process's memory until all tensors are gone.
+        del found
+        found = load_pickle(path, max_bytes)
+        for name in names[first : first + _MAPPED_AT_A_TIME]:
+            tensor = found[name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            weights[name.removesuffix(".weight")] = (dtype, list(tensor.shape), digest(tensor))
+            del tensor
     save_file(small, out, metadata={"weights": json.dumps(weights)})
 
 

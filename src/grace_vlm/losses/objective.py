@@ -81,7 +81,7 @@ class Objective:
         if self.implementation == "official":
             return official_gate(official_logits(teacher_hidden, teacher_head))
         if self.implementation == "reference":
-            return confidence_gate(F.linear(teacher_hidden, teacher_head))
+            return confidence_gate(_reference_logits(teacher_hidden, teacher_head))
         return linear_gate(teacher_hidden, teacher_head)
 
 
@@ -188,6 +188,13 @@ def _fused_words(
     return terms.loss, terms.cross_entropy.sum(), distillation
 
 
+def _reference_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """(N, V) in FP32, or FP64 for FP64 states: not in BF16, whatever the head is."""
+    if hidden.dtype == torch.float64:
+        return F.linear(hidden, head)
+    return F.linear(hidden.float(), head.float())
+
+
 def _whole_words(
     objective: Objective,
     hidden: torch.Tensor,
@@ -199,10 +206,11 @@ def _whole_words(
     signal: TeacherSignal | None,
     head_gradient: torch.Tensor | None,
 ) -> _Words:
-    logits_of = official_logits if objective.implementation == "official" else F.linear
+    logits_of = official_logits if objective.implementation == "official" else _reference_logits
     logits = logits_of(hidden, head)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+    cross_entropy = F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum"
+    )
     total = cross_entropy / normalizers.tokens.clamp_min(1.0)
     distillation = torch.zeros((), dtype=torch.float32, device=hidden.device)
     if objective.needs_teacher:

@@ -25,13 +25,14 @@ SMALLEST_IN_LOGARITHM = 1e-12
 
 
 def official_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """(N, d) states through a head (V, d): (N, V) FP32 that holds BF16 values."""
-    return F.linear(hidden, head).to(torch.bfloat16).float()
+    """(N, d) states through a head (V, d): (N, V) BF16. Each term takes them in FP32 by itself, so that the gradients
+    of the terms are rounded to BF16 one by one, as there."""
+    return F.linear(hidden, head).to(torch.bfloat16)
 
 
 def official_gate(teacher_logits: torch.Tensor) -> torch.Tensor:
-    """(N, V) FP32 -> (N,) gate, no gradient."""
-    probs = torch.softmax(teacher_logits.detach(), dim=-1)
+    """(N, V) -> (N,) FP32 gate, no gradient."""
+    probs = torch.softmax(teacher_logits.detach().float(), dim=-1)
     entropy = -(probs * probs.clamp_min(SMALLEST_IN_LOGARITHM).log()).sum(dim=-1)
     return torch.exp(-entropy / math.log(teacher_logits.shape[-1]))
 
@@ -45,9 +46,9 @@ def official_decoupled_kd(
     tckd_weight: float = 1.0,
     nckd_weight: float = 4.0,
 ) -> torch.Tensor:
-    """T^2 (a TCKD + b NCKD) of each token: (N, V) FP32 logits, (N,) valid targets -> (N,)."""
+    """T^2 (a TCKD + b NCKD) of each token: (N, V) logits, (N,) valid targets -> (N,) FP32."""
     index = targets.unsqueeze(1)
-    student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
+    student, teacher = student_logits.float() / temperature, teacher_logits.detach().float() / temperature
 
     def pair(logits: torch.Tensor) -> torch.Tensor:
         p_k = torch.softmax(logits, dim=-1).gather(1, index)
