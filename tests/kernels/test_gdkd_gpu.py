@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from grace_vlm.losses.gdkd import confidence_gate, gated_decoupled_kd
 from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, linear_gate, linear_gdkd
+from grace_vlm.losses.rcka import relational_cka_sum
 
 pytestmark = pytest.mark.gpu
 WORDS, D_S, D_T = 151_936, 2048, 4096
@@ -151,3 +152,22 @@ def test_the_same_twice_bit_for_bit(heads: tuple[torch.Tensor, torch.Tensor]) ->
         assert hidden.grad is not None
         runs.append((gate, terms.loss.detach(), hidden.grad, total))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_the_relation_loss_waits_for_nothing() -> None:
+    lengths = [196, 64, 196, 5, 100, 17]
+    generator = torch.Generator("cuda").manual_seed(0)
+    student, teacher = (torch.randn(sum(lengths), d, device="cuda", generator=generator).bfloat16() for d in (D_S, D_T))
+    student.requires_grad_()
+    relational_cka_sum(student, teacher, lengths)[0].backward()
+    expected, student.grad = student.grad, None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        relational_cka_sum(student, teacher, lengths)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert student.grad is not None
+    assert torch.equal(student.grad, expected)
+    wide = student.detach().cpu().double().requires_grad_()
+    relational_cka_sum(wide, teacher.cpu().double(), lengths)[0].backward()
+    assert float((student.grad.cpu().double() - wide.grad).norm() / wide.grad.norm()) < 3e-3

@@ -304,6 +304,15 @@ def test_a_scaled_loss_scales_both_gradients() -> None:
     assert torch.allclose(head.grad, 3 * d_head, atol=1e-14)
 
 
+def test_a_second_backward_is_refused() -> None:
+    case = make_case(9, 40, 40)
+    hidden = case.hidden.clone().requires_grad_()
+    loss = linear_gdkd(hidden, case.head, case.targets, cross_entropy_weights=1.0).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="went with its first backward; compute the loss again"):
+        loss.backward()
+
+
 class Watch(TorchDispatchMode):
     """Counts operations by name; the largest tensor that one made."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from grace_vlm.checkpoint.strict_json import read_object
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import CERTIFICATE, ModelContent
-from grace_vlm.formats.lazy import spec_of
+from grace_vlm.formats.lazy import ahead, spec_of
 from grace_vlm.formats.values import compare_values, digest
 from grace_vlm.quant.affine import bake
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -51,18 +51,16 @@ def certify(
     done, total = 0, sum(sizes.values())
     linears: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    # Hashing and tensor arithmetic both leave the interpreter lock alone, so the two halves of a linear overlap.
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for name in content.linears:
-            tensor = content.quantized[name]
+    # Hashing leaves the interpreter lock alone, so the two halves of a linear overlap.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for name, tensor in ahead(content.quantized, content.linears):
             hashed = pool.submit(_linear, stored(name, tensor))
             _require_baked(name, tensor, content)
             linears[name] = hashed.result()
             done += sizes[name]
             if progress:
                 progress(done, total)
-    for name in content.dense:
-        values = content.dense[name]
+    for name, values in ahead(content.dense):
         tensors[name] = {"shape": list(values.shape), "values": digest(values)}
         done += sizes[name]
         if progress:

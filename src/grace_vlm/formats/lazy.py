@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -64,6 +65,23 @@ def spec_of(tensors: Mapping[str, torch.Tensor], name: str) -> TensorSpec:
     """Dtype and shape of ``tensors[name]``, without loading it if the mapping knows them."""
     known = getattr(tensors, "spec", None)
     return known(name) if known else _spec_of_tensor(tensors[name])
+
+
+def ahead(values: Mapping[str, T], names: Iterable[str] | None = None) -> Iterator[tuple[str, T]]:
+    """(name, value) of a mapping in order, the next value being loaded while the caller works on this one.
+
+    Loading is reading and tensor arithmetic, writing and hashing are neither, and all four leave the interpreter lock
+    alone: two cores then work. Two values are in memory at a time.
+    """
+    order = list(values if names is None else names)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = [pool.submit(values.__getitem__, name) for name in order[:1]]
+        for number, name in enumerate(order):
+            value = coming.pop().result()
+            if number + 1 < len(order):
+                coming.append(pool.submit(values.__getitem__, order[number + 1]))
+            yield name, value
+            del value
 
 
 def joined(*mappings: Mapping[str, torch.Tensor]) -> Lazy[torch.Tensor]:

@@ -25,7 +25,6 @@ Names and configuration stay those of the folder, also of the original LLaVA lay
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,14 @@ import torch
 
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, refuse, write_config
-from grace_vlm.formats.folder import baked_weights, check_tensor, stored_weights
+from grace_vlm.formats.folder import baked_weights, check_tensor
 from grace_vlm.formats.lazy import Lazy, TensorSpec, joined
 from grace_vlm.formats.packed import one_grid
 from grace_vlm.formats.shards import write_weights
 from grace_vlm.formats.sidecar import SIDECAR, Sidecar, read_sidecar, write_sidecar
 from grace_vlm.formats.values import digest
 from grace_vlm.formats.weights import Weights, linears_among, open_weights, read_inside, require_inside
-from grace_vlm.quant.affine import bake, to_groups
+from grace_vlm.quant.affine import bake, row_blocks, to_groups
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
@@ -82,6 +81,11 @@ def _ratio(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _recover(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
     """(codes, scale) of a baked weight; ``FormatError`` if they do not bake to it again."""
+    parts = [_recover_rows(name, weight[rows], scale[rows], scheme) for rows in row_blocks(weight)]
+    return QuantizedTensor(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), scheme)
+
+
+def _recover_rows(name: str, weight: torch.Tensor, scale: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
     codes = _ratio(weight, scale).round()
     if not bool(((codes >= scheme.qmin) & (codes <= scheme.qmax)).all()):
         raise FormatError(f"{name}.weight / scale leaves [{scheme.qmin}, {scheme.qmax}], the range of {scheme.name}")
@@ -181,7 +185,6 @@ class Official(Converter):
                 raise FormatError(f"{name}.log_scale has a value whose exponential is not finite and positive")
             return scale.reshape(weights.shape(f"{name}.weight")[0], -1)
 
-        @lru_cache(maxsize=1)  # asked for by whoever wants the codes, and again by whoever wants the weight
         def baked(name: str) -> torch.Tensor:
             weight, bias = weights[f"{name}.weight"], f"{name}.bias"
             if digest(weight) != sidecar.weights[name][1]:
@@ -207,15 +210,14 @@ class Official(Converter):
             return check_tensor(name, _recover(name, baked(name), scale_of(name), scheme), entries[name])
 
         dense = [name for name in weights if name.removesuffix(".weight") not in entries]
-        in_fp32 = any(entry.scheme and entry.scheme.scale_rounding == "fp32" for entry in entries.values())
         return ModelContent(
             layout=self.name,
             folder=folder,
             config=config,
             linears=entries,
             quantized=Lazy(entries, load),
-            # With FP32 scales the weight was compared when its codes were recovered, to a BF16 step.
-            baked={} if in_fp32 else stored_weights(entries, weights, baked),
+            # The weight was compared when its codes were recovered.
+            baked={},
             dense=weights.only(dense),
             bf16_names=linears_among(weights, dense),
         )

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.lazy import TensorSpec, spec_of
+from grace_vlm.formats.lazy import TensorSpec, ahead, spec_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,8 +74,8 @@ def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping
     header = _header(ordered, {"format": "pt"})
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for name, spec in ordered.items():
-            tensor = tensors[name]
+        for name, tensor in ahead(tensors, ordered):
+            spec = ordered[name]
             if (tensor.dtype, tuple(tensor.shape)) != spec:
                 raise FormatError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not the {spec.dtype} {spec.shape} of its header"
@@ -106,7 +106,7 @@ def write_shards(
 
     Args:
         tensors: each value is read once, in order but for the last few of a shard; a ``Lazy`` with a ``spec`` is
-            never read before its turn.
+            never read but one before its turn.
     """
     shards = _split({name: spec_of(tensors, name) for name in tensors}, max_shard_bytes)
     weight_map: dict[str, str] = {}

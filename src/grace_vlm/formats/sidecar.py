@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.lazy import TensorSpec, spec_of
+from grace_vlm.formats.lazy import TensorSpec, ahead, spec_of
 from grace_vlm.formats.shards import write_bytes
 from grace_vlm.formats.values import digest
 
@@ -171,11 +172,12 @@ def _child(path: Path, out: Path, max_bytes: int) -> None:
         # The file is mapped, and pages that were read count as this process's memory until all tensors are gone.
         del found
         found = load_pickle(path, max_bytes)
-        for name in names[first : first + _MAPPED_AT_A_TIME]:
-            tensor = found[name]
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            weights[name.removesuffix(".weight")] = (dtype, list(tensor.shape), digest(tensor))
-            del tensor
+        chosen = names[first : first + _MAPPED_AT_A_TIME]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            digests = list(pool.map(digest, [found[name] for name in chosen]))
+        for name, found_digest in zip(chosen, digests, strict=True):
+            dtype = str(found[name].dtype).removeprefix("torch.")
+            weights[name.removesuffix(".weight")] = (dtype, list(found[name].shape), found_digest)
     save_file(small, out, metadata={"weights": json.dumps(weights)})
 
 
@@ -204,7 +206,7 @@ def _add(archive: zipfile.ZipFile, name: str, num_bytes: int) -> Any:
 
 
 def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """What ``torch.save(dict(tensors), path)`` writes, with one tensor in memory at a time."""
+    """What ``torch.save(dict(tensors), path)`` writes, with two tensors in memory at a time."""
     specs = {name: spec_of(tensors, name) for name in tensors}
     pickled = io.BytesIO()
     # Memory that is never touched is never taken: only shapes and dtypes go into the pickle.
@@ -213,9 +215,9 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
             with _add(archive, name, len(content)) as file:
                 file.write(content)
-        for number, (name, spec) in enumerate(specs.items()):
-            with _add(archive, f"data/{number}", spec.num_bytes) as file:
-                write_bytes(file, tensors[name])
+        for number, (name, tensor) in enumerate(ahead(tensors)):
+            with _add(archive, f"data/{number}", specs[name].num_bytes) as file:
+                write_bytes(file, tensor)
         with _add(archive, "version", 2) as file:
             file.write(b"3\n")
 

@@ -250,7 +250,7 @@ class _LinearGdkd(torch.autograd.Function):
         ctx.d_hidden = d_hidden
         ctx.d_head = d_head if head_gradient is None else None
         ctx.head_dtype = head.dtype
-        ctx.is_final = head_gradient is not None
+        ctx.is_final, ctx.is_spent = head_gradient is not None, False
         ctx.mark_non_differentiable(values)
         return loss, values
 
@@ -263,8 +263,11 @@ class _LinearGdkd(torch.autograd.Function):
                 f"the loss was scaled by {float(d_loss)} after head_gradient had been added up; put the factor into "
                 "cross_entropy_weights and distillation_weights"
             )
+        if ctx.is_spent:
+            raise RuntimeError("the gradients of linear_gdkd went with its first backward; compute the loss again")
         d_hidden, d_head = ctx.d_hidden, ctx.d_head
         ctx.d_hidden = ctx.d_head = None
+        ctx.is_spent = True
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(d_loss)
         if d_head is not None:

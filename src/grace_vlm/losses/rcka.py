@@ -1,31 +1,171 @@
 """Relational alignment: do student and teacher agree which image regions belong together? (GRACE eq. 10-13)
 
 For one image, X (n, d_s) and Y (n, d_t) are the hidden states of its n visual tokens at the tapped layer. Rows are
-l2-normalised, K = X X^T holds the cosines, H = I - 1/n centres, and
+l2-normalised (X^, Y^), H = I - 1/n centres, and with xc = H X^, yc = H Y^
 
-    HSIC(K, L) = <H K H, H L H>,   CKA = HSIC(K_T, K_S) / sqrt(HSIC(K_T, K_T) HSIC(K_S, K_S)),   loss = 1 - CKA
+    K_S = xc xc^T = H X^ X^^T H,   K_T = yc yc^T                      centred cosines, n x n
+    a = <K_T, K_S>,   b = |K_T|,   c = |K_S|                          HSIC(K, L) = <K, L>; | | is Frobenius' norm
+    CKA = HSIC(K_T, K_S) / sqrt(HSIC(K_T, K_T) HSIC(K_S, K_S)) = a / (b c),   loss = 1 - CKA
 
 Only the n x n relations are compared, so widths may differ and no projector is learned. FP64 stays FP64, else FP32.
 Images under ``min_tokens`` tokens, or whose centred Gram vanishes (squared norm < 1e-8), have no part in it, as in
 the official code; unlike there, the test is a mask and not a host synchronisation per image.
+
+The gradient is made in the forward pass. da/dK_S = K_T and dc/dK_S = K_S / c, hence
+
+    M = d loss/dK_S = CKA K_S / c^2 - K_T / (b c)
+    G = d loss/dX^ = 2 M xc                                           centred already, since H M = M
+    d loss/dx = (G - (G . x^) x^) / |x|                               row by row; x^ = x / max(|x|, 1e-12)
+
+Where |x| is below that floor x^ is linear in x and nothing is projected out: G / 1e-12, as in ``F.normalize``.
+
+Images of different length share batched products: each is padded to the longest of its sub-batch, and a padded row is
+exactly 0 after centring, so the Gram matrices, their sums and every product are those of the n tokens alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 DEGENERATE_SQUARED_NORM = 1e-8
+NORM_FLOOR = 1e-12
+"""Of a token's length, as in ``F.normalize``."""
+SHORTEST_BUCKET_TOKENS = 16
+"""Images of up to so many tokens share a bucket; above it a bucket ends at each power of two."""
+SUB_BATCH_BYTES = 256 * 2**20
+"""Of padded features and Gram matrices that are alive at one time; an image that needs more is alone."""
 
 
-def _centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """H X^ X^^T H of a stack of images (k, n, d) -> (k, n, n)."""
-    rows = F.normalize(features, dim=-1)
-    rows = rows - rows.mean(dim=1, keepdim=True)  # centring the rows centres the Gram matrix on both sides
-    return rows @ rows.transpose(1, 2)
+def _sub_batches(lengths: Sequence[int], min_tokens: int, image_bytes: Callable[[int], int]) -> list[list[int]]:
+    """Images, by their place in ``lengths``, that share products; ``image_bytes``: of an image of so many tokens."""
+    buckets: dict[int, list[int]] = {}
+    images = (image for image, length in enumerate(lengths) if length >= max(min_tokens, 1))
+    for image in sorted(images, key=lengths.__getitem__):
+        bucket = max(SHORTEST_BUCKET_TOKENS, 1 << (lengths[image] - 1).bit_length())
+        buckets.setdefault(bucket, []).append(image)
+    batches = []
+    for bucket_images in buckets.values():
+        size = max(1, SUB_BATCH_BYTES // image_bytes(lengths[bucket_images[-1]]))
+        batches += [bucket_images[first : first + size] for first in range(0, len(bucket_images), size)]
+    return batches
+
+
+def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a host tensor on ``device``. From pinned memory: from any other the host waits for the GPU."""
+    if device.type == "cuda" and host.numel():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _arithmetic_dtype(features: torch.Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _unit_rows(
+    features: torch.Tensor, rows: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x^ (k, p, d), what x was divided by (k, p, 1)) of features (n, d) at rows (k, p); x^ is 0 where ``padded``."""
+    tokens = features.index_select(0, rows.flatten()).view(*rows.shape, features.shape[1]).to(dtype)
+    divisors = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(NORM_FLOOR)
+    divisors.masked_fill_(padded, math.inf)  # what is divided by infinity is 0, and so is its gradient
+    return tokens.div_(divisors), divisors
+
+
+def _centre(rows: torch.Tensor, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """H rows, of a padded stack (k, p, d): the mean of an image's tokens is taken off them, padded rows stay 0."""
+    mean = rows.sum(dim=1, keepdim=True) / lengths.view(-1, 1, 1)
+    return torch.addcmul(rows, (~padded).to(rows.dtype), mean, value=-1.0)
+
+
+def _gram(centred: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(centred, centred.transpose(1, 2))
+
+
+def _compare(gram_s: torch.Tensor, gram_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(1 - CKA (k,), 0 for an image that stays out; which stay out (k,); 2 M (k, p, p), written over gram_s)."""
+    squared_s, squared_t = gram_s.square().sum((1, 2)), gram_t.square().sum((1, 2))
+    out = torch.minimum(squared_s, squared_t) < DEGENERATE_SQUARED_NORM  # a NaN enters: it must stop the run
+    squared_s, squared_t = squared_s.masked_fill_(out, 1.0), squared_t.masked_fill_(out, 1.0)
+    norms = squared_s.sqrt() * squared_t.sqrt()
+    cka = (gram_s * gram_t).sum((1, 2)) / norms
+    slope = gram_s.mul_((2 * cka / squared_s).view(-1, 1, 1)).sub_(gram_t.mul_((2 / norms).view(-1, 1, 1)))
+    return (1.0 - cka).masked_fill_(out, 0.0), out, slope
+
+
+def _sub_batch_loss(
+    student: torch.Tensor, teacher: torch.Tensor, places: torch.Tensor, longest: int, gradient: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of 1 - CKA, images that entered) of one sub-batch; its gradients go to their rows of ``gradient``.
+
+    places: (2, k) first row and length of each image. gradient: (n + 1, d_s); its last row is spare: it takes what
+    belongs to no token or to an image that stays out, which therefore keeps the 0 that was there.
+    """
+    dtype = _arithmetic_dtype(student)
+    starts, lengths = places
+    place, last = torch.arange(longest, device=places.device), (lengths - 1).unsqueeze(1)
+    # A padded place reads the last token of its own image: no image can spoil another with a NaN.
+    rows, padded = starts.unsqueeze(1) + torch.minimum(place, last), (place > last).unsqueeze(2)
+    gram_t = _gram(_centre(_unit_rows(teacher, rows, padded, dtype)[0], padded, lengths))
+    unit, divisors = _unit_rows(student, rows, padded, dtype)
+    centred = _centre(unit, padded, lengths)
+    losses, out, slope = _compare(_gram(centred), gram_t)
+    if gradient is not None:
+        # H M = M but for rounding, which costs up to 1.7 times the error of FP32 when all tokens lie in one direction.
+        step = torch.bmm(_centre(slope, padded, lengths), centred)
+        along = (unit * step).sum(dim=-1, keepdim=True).masked_fill_(divisors <= NORM_FLOOR, 0.0)
+        step.addcmul_(unit, along, value=-1.0).div_(divisors)
+        target = rows.masked_fill(padded.squeeze(2) | out.unsqueeze(1), gradient.shape[0] - 1)
+        gradient.index_copy_(0, target.flatten(), step.flatten(0, 1))
+    return losses.sum(), (~out).sum()
+
+
+class _RelationalLoss(torch.autograd.Function):
+    """(sum of 1 - CKA, number of images that entered); the gradient of the student's features is made in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        lengths: list[int],
+        min_tokens: int,
+        needs_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = _arithmetic_dtype(student)
+
+        def image_bytes(tokens: int) -> int:
+            # The most that is alive at one time: unit and centred rows of the teacher, or four such of the student
+            # with three Gram matrices; and the indices and masks.
+            widest = max(2 * teacher.shape[1], 4 * student.shape[1] + 3 * tokens)
+            return tokens * (dtype.itemsize * widest + 32)
+
+        batches = _sub_batches(lengths, min_tokens, image_bytes)
+        starts = list(itertools.accumulate(lengths, initial=0))
+        images = list(itertools.chain.from_iterable(batches))
+        table = [[starts[image] for image in images], [lengths[image] for image in images]]
+        places = _to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), student.device)
+        total, count = student.new_zeros((), dtype=dtype), student.new_zeros((), dtype=dtype)
+        gradient = student.new_zeros(student.shape[0] + 1, student.shape[1], dtype=dtype) if needs_gradient else None
+        for batch, part in zip(batches, places.split([len(batch) for batch in batches], dim=1), strict=True):
+            loss, entered = _sub_batch_loss(student, teacher, part, lengths[batch[-1]], gradient)
+            total += loss
+            count += entered
+        ctx.dtype = student.dtype
+        ctx.save_for_backward(None if gradient is None else gradient[:-1])
+        ctx.mark_non_differentiable(count)
+        return total, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * d_total).to(ctx.dtype), None, None, None, None
 
 
 def relational_cka_sum(
@@ -35,38 +175,24 @@ def relational_cka_sum(
     *,
     min_tokens: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of 1 - CKA, number of images that entered), both scalars.
+    """(sum of 1 - CKA, number of images that entered), both scalars. No second derivative.
 
     Args:
         student_features: (n, d_s), all visual tokens, image after image. teacher_features: (n, d_t); no gradient.
         image_lengths: visual tokens of each image, a list or 1-D tensor; their sum is n.
         min_tokens: an image with fewer tokens is left out.
     """
-    lengths = [int(length) for length in image_lengths]
+    given = image_lengths.tolist() if isinstance(image_lengths, torch.Tensor) else image_lengths
+    lengths = [int(length) for length in given]
     if sum(lengths) != student_features.shape[0] or sum(lengths) != teacher_features.shape[0]:
         raise ValueError(
             f"image_lengths add up to {sum(lengths)}, features have "
             f"{student_features.shape[0]} (student) and {teacher_features.shape[0]} (teacher) rows"
         )
-    dtype = torch.float64 if student_features.dtype == torch.float64 else torch.float32
-    student, teacher = student_features.to(dtype), teacher_features.detach().to(dtype)
-    # The sum of no elements keeps a graph, so that backward works when no image enters.
-    total, count = student[:0].sum(), torch.zeros((), dtype=dtype, device=student.device)
-    starts = list(itertools.accumulate(lengths, initial=0))[:-1]
-    for length in sorted(set(lengths)):
-        if length < min_tokens:
-            continue
-        # Images of one length are one batched product.
-        first = torch.tensor([s for s, n in zip(starts, lengths, strict=True) if n == length], device=student.device)
-        index = first.unsqueeze(1) + torch.arange(length, device=student.device)
-        gram_s, gram_t = _centred_gram(student[index]), _centred_gram(teacher[index])
-        norm_s, norm_t = gram_s.square().sum((1, 2)), gram_t.square().sum((1, 2))
-        enters = (norm_s >= DEGENERATE_SQUARED_NORM) & (norm_t >= DEGENERATE_SQUARED_NORM)
-        norms = torch.where(enters, norm_s, 1.0).sqrt() * torch.where(enters, norm_t, 1.0).sqrt()
-        cka = (gram_s * gram_t).sum((1, 2)) / norms
-        total = total + torch.where(enters, 1.0 - cka, 0.0).sum()
-        count = count + enters.sum()
-    return total, count
+    needs_gradient = torch.is_grad_enabled() and student_features.requires_grad
+    teacher = teacher_features.detach()
+    loss, count = _RelationalLoss.apply(student_features, teacher, lengths, min_tokens, needs_gradient)
+    return loss, count
 
 
 def relational_cka(

@@ -156,10 +156,14 @@ class _Sizes:
 
 
 def _layer_bytes(sizes: _Sizes, tokens: int) -> int:
-    """What one decoder layer keeps for its backward pass, in BF16 with FP32 inside the norms."""
-    norms = 2 * sizes.hidden * (4 + 4 + 2)
-    attention = sizes.attention * (2 + 10 + 8) + 2 * sizes.key_value * (2 + 10 + 4) + 2 * sizes.hidden
-    return tokens * (norms + attention + 4 * 2 * sizes.intermediate + 4 * sizes.hidden)
+    """What one decoder layer keeps for its backward pass.
+
+    Of a norm its input in FP32, what it scales and its output in BF16 (4 + 2 + 2); of a query or key the norm, two
+    products of the rotation and itself (8 + 4 + 2); the value; the attention's output; of the MLP four products.
+    """
+    norms = 2 * sizes.hidden * 8
+    attention = sizes.attention * (14 + 2) + sizes.key_value * (14 + 2)
+    return tokens * (norms + attention + 4 * 2 * sizes.intermediate)
 
 
 def _forward_flop(sizes: _Sizes, tokens: int, row_tokens: int, patches: int) -> dict[str, float]:
