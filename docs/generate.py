@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md, docs/cli.md and the table of docs/training.md: `make docs`. A test checks them."""
+"""Writes docs/recipes.md, docs/cli.md, the plots and the measured tables of other pages: `make docs`. A test checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks" / "results"
 COMMANDS = (
     "demo",
     "data prepare",
@@ -80,7 +81,7 @@ def training() -> str:
 
 
 def _memory_table() -> str:
-    with (HERE.parent / "benchmarks" / "results" / "true_size.csv").open(encoding="utf-8") as file:
+    with (RESULTS / "true_size.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     rows = "\n".join(
         f"| {line['student'].partition('/')[2].removesuffix('-Instruct')} | `{line['case']}` | "
@@ -99,13 +100,31 @@ Random weights, teachers Qwen3-VL-8B and Qwen2-VL-7B; names are rows x tokens x 
 gradient checkpointing; 52 % of the tokens supervised (Qwen2-VL: 44), 196 (256) visual tokens a row, JPEG pictures
 through the loader; {where}; `python benchmarks/bench_true_size.py memory`. A micro-batch costs the host a launch
 for every operation of every layer, however small it is: `data.micro_batch_size=8 data.accumulation=64` is the same
-published step of 512 rows in a third of the time, if its 60 GiB are there.
+published step of 512 rows in a third of the time, for one GiB more.
 """
+
+
+def performance() -> str:
+    """docs/performance.md with its tables made from benchmarks/results."""
+    text = (HERE / "performance.md").read_text(encoding="utf-8")
+    begin, end = "<!-- loss:begin -->\n", "<!-- loss:end -->"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return before + begin + _plots().table(_plots().read_rows(RESULTS / "loss.csv")) + end + after
+
+
+def _plots() -> Any:
+    """``benchmarks/plot_loss.py``."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    import plot_loss
+
+    return plot_loss
 
 
 def main() -> None:
     """Write all."""
     (HERE / "training.md").write_text(training(), encoding="utf-8")
+    (HERE / "performance.md").write_text(performance(), encoding="utf-8")
+    _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")
 

@@ -22,9 +22,15 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["recipes", "cli", "training"])
+@pytest.mark.parametrize("page", ["recipes", "cli", "training", "performance"])
 def test_generated_page_is_up_to_date(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / f"{page}.md").read_text() == getattr(generate, page)(), "run make docs"
+
+
+def test_the_plots_are_those_of_the_measured_rows(generate: ModuleType, tmp_path: Path) -> None:
+    assert generate._plots().main(["--out", str(tmp_path)]) == 0
+    for name in ("loss_time.svg", "loss_memory.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "images" / name).read_text(), "run make docs"
 
 
 @pytest.mark.parametrize(
