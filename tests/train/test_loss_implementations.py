@@ -92,6 +92,17 @@ def test_a_steps_gradients_are_the_references(world: Path, tmp_path: Path, metho
         assert float((fused[name] - expected).abs().max()) <= 1e-4 * scale + 1e-9, name
 
 
+def test_an_untied_heads_gradient_is_the_references(world: Path, tmp_path: Path) -> None:
+    """LLaVA's head is a matrix of its own: autograd has nothing for it, the loss adds its gradient up itself."""
+    options: dict[str, Any] = {"model": {"student": "toy:llava", "teacher": "toy:llava"}}
+    fused = gradients(world, tmp_path / "a", **options)
+    reference = gradients(world, tmp_path / "b", **options, loss__implementation="reference")
+    name = next(name for name in fused if "lm_head" in name)
+    scale = float(reference[name].abs().max())
+    assert scale > 0
+    assert float((fused[name] - reference[name]).abs().max()) <= 1e-4 * scale
+
+
 def test_the_official_arithmetic_is_another_one(world: Path, tmp_path: Path) -> None:
     """BF16 logits move the gradient, by more than FP32 sums do and less than a tenth."""
     fused = gradients(world, tmp_path / "a")

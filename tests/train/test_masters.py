@@ -180,6 +180,41 @@ def test_quantized_is_what_the_leaves_hold() -> None:
         assert tensor.scheme == QuantScheme(4, 16)
 
 
+def test_a_weight_without_a_gradient_in_a_step_has_none_of_the_step_before() -> None:
+    net = Net()
+    masters = Masters(net, net_plan(net))
+    x, _ = micro_batches()[0]
+    net(x).sum().backward()
+    masters.collect()
+    assert float(dict(masters.masters())["out.weight"].grad.abs().max()) > 0
+    masters.materialize()
+    torch.tanh(net.first(net.stem(x))).sum().backward()  # only ``first`` has a part in it
+    masters.collect()
+    grads = {name: master.grad for name, master in masters.masters()}
+    assert float(grads["first.weight"].abs().max()) > 0
+    assert all(bool((grads[name] == 0).all()) for name in ("out.weight", "second.weight", "norm.weight"))
+
+
+def test_others_can_add_to_a_leafs_sum() -> None:
+    """As the fused loss does with the head: before and after what autograd brings."""
+    net = Net()
+    masters = Masters(net, net_plan(net))
+    total = masters.accumulator(net.out.weight)
+    assert total is not None
+    assert masters.accumulator(net.stem.weight) is None  # frozen
+    x, _ = micro_batches()[0]
+    for _ in range(2):
+        total.add_(1.0)
+        net(x).sum().backward()
+        total.add_(1.0)
+        (expected,) = torch.autograd.grad(net(x).sum(), net.out.weight)
+        masters.collect()
+        grad = dict(masters.masters())["out.weight"].grad
+        assert grad is not None
+        assert torch.allclose(grad, expected + 2.0)
+        masters.materialize()
+
+
 def test_flips_are_counted_from_the_leaves() -> None:
     net = Net(torch.float32)
     masters = Masters(net, net_plan(net))

@@ -3,3 +3,16 @@ above it and which its tests compare it with; delete a file here and nothing is 
 
 Triton is imported when a kernel is first asked for, never before.
 """
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def runs_triton(*tensors: torch.Tensor) -> bool:
+    """Whether Triton can take these: contiguous in their last dimension, on a GPU, and Triton is installed (Linux)."""
+    return all(x.is_cuda and (x.ndim == 0 or x.stride(-1) == 1) for x in tensors) and find_spec("triton") is not None

@@ -28,6 +28,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels import runs_triton
 from grace_vlm.losses import gdkd_rows as plain
 from grace_vlm.losses.gdkd import VocabularyPolicy, entropy_rows, gate_of_entropy
 
@@ -101,12 +102,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _uses_kernel(logits: torch.Tensor) -> bool:
-    """Whether Triton takes the rows: FP32 logits on a GPU, and Triton is there (Linux)."""
-    if not logits.is_cuda or logits.dtype != torch.float32:
-        return False
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+    return logits.dtype == torch.float32 and runs_triton(logits)
 
 
 def _rows_function(logits: torch.Tensor) -> Any:

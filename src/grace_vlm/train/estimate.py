@@ -225,8 +225,8 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         "masters": 4 * trained,
         "gradients": 4 * trained,
         "moments": 8 * trained,
-        # log-scale, gradient, two moments, the start for the diary; and the scale in use.
-        "scales": 22 * num_scales,
+        # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding.
+        "scales": 28 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
         "loss": _loss_bytes(recipe, supervised, own.vocabulary, teacher),
     }

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grace_vlm.kernels import runs_triton
 from grace_vlm.quant.affine import bake, compute_dtype, fake_quantize, quantize, quantize_tensor, round_scale
 from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward
 from grace_vlm.quant.plan import QuantPlan
@@ -33,16 +34,63 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 
 @dataclass
+class _GradientSum:
+    """dL/dleaf over the micro-batches of a step. Holds no leaf: a tensor whose hook holds it is never freed.
+
+    While ``is_empty`` its values are those of the step before and the first gradient replaces them: filling 5.6 GB of
+    zeros and reading them again would take 4 ms of a step of Qwen3-VL-2B.
+    """
+
+    total: torch.Tensor
+    is_empty: bool = True
+    is_shared: bool = False
+    """Others add to ``total`` too, so it is zeros when it is empty."""
+
+    def clear(self) -> None:
+        self.is_empty = not self.is_shared
+        if self.is_shared:
+            self.total.zero_()
+
+    def add(self, gradient: torch.Tensor) -> None:
+        if self.is_empty:
+            self.total.copy_(gradient)
+        else:
+            self.total.add_(gradient)
+        self.is_empty = False
+
+    def settled(self) -> torch.Tensor:
+        """The sum, 0 if nothing came."""
+        if self.is_empty:
+            self.total.zero_()
+        self.is_empty = False
+        return self.total
+
+
+@dataclass
 class _Tracked:
-    """One trained parameter: its leaf, its master, its accumulated gradient, and its grid if it has one."""
+    """One trained parameter: its leaf, its master, the sum of its gradients, and its grid if it has one."""
 
     leaf: nn.Parameter
     master: nn.Parameter
-    accumulated: torch.Tensor
+    gradient: _GradientSum
     scheme: QuantScheme | None = None
     log_scale: nn.Parameter | None = None
+    raw_scale: torch.Tensor | None = None
+    """exp(log_scale) of the step, before it is rounded."""
     scale: torch.Tensor | None = None
-    """The scale that the leaf was written with."""
+    """The scale that the leaf was written with: what is stored."""
+
+
+def _runs_kernel(tracked: _Tracked) -> bool:
+    """Whether the Triton kernels take this grid: BF16 leaf, FP32 master, a group of a power of two, on a GPU."""
+    tensors = (tracked.leaf, tracked.master, tracked.gradient.total)
+    return (
+        tracked.scheme is not None
+        and tracked.scheme.group_size & (tracked.scheme.group_size - 1) == 0
+        and (tracked.leaf.dtype, tracked.master.dtype) == (torch.bfloat16, torch.float32)
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and runs_triton(*tensors)
+    )
 
 
 class Masters:
@@ -72,12 +120,12 @@ class Masters:
                     self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
             master = nn.Parameter(leaf.detach().to(compute_dtype(leaf), copy=True))
-            tracked = _Tracked(leaf, master, torch.zeros_like(master), schemes.get(name))
+            tracked = _Tracked(leaf, master, _GradientSum(torch.zeros_like(master)), schemes.get(name))
             if tracked.scheme is not None:
                 start = init_scale(master.detach(), tracked.scheme, scale_init)
                 tracked.log_scale = nn.Parameter(start.to(torch.float64).log().to(master.dtype))
             self._tracked[name] = tracked
-            leaf.register_post_accumulate_grad_hook(self._add_to(tracked.accumulated))
+            leaf.register_post_accumulate_grad_hook(self._add_to(tracked.gradient))
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
@@ -88,11 +136,11 @@ class Masters:
         leaf.copy_(bake(self._rounded[name]))
 
     @staticmethod
-    def _add_to(accumulated: torch.Tensor) -> Any:
-        # It must not hold the leaf: a tensor whose hook holds it is never freed, and the model with it.
+    def _add_to(total: _GradientSum) -> Any:
         def hook(leaf: torch.Tensor) -> None:
-            assert leaf.grad is not None
-            accumulated.add_(leaf.grad)
+            if leaf.grad is None:  # an untied head, whose gradient the loss has added itself
+                return
+            total.add(leaf.grad)
             leaf.grad = None
 
         return hook
@@ -105,10 +153,16 @@ class Masters:
             if tracked.log_scale is not None:
                 yield name, tracked.log_scale
 
-    def _scale(self, tracked: _Tracked) -> torch.Tensor:
-        assert tracked.scheme is not None
-        assert tracked.log_scale is not None
-        return round_scale(tracked.log_scale.detach().exp(), tracked.scheme.scale_rounding)
+    def _scales(self) -> list[tuple[_Tracked, torch.Tensor, torch.Tensor]]:
+        """(grid, exp(log_scale), the stored scale) of every grid; the exponentials in a few launches for all."""
+        on_grid = [tracked for tracked in self._tracked.values() if tracked.scheme is not None]
+        logs = [tracked.log_scale.detach() for tracked in on_grid if tracked.log_scale is not None]
+        raw = torch._foreach_exp(logs) if logs else ()
+        return [
+            (tracked, raw_scale, round_scale(raw_scale, tracked.scheme.scale_rounding))
+            for tracked, raw_scale in zip(on_grid, raw, strict=True)
+            if tracked.scheme is not None
+        ]
 
     @torch.no_grad()
     def materialize(self, count_flips: bool = False) -> int:
@@ -119,22 +173,40 @@ class Masters:
             read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
         """
         flipped: list[torch.Tensor] = []
+        old_scales: dict[int, torch.Tensor | None] = {}
+        for tracked, raw_scale, scale in self._scales():
+            if count_flips:
+                old_scales[id(tracked)] = tracked.scale
+            tracked.raw_scale, tracked.scale = raw_scale, scale
         for tracked in self._tracked.values():
-            tracked.accumulated.zero_()
+            tracked.gradient.clear()
             tracked.master.grad = None
             if tracked.scheme is None:
                 # FP64 models (tests) keep the master's value: they check gradients, not rounding.
                 exact = tracked.master.dtype == torch.float64
                 tracked.leaf.copy_(tracked.master if exact else tracked.master.to(torch.bfloat16))
                 continue
-            scale = self._scale(tracked)
-            if count_flips:
-                assert tracked.scale is not None
-                old = quantize(tracked.leaf.to(tracked.master.dtype), tracked.scale, tracked.scheme)
-                flipped.append((old != quantize(tracked.master, scale, tracked.scheme)).sum())
-            tracked.leaf.copy_(fake_quantize(tracked.master, scale, tracked.scheme))
-            tracked.scale = scale
+            found = self._write_leaf(tracked, old_scales.get(id(tracked)))
+            if found is not None:
+                flipped.append(found)
         return int(torch.stack(flipped).sum()) if flipped else 0
+
+    @staticmethod
+    def _write_leaf(tracked: _Tracked, old_scale: torch.Tensor | None) -> torch.Tensor | None:
+        """The leaf from master and scale; the number of codes that flipped if ``old_scale`` is given."""
+        leaf, master, scale, scheme = tracked.leaf, tracked.master, tracked.scale, tracked.scheme
+        assert scheme is not None
+        assert scale is not None
+        if _runs_kernel(tracked):
+            from grace_vlm.kernels.fake_quantize import fake_quantize_into
+
+            return fake_quantize_into(leaf, master, scale, scheme, old_scale)
+        found = None
+        if old_scale is not None:
+            old = quantize(leaf.to(master.dtype), old_scale, scheme)
+            found = (old != quantize(master, scale, scheme)).sum()
+        leaf.copy_(fake_quantize(master, scale, scheme))
+        return found
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -142,24 +214,46 @@ class Masters:
         for tracked in self._tracked.values():
             if tracked.scheme is not None:
                 assert tracked.log_scale is not None
-                grad, tracked.log_scale.grad = lsq_backward(
-                    tracked.accumulated,
-                    tracked.master,
-                    tracked.log_scale,
-                    tracked.scheme,
-                    self.clip_mask,
-                    self.scale_gradient,
-                )
-                tracked.accumulated.copy_(grad)
-            tracked.master.grad = tracked.accumulated
+                tracked.log_scale.grad = self._collect_grid(tracked)
+            tracked.master.grad = tracked.gradient.settled()
+
+    def _collect_grid(self, tracked: _Tracked) -> torch.Tensor:
+        """dL/dw over the accumulated gradient of the leaf; returns dL/dlog_scale."""
+        assert tracked.scheme is not None
+        assert tracked.log_scale is not None
+        total = tracked.gradient.settled()
+        if _runs_kernel(tracked):
+            from grace_vlm.kernels.fake_quantize import lsq_backward_in_place
+
+            assert tracked.scale is not None
+            assert tracked.raw_scale is not None
+            return lsq_backward_in_place(
+                total,
+                tracked.master,
+                tracked.scale,
+                tracked.raw_scale,
+                tracked.scheme,
+                self.clip_mask,
+                self.scale_gradient,
+            )
+        grad, grad_log_scale = lsq_backward(
+            total, tracked.master, tracked.log_scale, tracked.scheme, self.clip_mask, self.scale_gradient
+        )
+        total.copy_(grad)
+        return grad_log_scale
 
     def accumulator(self, leaf: torch.Tensor) -> torch.Tensor | None:
-        """The FP32 gradient sum of a leaf, to add to without autograd; None if the leaf is not trained."""
-        return next((tracked.accumulated for tracked in self._tracked.values() if tracked.leaf is leaf), None)
+        """The FP32 gradient sum of a leaf, for others to add to without autograd; None if the leaf is not trained."""
+        for tracked in self._tracked.values():
+            if tracked.leaf is leaf:
+                tracked.gradient.is_shared = True
+                tracked.gradient.clear()
+                return tracked.gradient.total
+        return None
 
     def accumulators(self) -> list[torch.Tensor]:
         """The gradient sums, for the reduction over ranks (before ``collect``)."""
-        return [tracked.accumulated for tracked in self._tracked.values()]
+        return [tracked.gradient.settled() for tracked in self._tracked.values()]
 
     @property
     def num_codes(self) -> int:
@@ -175,9 +269,10 @@ class Masters:
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
         """(codes, scale) by module name: what is saved. Computed with the scale that is stored."""
+        names = {id(tracked): name for name, tracked in self._tracked.items()}
         trained = {
-            name.removesuffix(".weight"): quantize_tensor(tracked.master, self._scale(tracked), tracked.scheme)
-            for name, tracked in self._tracked.items()
+            names[id(tracked)].removesuffix(".weight"): quantize_tensor(tracked.master, scale, tracked.scheme)
+            for tracked, _, scale in self._scales()
             if tracked.scheme is not None
         }
         return {**self._rounded, **trained}
