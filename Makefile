@@ -37,7 +37,7 @@ soak: .venv/.stamp  ## kills and long property runs
 interop: .venv/.stamp  ## clean environments with other people's programs
 	$(BIN)/python -m pytest -m interop
 
-gpu-test:  ## kernels on a CUDA GPU, with any Python that has torch and pytest (GPU_PYTHON=python3)
+gpu-test:  ## kernels on a CUDA GPU, GPU_PYTHON=python3 needs torch, pytest, pytest-timeout, hypothesis
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/kernels tests/losses
 
 lint: .venv/.stamp  ## ruff

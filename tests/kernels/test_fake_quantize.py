@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grace_vlm.kernels.fake_quantize import fake_quantize_into, lsq_backward_in_place
+from grace_vlm.kernels.fake_quantize import GridTable
 from grace_vlm.quant.affine import fake_quantize, quantize, round_scale
 from grace_vlm.quant.lsq import lsq_backward
 from grace_vlm.quant.scheme import QuantScheme
@@ -27,6 +27,29 @@ def make(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) -> tuple[to
     master[0, :4] = torch.tensor([0.0, -0.0, -1e-9, 1e4])
     grad = torch.randn(shape, generator=generator).to(DEVICE)
     return master, log_scale, raw, round_scale(raw, scheme.scale_rounding), grad
+
+
+def fake_quantize_into(
+    leaf: torch.Tensor,
+    master: torch.Tensor,
+    scale: torch.Tensor,
+    scheme: QuantScheme,
+    old_scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    return GridTable.of([(leaf, master, master)], scheme).write_leaves(scale, old_scale)
+
+
+def lsq_backward_in_place(
+    grad: torch.Tensor,
+    master: torch.Tensor,
+    scale: torch.Tensor,
+    raw_scale: torch.Tensor,
+    scheme: QuantScheme,
+    *options: str,
+) -> torch.Tensor:
+    grad_log_scale = torch.empty_like(scale)
+    GridTable.of([(grad, master, grad)], scheme).backward(scale, raw_scale, grad_log_scale, *options)
+    return grad_log_scale
 
 
 def halfway(scheme: QuantScheme, scale: torch.Tensor) -> torch.Tensor:
@@ -111,6 +134,25 @@ def test_nothing_beyond_the_weight_is_touched() -> None:
     assert bool(torch.isfinite(wide[:257]).all())
     assert bool(leaf[257:].isnan().all())
     assert bool(wide[257:].isnan().all())
+
+
+def test_many_weights_in_one_launch_are_each_weight_alone() -> None:
+    """Of every size around a program's share, their scales end to end."""
+    scheme = QuantScheme(4, 128)
+    made = [make(shape, scheme, seed=number) for number, shape in enumerate([*SHAPES, (31, 128), (32, 128), (33, 128)])]
+    leaves = [torch.full_like(master, math.nan) for master, *_ in made]
+    gradients = [grad.clone() for *_, grad in made]
+    table = GridTable.of([(leaf, m[0], g) for leaf, m, g in zip(leaves, made, gradients, strict=True)], scheme)
+    raw, scale = (torch.cat([m[i].flatten() for m in made]) for i in (2, 3))
+    grad_log_scale = torch.full_like(scale, math.nan)
+    table.write_leaves(scale)
+    table.backward(scale, raw, grad_log_scale)
+    parts = grad_log_scale.split([m[3].numel() for m in made])
+    for leaf, gradient, part, (master, _, own_raw, own_scale, grad) in zip(leaves, gradients, parts, made, strict=True):
+        assert torch.equal(leaf, fake_quantize(master, own_scale, scheme, value_dtype=None))
+        alone = grad.clone()
+        assert torch.equal(part, lsq_backward_in_place(alone, master, own_scale, own_raw, scheme).flatten())
+        assert torch.equal(gradient, alone)
 
 
 def test_flipped_codes_are_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grace_vlm.kernels.gdkd_rows import gdkd_rows
 from grace_vlm.losses.gdkd import confidence_gate, gated_decoupled_kd
+from grace_vlm.losses.gdkd_rows import gdkd_rows as plain_rows
 from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, linear_gate, linear_gdkd
 from grace_vlm.losses.rcka import relational_cka_sum
 
@@ -49,13 +52,13 @@ def test_error_is_that_of_one_rounding(heads: tuple[torch.Tensor, torch.Tensor],
     targets[-1] = WORDS - 1
     errors: dict[str, list[torch.Tensor]] = {}
     for name, wide in (("fp64", torch.float64), ("plain", torch.float32)):
-        h, w = hidden.to(wide).requires_grad_(), head.to(wide).requires_grad_()
+        h, w = hidden.to(wide).requires_grad_(), head.detach().to(wide).requires_grad_()
         loss, logits = plain_loss(h, w, teacher_hidden.to(wide) @ teacher_head.to(wide).T, targets, wide)
         if name == "plain":
             logits.register_hook(lambda grad: grad.bfloat16().float())
         errors[name] = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
         del loss, logits, h, w
-    h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    h, w = hidden.clone().requires_grad_(), head.detach().clone().requires_grad_()
     gate = linear_gate(teacher_hidden, teacher_head)
     total = torch.zeros_like(w, dtype=torch.float32)
     terms = linear_gdkd(
@@ -113,7 +116,7 @@ def test_nothing_waits_for_the_device(heads: tuple[torch.Tensor, torch.Tensor]) 
 def test_memory_is_the_workspace_and_the_gradients(heads: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> None:
     (head, teacher_head), (hidden, teacher_hidden, targets) = heads, states(num_tokens)
     hidden.requires_grad_()
-    head.requires_grad_(False)
+    head = head.detach()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -152,6 +155,26 @@ def test_the_same_twice_bit_for_bit(heads: tuple[torch.Tensor, torch.Tensor]) ->
         assert hidden.grad is not None
         runs.append((gate, terms.loss.detach(), hidden.grad, total))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("one_minus_q", [1e-3, 1e-9])
+def test_the_targets_gradient_of_confident_models_is_right_to_1e5(one_minus_q: float) -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    y = torch.randn(8, WORDS, device="cuda", generator=generator, dtype=torch.float64)
+    z = y + 0.7 * torch.randn(8, WORDS, device="cuda", generator=generator, dtype=torch.float64)
+    targets = torch.full((8,), 77_091, device="cuda")
+    for logits, factor in ((y, 1.0), (z, 3.0)):
+        rest = (logits / 2).scatter(1, targets.unsqueeze(1), -torch.inf).logsumexp(1)
+        logits[:, 77_091] = 2 * (rest + math.log1p(-factor * one_minus_q) - math.log(factor * one_minus_q))
+    z, y = z.float(), y.float()
+    weights, none = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
+    options: dict[str, Any] = {"temperature": 2.0, "tckd_weight": 1.0, "nckd_weight": 4.0, "decoupled": True}
+    exact, got = torch.empty_like(z, dtype=torch.float64), torch.empty_like(z)
+    plain_rows(z.double(), y.double(), targets, none, weights, gradient=exact, **options)
+    gdkd_rows(z, y, targets, none, weights, gradient=got, **options)
+    at = slice(None), 77_091
+    assert float(((got.double()[at] - exact[at]) / exact[at]).abs().max()) < 1e-5
+    assert float((got.double() - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_the_relation_loss_waits_for_nothing() -> None:

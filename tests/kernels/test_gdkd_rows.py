@@ -56,7 +56,7 @@ def compare(rows: tuple[Any, ...], block_words: int, tolerance: float = 3e-6, **
     assert torch.equal(stats_only, values)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 3.0, 4.0, 7.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.5, 2.0, 3.0, 4.0, 7.0])
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_equals_the_plain_rows(temperature: float, decoupled: bool) -> None:
     compare(make_rows(5, 301, 301), 64, temperature=temperature, decoupled=decoupled)
@@ -103,6 +103,15 @@ def test_a_word_far_above_the_first_ones_is_read_again() -> None:
             z, targets = z.clone(), targets.clone()
             compare((z, None, targets, w, v), 64, tolerance=2e-5)
             compare((z, y[:, :80].contiguous(), targets, w, v), 64, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("rise", [17.0, 19.0, 55.0])
+def test_at_a_low_temperature_sums_overflow_sooner(rise: float) -> None:
+    z, y, targets, w, v = make_rows(4, 301, 301, seed=8)
+    targets[:] = 3
+    z[1:3, 200] += rise
+    y[2:, 199] += rise
+    compare((z, y, targets, w, v), 64, tolerance=5e-5, temperature=0.3)
 
 
 def test_the_gradient_in_bf16_is_the_fp32_one_rounded_once() -> None:
@@ -166,6 +175,15 @@ def test_a_target_that_the_teacher_lacks_is_nan() -> None:
     values = gdkd_rows(z, y, targets, w, v, gradient=torch.empty_like(z), block_words=64, num_warps=4, **OPTIONS)
     assert bool(torch.isnan(values[2, 1]))
     assert bool(torch.isfinite(values[[1, 3]]).all())
+
+
+def test_a_target_that_the_student_lacks_is_nan() -> None:
+    """And not the word that lies behind the row."""
+    z, _, targets, w, v = make_rows(4, 80, None)
+    targets[1], targets[3] = 80, 95
+    values = gdkd_rows(z, None, targets, w, v, gradient=torch.empty_like(z), block_words=64, num_warps=4, **OPTIONS)
+    assert bool(torch.isnan(values[[1, 3], 0]).all())
+    assert bool(torch.isfinite(values[2]).all())
 
 
 def test_the_same_twice_bit_for_bit() -> None:

@@ -39,7 +39,7 @@ SIDECAR = "qat_quantized_weights.bin"
 ROOM_BYTES = 1 << 30
 """Address space that the child may take beyond the file's own size."""
 _ALIGNMENT = 64
-_MAPPED_AT_A_TIME = 16
+_MAPPED_BYTES = 256 << 20
 _SECONDS, _BYTES_PER_SECOND = 120, 20_000_000
 _UNPICKLING = (
     pickle.UnpicklingError,
@@ -167,12 +167,19 @@ def _child(path: Path, out: Path, max_bytes: int) -> None:
     found = load_pickle(path, max_bytes)
     small = {name: tensor.clone() for name, tensor in found.items() if not name.endswith(".weight")}
     names = [name for name in found if name.endswith(".weight")]
+    parts: list[list[str]] = [[]]
+    mapped = 0
+    for name in names:
+        if mapped > _MAPPED_BYTES:
+            parts.append([])
+            mapped = 0
+        parts[-1].append(name)
+        mapped += found[name].nbytes
     weights = {}
-    for first in range(0, len(names), _MAPPED_AT_A_TIME):
+    for chosen in parts:
         # The file is mapped, and pages that were read count as this process's memory until all tensors are gone.
         del found
         found = load_pickle(path, max_bytes)
-        chosen = names[first : first + _MAPPED_AT_A_TIME]
         with ThreadPoolExecutor(max_workers=2) as pool:
             digests = list(pool.map(digest, [found[name] for name in chosen]))
         for name, found_digest in zip(chosen, digests, strict=True):

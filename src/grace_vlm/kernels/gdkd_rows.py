@@ -122,7 +122,7 @@ def _gdkd_row(
                     mask=cols < num_words,
                 )
         return
-    z_k = tl.load(z_row + k)
+    z_k = tl.load(z_row + k, mask=k < num_words, other=float("nan"))  # no word of the head: NaN, which stops a run
     inverse_t = 1.0 / temperature
     minus_inf = -float("inf")
     zeros = tl.zeros((BLOCK,), tl.float32)
@@ -152,7 +152,8 @@ def _gdkd_row(
                 sum_y += f
                 sum_d += tl.where(mask, f * (y - z), 0.0)
             high_z, high_y = tl.max(max_z), tl.max(max_y)
-            again = ((high_z - m_z > LARGEST_EXPONENT) | (high_y - m_y > LARGEST_EXPONENT)).to(tl.int32)
+            largest = LARGEST_EXPONENT * tl.minimum(temperature, 1.0)  # of z - m, where e is exp((z - m) / T)
+            again = ((high_z - m_z > largest) | (high_y - m_y > largest)).to(tl.int32)
         s_z, s_y, d = tl.sum(sum_z), tl.sum(sum_y), tl.sum(sum_d)
         log_rest = m_z + tl.log(tl.sum(sum_1))
     if HAS_TAIL:

@@ -36,6 +36,7 @@ WORKSPACE_BYTES = 1_250_000_000
 """Of a GPU, for the logits of a chunk and the dZ of a group; 512 and 2,048 rows at 151,936 words."""
 CPU_WORKSPACE_BYTES = 64_000_000
 CHUNKS_OF_A_GROUP = 4
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 MOST_ROWS = 512
 """Of a chunk: more rows make no product faster (measured on an H100), and cost memory."""
 ROW_MULTIPLE = 64
@@ -83,7 +84,7 @@ def _logits_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a b, out in FP32 (or FP64) whatever a and b are; sums in FP32."""
-    if a.dtype == out.dtype:
+    if a.dtype == b.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -186,6 +187,8 @@ def _run(
         dtype.itemsize,
     )
     values = torch.empty(num_rows, 4, dtype=dtype, device=device)
+    # 0 times a NaN is NaN: an ignored token's states must not reach dW.
+    kept = hidden if d_head is None else hidden.masked_fill((inputs.targets < 0).unsqueeze(1), 0.0)
     z = torch.empty(cut.rows, num_words, dtype=dtype, device=device)
     y = torch.empty(cut.rows, teacher_words, dtype=dtype, device=device) if teacher_words else None
     dz = z if in_place or not needs_gradient else torch.empty(cut.group, num_words, dtype=hidden.dtype, device=device)
@@ -219,7 +222,7 @@ def _run(
             if d_hidden is not None:
                 torch.mm(dz_part, head, out=d_hidden[part])
         if d_head is not None:
-            _add_product(d_head, dz[: group_end - group].t(), hidden[group:group_end])
+            _add_product(d_head, dz[: group_end - group].t(), kept[group:group_end])
     return values
 
 
@@ -234,10 +237,11 @@ class _LinearGdkd(torch.autograd.Function):
         inputs: _Inputs,
         setting: _Setting,
         head_gradient: torch.Tensor | None,
+        with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = head_gradient
-        if d_head is None and ctx.needs_input_grad[1]:
+        d_hidden = torch.empty_like(hidden) if with_gradient and ctx.needs_input_grad[0] else None
+        d_head = head_gradient if with_gradient and ctx.needs_input_grad[1] else None
+        if head_gradient is None and with_gradient and ctx.needs_input_grad[1]:
             d_head = torch.zeros_like(head, dtype=_logits_dtype(hidden))
         values = _run(inputs, setting, d_hidden, d_head)
         loss = (inputs.ce_weights * values[:, 0]).sum()
@@ -268,7 +272,7 @@ class _LinearGdkd(torch.autograd.Function):
             d_hidden = d_hidden.mul_(d_loss)
         if d_head is not None:
             d_head = d_head.mul_(d_loss).to(ctx.head_dtype)
-        return d_hidden, d_head, None, None, None
+        return d_hidden, d_head, None, None, None, None
 
 
 def _per_token(weights: torch.Tensor | float | None, like: torch.Tensor) -> torch.Tensor:
@@ -281,14 +285,40 @@ def _per_token(weights: torch.Tensor | float | None, like: torch.Tensor) -> torc
     return weights.detach().to(like.device, dtype).expand(num_rows).contiguous()
 
 
-def _check(student_head: torch.Tensor, teacher_head: torch.Tensor | None, setting: _Setting, policy: str) -> None:
+def _check(inputs: _Inputs, setting: _Setting, policy: str, head_gradient: torch.Tensor | None) -> None:
+    """``ConfigError`` for what cannot be right; reads nothing of a GPU."""
+    head, teacher_head = inputs.head, inputs.teacher_head
     if setting.temperature <= 0:
         raise ConfigError(f"temperature is {setting.temperature}; expected a number above 0")
-    if teacher_head is not None and policy == "equal" and student_head.shape[0] != teacher_head.shape[0]:
+    if (inputs.teacher_hidden is None) != (teacher_head is None):
+        raise ConfigError("linear_gdkd was given one of teacher_hidden and teacher_head; expected both or neither")
+    if teacher_head is not None and policy == "equal" and head.shape[0] != teacher_head.shape[0]:
         raise ConfigError(
-            f"the student has {student_head.shape[0]} words and the teacher {teacher_head.shape[0]}; "
+            f"the student has {head.shape[0]} words and the teacher {teacher_head.shape[0]}; "
             "set loss.vocabulary=common if both use one tokenizer and only the padding differs"
         )
+    for whose, states, matrix in (("student", inputs.hidden, head), ("teacher", inputs.teacher_hidden, teacher_head)):
+        if states is not None and matrix is not None and (states.dtype != matrix.dtype or states.dtype not in _DTYPES):
+            raise ConfigError(
+                f"the {whose}'s states are {states.dtype} and its head {matrix.dtype}; expected one of "
+                "torch.bfloat16, torch.float32, torch.float64 for both (1 / N is below what float16 holds)"
+            )
+    if head_gradient is not None and (head_gradient.shape, head_gradient.dtype) != (
+        head.shape,
+        inputs.ce_weights.dtype,
+    ):
+        raise ConfigError(
+            f"head_gradient is {head_gradient.dtype} {tuple(head_gradient.shape)}; expected "
+            f"{inputs.ce_weights.dtype} {tuple(head.shape)}"
+        )
+    num_shared = head.shape[0] if teacher_head is None else min(head.shape[0], teacher_head.shape[0])
+    if not inputs.targets.is_cuda and inputs.targets.numel() and int(inputs.targets.max()) >= num_shared:
+        raise ConfigError(unknown_target(int(inputs.targets.max()), num_shared))
+
+
+def unknown_target(target: int, num_shared: int) -> str:
+    """What to say of a target that is no word of both heads."""
+    return f"target id {target} is not among the {num_shared} words of student and teacher; their tokenizers differ"
 
 
 def linear_gdkd(
@@ -313,36 +343,43 @@ def linear_gdkd(
     Equal to ``losses.gdkd`` on H W^T with normalisers and gate as weights: w = 1 / tokens, v = beta gate / sum gate.
 
     Args:
-        student_hidden: (N, d_s) after the final norm, BF16, FP16, FP32 or FP64. student_head: (V, d_s), no bias.
-        targets: (N,) int64 next tokens; negative tokens are ignored: no part in the loss, gradient 0. A target that
-            the teacher's head lacks makes the loss NaN, since nothing is read by the host to refuse it.
+        student_hidden: (N, d_s) after the final norm, BF16, FP32 or FP64. student_head: (V, d_s) likewise, no bias.
+        targets: (N,) int64 next tokens; negative tokens are ignored: no part in the loss, gradient 0, whatever their
+            states hold. A target that a head lacks is refused on a CPU; on a GPU, where refusing would mean waiting
+            for the device, it makes the loss NaN.
         cross_entropy_weights: w, a number, a scalar tensor or (N,). distillation_weights: v likewise; None is 0.
         teacher_hidden, teacher_head: (N, d_t), (V_t, d_t); no gradient. None for cross-entropy alone.
         temperature, tckd_weight, nckd_weight: T > 0, a, b. decoupled: False for plain KL (a = 1, b = 1 - q_k).
         vocabulary: heads of different width: ``equal`` refuses them, ``common`` compares the leading words of both.
         head_gradient: (V, d_s) FP32 (FP64) sum that dW is added to in this call, for example the gradient of a tied
             embedding; autograd then gives the head none, and ``loss`` must be passed backward unscaled (checked on a
-            CPU). None: through autograd in the head's dtype. A head without ``requires_grad`` costs no dW.
-        workspace_bytes: of logits and their gradient at a time; None for 1.25 GB of a GPU, 64 MB of a CPU.
+            CPU). None: through autograd in the head's dtype. No dW is made, and nothing added, for a head without
+            ``requires_grad`` or under ``torch.no_grad``.
+        workspace_bytes: of logits and their gradient at a time; None for 1.25 GB of a GPU, 64 MB of a CPU (where the
+            plain rows take about three times as much besides).
 
     Returns:
         ``LinearGdkdTerms``; gradients for the student's hidden states and head, not differentiable twice.
 
     Raises:
-        ConfigError: a temperature that is not above 0; heads of different width under ``equal``.
+        ConfigError: a temperature that is not above 0; heads of different width under ``equal``; dtypes or shapes that
+            do not fit; on a CPU a target that a head lacks.
+        ValueError: backward of a scaled loss with ``head_gradient`` (CPU). RuntimeError: a second backward.
     """
     setting = _Setting(temperature, tckd_weight, nckd_weight, decoupled, workspace_bytes)
-    _check(student_head, teacher_head, setting, vocabulary)
     inputs = _Inputs(
         student_hidden.detach(),
         student_head.detach(),
-        targets,
+        targets.contiguous(),
         _per_token(cross_entropy_weights, student_hidden),
         _per_token(distillation_weights, student_hidden),
         None if teacher_hidden is None else teacher_hidden.detach(),
         None if teacher_head is None else teacher_head.detach(),
     )
-    loss, values = _LinearGdkd.apply(student_hidden, student_head, inputs, setting, head_gradient)
+    _check(inputs, setting, vocabulary, head_gradient)
+    loss, values = _LinearGdkd.apply(
+        student_hidden, student_head, inputs, setting, head_gradient, torch.is_grad_enabled()
+    )
     distillation = setting.distillation(values) if teacher_head is not None else torch.zeros_like(values[:, 0])
     return LinearGdkdTerms(loss, values[:, 0], distillation, values[:, 1], values[:, 2])
 

@@ -168,6 +168,7 @@ def _fused_words(
     signal: TeacherSignal | None,
     head_gradient: torch.Tensor | None,
 ) -> _Words:
+    assert signal is not None or not objective.needs_teacher
     gate = signal.gate if objective.needs_teacher and signal is not None else None
     terms = linear_gdkd(
         hidden,

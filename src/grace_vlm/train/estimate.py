@@ -35,9 +35,9 @@ ACHIEVED_FRACTION = 0.5
 """Of the data sheet's rate, what the products of a step reach once they run (benchmarks/results/true_size.csv)."""
 LAUNCH_SECONDS = 0.0024
 """Of the host, for one pass of one micro-batch through one decoder layer."""
-WHOLE_LOGITS_BYTES, WHOLE_LOGITS_BYTES_ALONE = 42, 14
-"""A supervised position and word where the loss keeps whole logits (``loss.implementation`` other than fused), with a
-teacher and without: logits in BF16 and the FP32 tensors that autograd keeps (measured before there was another)."""
+WHOLE_LOGITS_BYTES = {"reference": (12, 48), "official": (12, 40)}
+"""A supervised position and word where the loss keeps whole logits, without a teacher and with one: logits and what
+autograd keeps of them (largest sum of live tensors, counted on a CPU)."""
 GIB = 1 << 30
 
 
@@ -197,10 +197,18 @@ def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if is_all or not name.startswith(adapter.frozen))
 
 
-def _loss_bytes(recipe: Recipe, supervised: float, num_words: int, teacher: tuple[Any, Adapter] | None) -> int:
+def _loss_bytes(
+    recipe: Recipe, supervised: float, num_words: int, hidden: int, teacher: tuple[Any, Adapter] | None
+) -> int:
     if recipe.loss.implementation != "fused":
-        each = WHOLE_LOGITS_BYTES if teacher is not None else WHOLE_LOGITS_BYTES_ALONE
-        return int(each * supervised * num_words)
+        each = WHOLE_LOGITS_BYTES[recipe.loss.implementation][teacher is not None]
+        # The reference multiplies by FP32 copies of the heads.
+        copies = [
+            (num_words, hidden),
+            *([(_Sizes.of(*teacher).vocabulary, _Sizes.of(*teacher).hidden)] if teacher else []),
+        ]
+        is_reference = recipe.loss.implementation == "reference"
+        return int(each * supervised * num_words) + is_reference * sum(4 * words * width for words, width in copies)
     teacher_words = 0 if teacher is None else _Sizes.of(*teacher).vocabulary
     return chunking(round(supervised), num_words, teacher_words, 2, WORKSPACE_BYTES).num_bytes
 
@@ -228,7 +236,7 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding.
         "scales": 28 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
-        "loss": _loss_bytes(recipe, supervised, own.vocabulary, teacher),
+        "loss": _loss_bytes(recipe, supervised, own.vocabulary, own.hidden, teacher),
     }
     num_towers = 1 + (teacher is not None)
     caches = data.pixel_cache_gib + num_towers * recipe.runtime.tower_cache_gib

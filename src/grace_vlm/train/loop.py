@@ -160,7 +160,8 @@ class Run:
         return TrainState(
             step=step,
             masters={name: tensor.detach() for name, tensor in self.masters.masters()},
-            log_scales={name: tensor.detach() for name, tensor in self.masters.log_scales()},
+            # Copies: they are views of one buffer, which a file of tensors cannot hold.
+            log_scales={name: tensor.detach().clone() for name, tensor in self.masters.log_scales()},
             optimizer_tensors=self.optimizer.state_dict(),
             adaptive_weight=self.adaptive.state_dict() if self.adaptive else {},
             sampler=self.loader.state_dict(),

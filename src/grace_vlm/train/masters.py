@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_vlm.kernels import runs_triton
-from grace_vlm.quant.affine import bake, compute_dtype, fake_quantize, quantize, quantize_tensor, round_scale
-from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward
+from grace_vlm.quant.affine import bake, compute_dtype, quantize_tensor
+from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+from grace_vlm.train.grids import Grids, GridWeight
 
 
 @dataclass
@@ -68,29 +68,12 @@ class _GradientSum:
 
 @dataclass
 class _Tracked:
-    """One trained parameter: its leaf, its master, the sum of its gradients, and its grid if it has one."""
+    """One trained parameter: its leaf, its master, the sum of its gradients, and whether it has a grid."""
 
     leaf: nn.Parameter
     master: nn.Parameter
     gradient: _GradientSum
-    scheme: QuantScheme | None = None
-    log_scale: nn.Parameter | None = None
-    raw_scale: torch.Tensor | None = None
-    """exp(log_scale) of the step, before it is rounded."""
-    scale: torch.Tensor | None = None
-    """The scale that the leaf was written with: what is stored."""
-
-
-def _runs_kernel(tracked: _Tracked) -> bool:
-    """Whether the Triton kernels take this grid: BF16 leaf, FP32 master, a group of a power of two, on a GPU."""
-    tensors = (tracked.leaf, tracked.master, tracked.gradient.total)
-    return (
-        tracked.scheme is not None
-        and tracked.scheme.group_size & (tracked.scheme.group_size - 1) == 0
-        and (tracked.leaf.dtype, tracked.master.dtype) == (torch.bfloat16, torch.float32)
-        and all(tensor.is_contiguous() for tensor in tensors)
-        and runs_triton(*tensors)
-    )
+    on_grid: bool
 
 
 class Masters:
@@ -114,18 +97,22 @@ class Masters:
         self._tracked: dict[str, _Tracked] = {}
         self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
+        weights: dict[QuantScheme, list[GridWeight]] = {}
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
                 if name in schemes:
                     self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
             master = nn.Parameter(leaf.detach().to(compute_dtype(leaf), copy=True))
-            tracked = _Tracked(leaf, master, _GradientSum(torch.zeros_like(master)), schemes.get(name))
-            if tracked.scheme is not None:
-                start = init_scale(master.detach(), tracked.scheme, scale_init)
-                tracked.log_scale = nn.Parameter(start.to(torch.float64).log().to(master.dtype))
-            self._tracked[name] = tracked
-            leaf.register_post_accumulate_grad_hook(self._add_to(tracked.gradient))
+            gradient = _GradientSum(torch.zeros_like(master))
+            scheme = schemes.get(name)
+            if scheme is not None:
+                start = init_scale(master.detach(), scheme, scale_init)
+                weight = GridWeight(name, leaf.detach(), master.detach(), gradient.total, start)
+                weights.setdefault(scheme, []).append(weight)
+            self._tracked[name] = _Tracked(leaf, master, gradient, scheme is not None)
+            leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
+        self._grids = [Grids(scheme, members) for scheme, members in weights.items()]
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
@@ -149,98 +136,35 @@ class Masters:
         yield from ((name, tracked.master) for name, tracked in self._tracked.items())
 
     def log_scales(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, tracked in self._tracked.items():
-            if tracked.log_scale is not None:
-                yield name, tracked.log_scale
-
-    def _scales(self) -> list[tuple[_Tracked, torch.Tensor, torch.Tensor]]:
-        """(grid, exp(log_scale), the stored scale) of every grid; the exponentials in a few launches for all."""
-        on_grid = [tracked for tracked in self._tracked.values() if tracked.scheme is not None]
-        logs = [tracked.log_scale.detach() for tracked in on_grid if tracked.log_scale is not None]
-        raw = torch._foreach_exp(logs) if logs else ()
-        return [
-            (tracked, raw_scale, round_scale(raw_scale, tracked.scheme.scale_rounding))
-            for tracked, raw_scale in zip(on_grid, raw, strict=True)
-            if tracked.scheme is not None
-        ]
+        """In the order of the model's parameters."""
+        found = {name: scale for grids in self._grids for name, scale in grids.log_scales.items()}
+        yield from ((name, found[name]) for name in self._tracked if name in found)
 
     @torch.no_grad()
     def materialize(self, count_flips: bool = False) -> int:
-        """Write every leaf from its master; accumulators start again at 0.
+        """Write every leaf from its master; gradient sums start again.
 
         Returns:
             how many codes changed since the last call, if they are counted (a host read), else 0. The old codes are
             read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
         """
-        flipped: list[torch.Tensor] = []
-        old_scales: dict[int, torch.Tensor | None] = {}
-        for tracked, raw_scale, scale in self._scales():
-            if count_flips:
-                old_scales[id(tracked)] = tracked.scale
-            tracked.raw_scale, tracked.scale = raw_scale, scale
         for tracked in self._tracked.values():
             tracked.gradient.clear()
             tracked.master.grad = None
-            if tracked.scheme is None:
+            if not tracked.on_grid:
                 # FP64 models (tests) keep the master's value: they check gradients, not rounding.
                 exact = tracked.master.dtype == torch.float64
                 tracked.leaf.copy_(tracked.master if exact else tracked.master.to(torch.bfloat16))
-                continue
-            found = self._write_leaf(tracked, old_scales.get(id(tracked)))
-            if found is not None:
-                flipped.append(found)
+        flipped = [found for grids in self._grids if (found := grids.write_leaves(count_flips)) is not None]
         return int(torch.stack(flipped).sum()) if flipped else 0
-
-    @staticmethod
-    def _write_leaf(tracked: _Tracked, old_scale: torch.Tensor | None) -> torch.Tensor | None:
-        """The leaf from master and scale; the number of codes that flipped if ``old_scale`` is given."""
-        leaf, master, scale, scheme = tracked.leaf, tracked.master, tracked.scale, tracked.scheme
-        assert scheme is not None
-        assert scale is not None
-        if _runs_kernel(tracked):
-            from grace_vlm.kernels.fake_quantize import fake_quantize_into
-
-            return fake_quantize_into(leaf, master, scale, scheme, old_scale)
-        found = None
-        if old_scale is not None:
-            old = quantize(leaf.to(master.dtype), old_scale, scheme)
-            found = (old != quantize(master, scale, scheme)).sum()
-        leaf.copy_(fake_quantize(master, scale, scheme))
-        return found
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Turn the accumulated gradients into ``.grad`` of masters and log-scales, until ``materialize``."""
+        """Turn the summed gradients into ``.grad`` of masters and log-scales, until ``materialize``."""
         for tracked in self._tracked.values():
-            if tracked.scheme is not None:
-                assert tracked.log_scale is not None
-                tracked.log_scale.grad = self._collect_grid(tracked)
             tracked.master.grad = tracked.gradient.settled()
-
-    def _collect_grid(self, tracked: _Tracked) -> torch.Tensor:
-        """dL/dw over the accumulated gradient of the leaf; returns dL/dlog_scale."""
-        assert tracked.scheme is not None
-        assert tracked.log_scale is not None
-        total = tracked.gradient.settled()
-        if _runs_kernel(tracked):
-            from grace_vlm.kernels.fake_quantize import lsq_backward_in_place
-
-            assert tracked.scale is not None
-            assert tracked.raw_scale is not None
-            return lsq_backward_in_place(
-                total,
-                tracked.master,
-                tracked.scale,
-                tracked.raw_scale,
-                tracked.scheme,
-                self.clip_mask,
-                self.scale_gradient,
-            )
-        grad, grad_log_scale = lsq_backward(
-            total, tracked.master, tracked.log_scale, tracked.scheme, self.clip_mask, self.scale_gradient
-        )
-        total.copy_(grad)
-        return grad_log_scale
+        for grids in self._grids:
+            grids.backward(self.clip_mask, self.scale_gradient)
 
     def accumulator(self, leaf: torch.Tensor) -> torch.Tensor | None:
         """The FP32 gradient sum of a leaf, for others to add to without autograd; None if the leaf is not trained."""
@@ -258,7 +182,7 @@ class Masters:
     @property
     def num_codes(self) -> int:
         """Trained weights on a grid."""
-        return sum(tracked.master.numel() for tracked in self._tracked.values() if tracked.scheme is not None)
+        return sum(tracked.master.numel() for tracked in self._tracked.values() if tracked.on_grid)
 
     @torch.no_grad()
     def scale_drift(self) -> float:
@@ -269,11 +193,8 @@ class Masters:
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
         """(codes, scale) by module name: what is saved. Computed with the scale that is stored."""
-        names = {id(tracked): name for name, tracked in self._tracked.items()}
         trained = {
-            names[id(tracked)].removesuffix(".weight"): quantize_tensor(tracked.master, scale, tracked.scheme)
-            for tracked, _, scale in self._scales()
-            if tracked.scheme is not None
+            name.removesuffix(".weight"): tensor for grids in self._grids for name, tensor in grids.quantized().items()
         }
         return {**self._rounded, **trained}
 

@@ -19,8 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from grace_vlm.data.collate import Batch
-from grace_vlm.errors import NonFiniteError
+from grace_vlm.errors import ConfigError, NonFiniteError
 from grace_vlm.losses.controller import AdaptiveWeight
+from grace_vlm.losses.linear_gdkd import unknown_target
 from grace_vlm.losses.objective import LossTerms, Normalizers, compute_terms
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
@@ -117,6 +118,8 @@ class Stepper:
 
     def run(self, step: int, batches: list[Batch], count_flips: bool = False) -> StepReport:
         """One optimizer step (0-based ``step``); ``NonFiniteError`` leaves every weight as it was."""
+        for batch in batches:
+            self._require_known_targets(batch)
         local = [batch.to(self.device) for batch in batches]
         signals = [self.teacher.signal(batch) for batch in local] if self.teacher else [None] * len(local)
         counts = [self._counts(batch, signal) for batch, signal in zip(local, signals, strict=True)]
@@ -134,6 +137,15 @@ class Stepper:
         rate = self.optimizer.step(step)
         flipped = self.masters.materialize(count_flips)
         return self._report(step, local, values, whole.tolist(), norm, rate, flipped)
+
+    def _require_known_targets(self, batch: Batch) -> None:
+        """``ConfigError`` for a target that a head lacks; labels are still on the host, so nothing waits."""
+        heads = [self.head, *([self.teacher.head] if self.teacher else [])]
+        num_shared = min(head.shape[0] for head in heads)
+        if not batch.targets.is_cuda and batch.targets.numel() and int(batch.targets.max()) >= num_shared:
+            raise ConfigError(
+                f"{unknown_target(int(batch.targets.max()), num_shared)} (samples {', '.join(batch.sample_ids)})"
+            )
 
     def _counts(self, batch: Batch, signal: TeacherSignal | None) -> torch.Tensor:
         """(tokens, sum of gate, images) of a micro-batch, FP64 so that sums over ranks are exact."""
@@ -174,7 +186,7 @@ class Stepper:
             distillation_weight=self.distillation_weight() * ramp(step, config.distillation_warmup_steps),
             relational_ramp=ramp(step, config.relational_warmup_steps),
             student_relational=relational,
-            teacher_head=self.teacher.head if self.teacher else None,
+            teacher_head=self.teacher.head_on(self.device) if self.teacher else None,
             signal=signal,
             image_lengths=batch.image_lengths,
             head_gradient=self.head_gradient,

@@ -30,6 +30,16 @@ class OnlineTeacher:
         self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
         self.device = next(self.model.parameters()).device
         self.head = plain_head(loaded.adapter.head(loaded.model), "teacher")
+        self._head_elsewhere: torch.Tensor | None = None
+
+    def head_on(self, device: torch.device) -> torch.Tensor:
+        """(V_t, d_t) its head where the loss is computed; copied there once if the teacher is elsewhere."""
+        if self.head.device != device:
+            self._head_elsewhere = (
+                self.head.detach().to(device) if self._head_elsewhere is None else self._head_elsewhere
+            )
+            return self._head_elsewhere
+        return self.head
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
