@@ -107,9 +107,29 @@ published step of 512 rows in a third of the time, for one GiB more.
 def performance() -> str:
     """docs/performance.md with its tables made from benchmarks/results."""
     text = (HERE / "performance.md").read_text(encoding="utf-8")
-    begin, end = "<!-- loss:begin -->\n", "<!-- loss:end -->"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    return before + begin + _plots().table(_plots().read_rows(RESULTS / "loss.csv")) + end + after
+    tables = {
+        "loss": _plots().table(_plots().read_rows(RESULTS / "loss.csv")),
+        "fakequant": _fakequant_table(_plots().read_rows(RESULTS / "fakequant.csv")),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    return text
+
+
+def _fakequant_table(rows: list[dict[str, str]]) -> str:
+    says = {
+        "ours": "ours, two launches",
+        "ours_torch": "the same in eager torch",
+        "official": "official, restated: one micro-batch",
+        "floor": "a copy of the 18 bytes a weight",
+    }
+    lines = [
+        f"| {says[row['impl']]} | {float(row['p50']):.1f} | {float(row['p20']):.1f} to {float(row['p80']):.1f} |"
+        for row in rows
+    ]
+    where = "{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**rows[0])
+    return "| | ms, median | 20th to 80th percentile |\n|---|---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
 
 
 def _plots() -> Any:
