@@ -10,6 +10,12 @@ from __future__ import annotations
 _MAX_CHARS = 4000
 
 
+def printable(text: str) -> str:
+    """One line that shows control characters escaped, and only its beginning if it is long."""
+    shown = text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}... ({len(text):,} characters)"
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
 class GraceError(Exception):
     """Base of the user errors; never raised itself.
 
@@ -19,9 +25,7 @@ class GraceError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        message = super().__str__()
-        shown = message if len(message) <= _MAX_CHARS else f"{message[:_MAX_CHARS]}... ({len(message):,} characters)"
-        return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+        return printable(super().__str__())
 
 
 class ConfigError(GraceError):

@@ -103,6 +103,42 @@ def test_inspect(world: Path, grace: Any, document: Any) -> None:
     assert "w8g128" in grace("inspect", world / "q8")[1]
 
 
+class Bar:
+    """Stands for the terminal's bar and keeps what it is told."""
+
+    def __init__(self, description: str) -> None:
+        self.calls: list[tuple[int, int]] = []
+        BARS.append((description, self.calls))
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def update(self, done: int, total: int) -> None:
+        self.calls.append((done, total))
+
+
+BARS: list[tuple[str, list[tuple[int, int]]]] = []
+
+
+def test_verify_and_inspect_show_how_far_they_are(world: Path, document: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document("quantize", world / "student", world / "barred", "--scheme", "w4g64")
+    document("pack", world / "barred", world / "barred-official", "--format", "official")
+    for command in ("verify", "inspect"):
+        monkeypatch.setattr(f"grace_vlm.cli.{command}.ProgressBar", Bar)
+    BARS.clear()
+    assert document("verify", world / "barred", world / "barred-official")["equal"] is True
+    document("inspect", world / "barred-official")
+    assert [description for description, _ in BARS] == ["comparing", "reading"]
+    for _, calls in BARS:
+        dones = [done for done, _ in calls]
+        assert len(calls) >= 14
+        assert dones == sorted(dones)
+        assert calls[-1][0] == calls[-1][1] > 100_000
+
+
 def test_data_prepare_and_check(world: Path, grace: Any, document: Any) -> None:
     made = document("data", "prepare", "easy-vqa", world / "easy")
     assert sum(made["num_rows"].values()) == 48_248

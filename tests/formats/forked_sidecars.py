@@ -32,7 +32,7 @@ class ForkedSidecars:
             self._server = subprocess.Popen([sys.executable, __file__], stdin=-1, stdout=-1, text=True)
         return self._server
 
-    def run(self, arguments: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    def run(self, arguments: list[str], seconds: float, folder: str) -> subprocess.CompletedProcess[str]:
         server = self.begin()
         assert server.stdin is not None
         assert server.stdout is not None

@@ -26,7 +26,11 @@ _SMALLEST = ToySize(32, 32, 1, 1, 1, 32, 32, 1, 1, (0,))
 _LAYER = "model.language_model.layers.0"
 _LINEARS = (f"{_LAYER}.self_attn.o_proj", f"{_LAYER}.mlp.down_proj")
 _DENSE = (f"{_LAYER}.self_attn.k_proj.weight", f"{_LAYER}.input_layernorm.weight", "model.language_model.norm.weight")
-_DENSE_VISION = ("model.visual.merger.norm.bias", "model.visual.blocks.0.attn.proj.weight")
+_DENSE_VISION = (
+    "model.visual.merger.norm.bias",
+    "model.visual.blocks.0.attn.proj.weight",
+    "model.visual.deepstack_merger_list.0.norm.bias",
+)
 
 
 def _write_real(folder: Path) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import copy_of, edit_json, edit_tensors
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.certificate import read_certificate
+from grace_vlm.formats.certificate import differing, read_certificate, root_of
 from grace_vlm.formats.converter import CERTIFICATE
 from grace_vlm.formats.pack import convert, pack
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.rounding import Exactness, rounded
 from grace_vlm.formats.values import digest
-from grace_vlm.formats.verify import verify_certificate
+from grace_vlm.formats.verify import verify, verify_certificate
 from grace_vlm.quant import QuantizedTensor, QuantScheme
 
 FIRST = "model.language_model.layers.0.self_attn.q_proj"
@@ -125,3 +126,36 @@ def test_the_largest_error_is_kept() -> None:
     )
     assert (found.num_scales, found.num_changed, found.tensor) == (3, 2, "a")
     assert (found.scale_error, found.weight_error) == (0.25, 2.0)
+
+
+def test_a_name_with_a_line_in_it_is_not_two_tensors() -> None:
+    def made(names: list[str]) -> dict[str, Any]:
+        return {"linears": {}, "tensors": {name: {"shape": [1], "values": "0" * 64} for name in names}}
+
+    forged = f"a [1] {'0' * 64}\nb"
+    assert root_of(made(["a", "b"])) != root_of(made([forged]))
+
+
+def test_a_dense_tensor_cannot_stand_for_codes() -> None:
+    linear = {"scheme": "w4g128", "shape": [1, 128], "codes": "1" * 64, "scale": "2" * 64}
+    honest = {"linears": {"x": linear}, "tensors": {}}
+    other = {
+        "linears": {"x": {**linear, "codes": "3" * 64}},
+        "tensors": {"x.codes": {"shape": [1], "values": "1" * 64}},
+    }
+    assert differing(honest, other) == ["x.codes"]
+
+
+def test_other_files_are_those_that_were_published(models: Path, tmp_path: Path) -> None:
+    folder = pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    assert verify_certificate(folder)[1] == []
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert verify_certificate(folder)[1] == ["file config.json"]
+    found = verify(models / "w4", folder).first
+    assert str(found) == f"config.json: text_config.rms_norm_eps: {eps_of(models / 'w4')} in A, 0.5 in B"
+
+
+def eps_of(folder: Path) -> float:
+    return float(json.loads((folder / "config.json").read_text())["text_config"]["rms_norm_eps"])

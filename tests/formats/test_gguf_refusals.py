@@ -35,6 +35,22 @@ CONFIG_CASES: list[tuple[Change, str]] = [
     (lambda c: c["vision_config"].update(num_position_embeddings=-4), "has num_position_embeddings = -4"),
     (lambda c: c["text_config"].update(hidden_size="128"), "config.json is not one that Transformers reads"),
     (lambda c: c.pop("model_type"), "config.json is not one that Transformers reads: 'model_type'"),
+    (
+        lambda c: c["text_config"].update(num_hidden_layers="2"),
+        "reads: Validation error for field 'num_hidden_layers': TypeError: .* expected int, got str",
+    ),
+    (
+        lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[12.5, 10, 9.5]),
+        r"has mrope_section = \[12\.5, 10, 9\.5\]; gguf needs a list of 3 whole numbers",
+    ),
+    (
+        lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[1, 2, 3]),
+        r"has mrope_section = \[1, 2, 3\]; gguf needs a sum of 32, half a head",
+    ),
+    (
+        lambda c: c["text_config"]["rope_parameters"].update(rope_theta=10**400),
+        r"has rope_theta = 10{76}\.\.\.; gguf needs a number above 0 that FP32 holds",
+    ),
 ]
 
 
@@ -52,7 +68,77 @@ def test_a_configuration_that_no_model_has(models: Path, change: Change, message
         values_of(stated, models / "w4")
 
 
-@pytest.mark.parametrize("mean", [None, [0.5], ["0.5"] * 3, 0.5])
+def text(**stated: Any) -> Change:
+    return lambda c: c["text_config"].update(stated)
+
+
+def vision(**stated: Any) -> Change:
+    return lambda c: c["vision_config"].update(stated)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (text(num_hidden_layers=4000), "has num_hidden_layers = 4000, the weights have the layers [0, 1]"),
+        (text(num_hidden_layers=1), "has num_hidden_layers = 1, the weights have the layers [0, 1]"),
+        (text(vocab_size=512), "says vocab_size = 512, token_embd.weight has shape [384, 128]"),
+        (text(hidden_size=256), "says hidden_size = 256, token_embd.weight has shape [384, 128]"),
+        (text(intermediate_size=512), "says intermediate_size = 512, blk.0.ffn_gate.weight has shape [128, 128]"),
+        (
+            text(num_attention_heads=4),
+            "says num_attention_heads x head_dim = 256, blk.0.attn_q.weight has shape [128, 128]",
+        ),
+        (
+            text(num_key_value_heads=2),
+            "says num_key_value_heads x head_dim = 128, blk.0.attn_k.weight has shape [64, 128]",
+        ),
+        (vision(depth=3), "has vision_config.depth = 3, the weights have the layers [0, 1]"),
+        (vision(patch_size=8), "says vision_config.patch_size = 8, v.patch_embd.weight has shape [32, 3, 16, 16]"),
+        (vision(spatial_merge_size=4), "says the projector's input = 512, mm.0.weight has shape [128, 128]"),
+        (vision(deepstack_visual_indexes=[0, 1]), "has 2 deepstack_visual_indexes, the weights 1 mergers"),
+        (
+            vision(num_position_embeddings=16),
+            "says the number of places for the tower's image size = 16, v.position_embd.weight has shape [256, 32]",
+        ),
+    ],
+)
+def test_a_configuration_of_another_model(models: Path, tmp_path: Path, change: Change, message: str) -> None:
+    folder = copy_of(models / "w4", tmp_path / "copy")
+    edit_json(folder / "config.json", change)
+    with pytest.raises(FormatError) as caught:
+        pack(folder, tmp_path / "out", "gguf")
+    assert str(caught.value) == f"config.json {message}; put the config.json of these weights beside them"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_of_another_width(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models / "w4", tmp_path / "copy")
+    edit_json(folder / "config.json", vision(hidden_size=64))
+    with pytest.raises(FormatError, match=r"config\.json says vision_config\.hidden_size = 64, v\..* has shape \[32"):
+        pack(folder, tmp_path / "out", "gguf")
+
+
+def test_errors_name_the_source_and_not_the_stage(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models / "w4", tmp_path / "copy")
+    edit_json(folder / "tokenizer.json", lambda t: t["model"].update(merges={"a b": 1}))
+    with pytest.raises(FormatError) as caught:
+        pack(folder, tmp_path / "out", "gguf")
+    assert str(caught.value) == (
+        f"{folder / 'tokenizer.json'} is no BPE tokenizer (merges is a dict, no list); gguf is written for Qwen's and "
+        "Llama's"
+    )
+
+
+def test_a_mean_beyond_all_numbers(models: Path, tmp_path: Path) -> None:
+    folder = copy_of(models / "w4", tmp_path / "copy")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [1e999, 0.5, 0.5], "image_std": [1, 1, 1]}')
+    with pytest.raises(FormatError) as caught:
+        pack(folder, tmp_path / "out", "gguf")
+    path = folder / "preprocessor_config.json"
+    assert str(caught.value) == f"{path} is no usable JSON: '1e999' is too large a number"
+
+
+@pytest.mark.parametrize("mean", [None, [0.5], ["0.5"] * 3, 0.5, [1e300] * 3, [10**400] * 3, [True] * 3])
 def test_a_mean_that_is_no_colour(models: Path, tmp_path: Path, mean: Any) -> None:
     config = parsed_config(json.loads((models / "w4" / "config.json").read_text()))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [1.0] * 3}))
@@ -65,6 +151,10 @@ TOKENIZER_CASES: list[Change] = [
     lambda t: t["added_tokens"][0].update(content=7),
     lambda t: t["added_tokens"][0].update(content=["x"]),
     lambda t: t["model"].update(merges=[[1, 2]]),
+    lambda t: t["model"].update(merges=[["a", "b", "c"]]),
+    lambda t: t["model"].update(merges=["a"]),
+    lambda t: t["model"].update(merges={"a b": 1}),
+    lambda t: t["model"].update(merges="a b"),
     lambda t: t.pop("model"),
     lambda t: t.update(model=[]),
 ]

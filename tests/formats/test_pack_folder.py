@@ -84,10 +84,33 @@ def test_what_cannot_be_packed(models: Path, tmp_path: Path) -> None:
 
 def test_never_into_its_own_source(models: Path, tmp_path: Path) -> None:
     source = copy_of(models / "w4", tmp_path / "w4")
-    for target in (source, source / "packed", tmp_path / "w4" / ".." / "w4"):
-        with pytest.raises(CheckpointError, match="lies inside it; choose a folder elsewhere"):
+    for target, said in ((source, "is"), (source / "packed", "lies inside"), (tmp_path / "w4" / ".." / "w4", "is")):
+        with pytest.raises(CheckpointError, match=f" {said} .*; choose a folder elsewhere"):
             pack(source, target, "compressed-tensors", overwrite=True)
     assert verify(models / "w4", source).equal
+
+
+def test_never_over_its_own_source(models: Path, tmp_path: Path) -> None:
+    """--overwrite of a published folder that holds the source would delete what is read."""
+    target = pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    source = copy_of(models / "w4", target / "inner")
+    with pytest.raises(CheckpointError) as refusal:
+        pack(source, target, "awq", overwrite=True)
+    assert str(refusal.value) == f"{target} holds {source}; choose a folder elsewhere"
+    assert verify(source, models / "w4").equal
+
+
+def test_a_killed_write_is_recovered_by_the_next(models: Path, tmp_path: Path) -> None:
+    """State 2 of atomic.py (killed between two renames), and a stage that nobody will finish."""
+    pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    before = digest(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / ".replaced-out-999999999")
+    (tmp_path / ".partial-out-999999999").mkdir()
+    (tmp_path / ".partial-other-999999999").mkdir()  # not ours to judge
+    with pytest.raises(CheckpointError, match="already exists"):
+        pack(models / "w4", tmp_path / "out", "compressed-tensors")
+    assert digest(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-other-999999999", "out"]
 
 
 def test_nothing_is_published_that_does_not_read_back(
@@ -121,12 +144,73 @@ def test_only_harmless_companions_are_copied(models: Path, tmp_path: Path) -> No
     source = copy_of(models / "w4", tmp_path / "w4")
     for name in ("modeling_evil.py", "optimizer.pt", "pytorch_model.bin", ".hidden.json", "LICENSE", "merges.txt"):
         (source / name).write_text("x")
-    (source / "link.json").symlink_to("/etc/hostname")
+    for name in ("quantize_config.json", "adapter_config.json"):
+        (source / name).write_text("{}")
     pack(source, tmp_path / "out", "compressed-tensors")
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"LICENSE", "merges.txt", "tokenizer.json", "generation_config.json"} <= copied
-    assert not copied & {"modeling_evil.py", "optimizer.pt", "pytorch_model.bin", ".hidden.json", "link.json"}
+    assert not copied & {"modeling_evil.py", "optimizer.pt", "pytorch_model.bin", ".hidden.json"}
+    assert not copied & {"quantize_config.json", "adapter_config.json"}, "they state another layout"
     assert is_complete(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "chat_template.jinja"])
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gguf", "grace"])
+def test_a_companion_that_is_a_link_out_of_the_folder(
+    models: Path, tmp_path: Path, name: str, format_name: str
+) -> None:
+    source, elsewhere = copy_of(models / "w4", tmp_path / "w4"), tmp_path / "elsewhere"
+    elsewhere.write_text("{}")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(elsewhere)
+    line = f"{source / name} lies outside its folder (a symbolic link); copy the file there"
+    with pytest.raises(FormatError) as caught:
+        pack(source, tmp_path / "out", format_name)
+    assert str(caught.value) == line
+    (source / name).unlink()
+    (source / name).symlink_to("nowhere")
+    with pytest.raises(FormatError, match=rf"{name} is a link to a file that is not there; copy or download the file"):
+        pack(source, tmp_path / "out", format_name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_companions_of_a_snapshot_of_the_hub_are_copied(models: Path, tmp_path: Path) -> None:
+    snapshot, blobs = copy_of(models / "w4", tmp_path / "snapshots" / "main"), tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    pack(snapshot, tmp_path / "out", "compressed-tensors")
+    for name in ("tokenizer.json", "README.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (models / "w4" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "of_a_weight", "of_a_linear"),
+    [
+        ("w4", "grace", 16 + 8 + 16 / 128, 0),
+        ("w4", "official", 16 + 16 + 32 / 128, 0),
+        ("w4", "compressed-tensors", 4 + 16 / 128, 16),
+        ("w4", "mlx", 4 + 2 * 32 / 128, 0),
+        ("w8", "mlx", 8 + 2 * 32 / 64, 0),
+        ("sig5", "mlx", 4 + 2 * 16 / 32, 0),
+        ("w4", "awq", 4 + 16 / 128 + 4 / 128, 0),
+        ("w4", "gguf", 18 / 4, 0),
+        ("w8", "gguf", 34 / 4, 0),
+    ],
+)
+def test_inspect_counts_what_the_layout_stores(
+    models: Path, tmp_path: Path, name: str, layout: str, of_a_weight: float, of_a_linear: int
+) -> None:
+    folder, calls = pack(models / name, tmp_path / "out", layout), []
+    found = detect(folder).inspect(folder, lambda done, total: calls.append((done, total)))
+    for linear in found["linears"]:
+        weights = linear["out_features"] * linear["in_features"]
+        assert linear["bytes"] == weights * of_a_weight / 8 + of_a_linear, linear["name"]
+    total, weights = sum(linear["bytes"] for linear in found["linears"]), found["quantized_weights"]
+    assert found["bits_per_quantized_weight"] == round(8 * total / weights, 4)
+    assert len(calls) == found["quantized_linears"] == len(dict(calls))
+    assert calls[-1] == (weights, weights)
 
 
 def test_inspect(models: Path) -> None:
@@ -139,7 +223,7 @@ def test_inspect(models: Path) -> None:
         found = layouts[layout].inspect(models / name)
         assert found["layout"] == layout
         assert found["model_type"] == "qwen3_vl"
-        assert found["bits_per_quantized_weight"] == bits
+        assert found["grid_bits_per_quantized_weight"] == bits
         assert found["quantized_linears"] == 14
         assert sum(found["schemes"].values()) == 14
         assert found["weight_bytes"] > 400_000

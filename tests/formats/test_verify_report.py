@@ -142,8 +142,7 @@ def test_values_are_what_is_compared() -> None:
     ("change", "message"),
     [
         (lambda c: c["quantization_config"].update(quant_method="hqq"), r"unknown layout \(quant_method 'hqq'\)"),
-        (lambda c: c.update(quantization_config=7), r"unknown layout \(quant_method None\)"),
-        (lambda c: c.update(qat={}, quantization_config=None), "unknown layout"),
+        (lambda c: c["quantization_config"].update(quant_method="x" * 5000), r"\(quant_method 'x{76}\.\.\.\)"),
     ],
 )
 def test_an_unknown_layout(models: Path, tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
@@ -154,11 +153,39 @@ def test_an_unknown_layout(models: Path, tmp_path: Path, change: Callable[[Any],
     assert "readable are official-awq, official, compressed-tensors" in str(caught.value)
 
 
+NO_LAYOUT = "quantization_config {}; expected an object, or no such key for BF16 weights"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(quantization_config=7), NO_LAYOUT.format(7)),
+        (lambda c: c.update(quantization_config=None), NO_LAYOUT.format("null")),
+        (lambda c: c.update(qat={}, quantization_config=None), NO_LAYOUT.format("null")),
+        (
+            lambda c: c["quantization_config"].pop("quant_method"),
+            "a quantization_config without quant_method; expected the name of a layout there",
+        ),
+    ],
+)
+def test_a_statement_that_names_no_layout(
+    models: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    folder = copy_of(models / "w4-ct", tmp_path / "copy")
+    edit_json(folder / "config.json", change)
+    with pytest.raises(FormatError) as caught:
+        verify(models / "w4", folder)
+    assert str(caught.value) == f"{folder / 'config.json'} has {message}"
+
+
 def test_an_official_folder_without_its_pickle(models: Path, tmp_path: Path) -> None:
     folder = copy_of(models / "w4-official", tmp_path / "copy")
     (folder / SIDECAR).unlink()
-    with pytest.raises(FormatError, match="unknown layout"):
+    with pytest.raises(FormatError) as caught:
         verify(models / "w4", folder)
+    assert str(caught.value) == (
+        f"{folder / 'config.json'} has a 'qat' section, and its scales are not there; put {SIDECAR} beside it"
+    )
 
 
 def test_a_run_folder_stands_for_its_final(models: Path, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         "[]",
         "{",
         '{"a": NaN}',
+        '{"weight_map": {"a": "model.safetensors"}, "b": 1e999}',
+        '{"weight_map": {"a": "model.safetensors"}, "b": -1e999}',
         "[" * 100_000,
         '{"weight_map": {"a": ' + "[" * 101 + "]" * 101 + "}}",
         '{"weight_map": {"\\ud800": "model.safetensors"}}',

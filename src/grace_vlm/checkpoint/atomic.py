@@ -132,6 +132,14 @@ def refuse_existing(final: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_overlap(source: Path, final: Path) -> None:
+    """``CheckpointError`` if one of two folders lies in the other: publishing would read, or delete, what it makes."""
+    read, written = (Path(os.path.realpath(path)) for path in (source, final))
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        where = "is" if read == written else "lies inside" if written.is_relative_to(read) else "holds"
+        raise CheckpointError(f"{final} {where} {source}; choose a folder elsewhere")
+
+
 def _discard(path: Path) -> None:
     """Delete a file or folder that nobody will miss."""
     if path.is_dir() and not path.is_symlink():
@@ -260,8 +268,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def sweep_partials(parent: Path) -> list[Path]:
+def sweep_partials(parent: Path, only: str | None = None) -> list[Path]:
     """Recover from killed writers in ``parent``: put back what stepped aside, delete what was half-written.
+
+    Args:
+        only: leftovers of the folder of this name; None: of all.
 
     Returns:
         The leftovers that were dealt with, for the log. Those of live processes stay.
@@ -270,7 +281,7 @@ def sweep_partials(parent: Path) -> list[Path]:
     with disk_errors(parent):
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             match = _LEFTOVER.fullmatch(path.name)
-            if not match or path in _active:
+            if not match or path in _active or only not in (None, match[2]):
                 continue
             kind, name, pid = match[1], match[2], int(match[3])
             if pid != os.getpid() and is_alive(pid):

@@ -107,6 +107,23 @@ def verify_manifest(folder: Path) -> None:
             )
 
 
+def changed_files(folder: Path, suffixes_left_out: tuple[str, ...] = ()) -> list[str]:
+    """Files of a manifest that are gone or have another content, but those of some suffixes; [] without a manifest.
+
+    Raises:
+        CheckpointError: the manifest itself is damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        return []
+    files = list_files(folder)  # what is there, not what a manifest may point to
+
+    def is_same(name: str, entry: Any) -> bool:
+        return isinstance(entry, dict) and name in files and sha256_file(files[name]) == entry.get("sha256")
+
+    entries = _read_manifest(folder).items()
+    return sorted(n for n, e in entries if Path(n).suffix not in suffixes_left_out and not is_same(n, e))
+
+
 def is_complete(folder: Path) -> bool:
     """True if the manifest matches its marker and every listed file is there with its length. Hashes no payload."""
     try:

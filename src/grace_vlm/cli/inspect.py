@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from grace_vlm.cli.output import emit_json, print_table
+from grace_vlm.cli.output import ProgressBar, emit_json, print_table
 
 HELP = """Say what a folder is: its model, its grid, its bytes; or the fields of a recipe.
 
@@ -20,7 +20,8 @@ def inspect_path(
 ) -> None:
     from grace_vlm.formats.inspect import inspect_folder
 
-    found = inspect_folder(path)
+    with ProgressBar("reading") as bar:
+        found = inspect_folder(path, bar.update)
     if as_json:
         emit_json(found)
         return

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from grace_vlm.errors import printable
+
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """Print one ``error:`` line and end the process."""
@@ -26,13 +28,18 @@ def emit_json(document: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table on standard output: first column left, the others right."""
-    table = [list(header), *[list(row) for row in rows]]
+    table = [list(header), *[[printable(cell) for cell in row] for row in rows]]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for number, line in enumerate(table):
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
         print("  ".join(cells).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def show(line: str) -> None:
+    """One line of a result; what strangers wrote in it cannot break it or colour the terminal."""
+    print(printable(line))
 
 
 class ProgressBar:

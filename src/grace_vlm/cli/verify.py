@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from grace_vlm.cli.output import ProgressBar, emit_json
+from grace_vlm.cli.output import ProgressBar, emit_json, show
+
+if TYPE_CHECKING:
+    import torch
+
+    from grace_vlm.formats.converter import ModelContent
+    from grace_vlm.formats.verify import VerifyReport
+    from grace_vlm.quant.scheme import QuantizedTensor
 
 HELP = """Prove that two quantized folders hold the same model: codes, scales, bf16(q*s), and the rest by value.
 
@@ -22,9 +31,8 @@ def verify_models(
 ) -> None:
     if b is None or b.is_file():
         _verify_certificate(a, b, as_json)
-    from grace_vlm.formats.verify import verify
-
-    report = verify(a, b)
+    with ProgressBar("comparing") as bar:
+        report = _compared(a, b, bar.update)
     if as_json:
         emit_json({**asdict(report), "equal": report.equal})
     elif report.equal:
@@ -33,8 +41,44 @@ def verify_models(
             f"bf16(q*s)) and {report.num_tensors} other tensors ({report.num_values:,} values)"
         )
     else:
-        print(f"different: {report.num_different} tensors; the first is {report.first}")
+        show(f"different: {report.num_different} tensors or settings; the first is {report.first}")
     raise typer.Exit(0 if report.equal else 1)
+
+
+def _compared(a: Path, b: Path, update: Callable[[int, int], None]) -> VerifyReport:
+    from grace_vlm.formats.folder import resolve_model
+    from grace_vlm.formats.registry import read_model
+    from grace_vlm.formats.verify import compare
+
+    one, other = read_model(resolve_model(a)), read_model(resolve_model(b))
+    return compare(_counting(one, update), other)
+
+
+def _counting(content: ModelContent, update: Callable[[int, int], None]) -> ModelContent:
+    """``content``, of which each tensor that is read moves the bar: by its weights, as a certificate counts them."""
+    from grace_vlm.formats.lazy import Lazy, spec_of
+
+    sizes = {name: entry.out_features * entry.in_features for name, entry in content.linears.items()}
+    sizes |= {name: spec_of(content.dense, name).num_bytes // 2 for name in content.dense}
+    done: dict[str, int] = {}
+
+    def read(name: str) -> None:
+        done[name] = sizes[name]
+        update(sum(done.values()), sum(sizes.values()))
+
+    def quantized(name: str) -> QuantizedTensor:
+        read(name)
+        return content.quantized[name]
+
+    def dense(name: str) -> torch.Tensor:
+        read(name)
+        return content.dense[name]
+
+    return replace(
+        content,
+        quantized=Lazy(content.quantized, quantized),
+        dense=Lazy(content.dense, dense, lambda name: spec_of(content.dense, name)),
+    )
 
 
 def _verify_certificate(folder: Path, certificate: Path | None, as_json: bool) -> None:
@@ -45,7 +89,7 @@ def _verify_certificate(folder: Path, certificate: Path | None, as_json: bool) -
     if as_json:
         emit_json({"root": root, "equal": not different, "num_different": len(different), "different": different[:20]})
     elif different:
-        print(f"different: {len(different)} tensors are not those of the certificate; the first is {different[0]}")
+        show(f"different: {len(different)} tensors or files are not as certified; the first is {different[0]}")
     else:
         print(f"equal: every tensor is that of the certificate {root}")
     raise typer.Exit(1 if different else 0)

@@ -1,7 +1,7 @@
 """A certificate: what a model is, in 64 hexadecimal digits, whatever the layout that holds it.
 
     {"format_version": 1,
-     "root": SHA-256 of the lines "<tensor> <digest>", sorted by tensor,
+     "root": SHA-256 of the lines ["linears" or "tensors", <tensor>, <what is certified of it>] in JSON, sorted,
      "linears": {<module>: {"scheme": "w4g128", "shape": [out, in], "codes": digest, "scale": digest}},
      "tensors": {<name>: {"shape": [...], "values": digest}}}
 
@@ -87,25 +87,26 @@ def _require_baked(name: str, tensor: QuantizedTensor, content: ModelContent) ->
             )
 
 
-def _lines(certificate: Certificate) -> Iterator[tuple[str, str]]:
-    """(tensor, everything that is certified of it), one line each."""
+def _lines(certificate: Certificate) -> Iterator[tuple[tuple[str, str], str]]:
+    """((section, tensor), everything that is certified of it), one each."""
     for name, linear in certificate["linears"].items():
-        yield f"{name}.codes", f"{linear['scheme']} {linear['shape']} {linear['codes']}"
-        yield f"{name}.scale", linear["scale"]
+        yield ("linears", f"{name}.codes"), f"{linear['scheme']} {linear['shape']} {linear['codes']}"
+        yield ("linears", f"{name}.scale"), linear["scale"]
     for name, tensor in certificate["tensors"].items():
-        yield name, f"{tensor['shape']} {tensor['values']}"
+        yield ("tensors", name), f"{tensor['shape']} {tensor['values']}"
 
 
 def root_of(certificate: Certificate) -> str:
     """The root that the tensors of a certificate have."""
-    lines = sorted(f"{name} {what}" for name, what in _lines(certificate))
+    # In JSON: a name with a line's end in it must not look like two tensors.
+    lines = sorted(json.dumps([*key, what]) for key, what in _lines(certificate))
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 
 def differing(a: Certificate, b: Certificate) -> list[str]:
     """The tensors that two certificates do not agree on, sorted."""
     ours, theirs = dict(_lines(a)), dict(_lines(b))
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return sorted({name for _, name in (k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))})
 
 
 def write_certificate(folder: Path, certificate: Certificate) -> None:
@@ -116,7 +117,7 @@ def write_certificate(folder: Path, certificate: Certificate) -> None:
 def read_certificate(path: Path) -> Certificate:
     """A certificate file, checked against its own root; ``FormatError`` if it is none."""
     found = read_object(path, FormatError)
-    if found.get("format_version") != VERSION:
+    if type(found.get("format_version")) is not int or found["format_version"] != VERSION:
         raise FormatError(f"{path} has format_version {found.get('format_version')!r}; this grace reads {VERSION}")
     for section, keys in (("linears", {"scheme", "shape", "codes", "scale"}), ("tensors", {"shape", "values"})):
         listed = found.get(section)

@@ -20,7 +20,7 @@ import torch
 
 from grace_vlm.checkpoint.manifest import MANIFEST
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.weights import inside
+from grace_vlm.formats.weights import require_inside
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
@@ -28,6 +28,8 @@ CERTIFICATE = "grace-certificate.json"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
 _COMPANION_NAMES = {"LICENSE", "NOTICE"}
 _WRITTEN_BY_LAYOUTS = {"config.json", MANIFEST, CERTIFICATE, "awq_quantized_modules.json"}
+_OF_OTHER_LAYOUTS = {"quantize_config.json", "adapter_config.json"}
+"""AutoGPTQ's statement and PEFT's: beside other weights a loader would believe them."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,12 @@ class Converter(ABC):
         """What one quantized linear takes on the disk, for the check of free space."""
         return int(entry.stored_bytes)
 
-    def inspect(self, folder: Path) -> dict[str, Any]:
-        """What ``grace inspect`` prints, JSON-able."""
-        from grace_vlm.formats.inspect import inspect_content
+    def inspect(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """What ``grace inspect`` prints, JSON-able; ``progress`` is called with (weights done, weights in all)."""
+        from grace_vlm.formats.inspect import inspect_content, linear_bytes
 
-        return inspect_content(self.read(folder))
+        content = self.read(folder)
+        return inspect_content(content, linear_bytes(content), progress)
 
     def validate(self, folder: Path) -> ModelContent:
         """Read every tensor of a folder once; ``FormatError`` names the first that is wrong. Returns the content."""
@@ -133,12 +136,21 @@ def write_config(stage: Path, config: Mapping[str, Any]) -> None:
 
 
 def copy_companions(content: ModelContent, stage: Path) -> None:
-    """Copy tokenizer, processor, generation settings and card. Never weights, code or pickles."""
+    """Copy tokenizer, processor, generation settings and card. Never weights, code or pickles.
+
+    Raises:
+        FormatError: one of them is a link that leads out of the folder, or nowhere.
+    """
     if content.companions is not None:
         content.companions(stage)
         return
     for path in sorted(content.folder.resolve().iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name in _COMPANION_NAMES
-        ours = path.name in _WRITTEN_BY_LAYOUTS or path.name.endswith(".index.json")
-        if wanted and not ours and path.is_file() and path.name[0] != "." and inside(path):
+        stays = path.name in _WRITTEN_BY_LAYOUTS | _OF_OTHER_LAYOUTS or path.name.endswith(".index.json")
+        if not wanted or stays or path.name[0] == ".":
+            continue
+        require_inside(path)
+        if path.is_file():
             shutil.copyfile(path, stage / path.name)
+        elif path.is_symlink() and not path.exists():
+            raise FormatError(f"{path} is a link to a file that is not there; copy or download the file again")

@@ -15,13 +15,14 @@ which is the same weights. F32 that BF16 holds comes back as BF16.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grace_vlm.checkpoint.strict_json import shown
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, neutral_scale, refuse, write_config
 from grace_vlm.formats.folder import check_tensor
@@ -29,7 +30,7 @@ from grace_vlm.formats.gguf_blocks import BLOCK, pack_blocks, positive, unpack_b
 from grace_vlm.formats.gguf_file import BF16, DTYPES, F16, F32, Q4_0, Q8_0, GgufFile, Kind, Value, write_gguf
 from grace_vlm.formats.gguf_names import ARCHITECTURES, BY_MODEL_TYPE, LLAVA, TEXT, Names, prefixes_of
 from grace_vlm.formats.gguf_tokenizer import tokenizer_values
-from grace_vlm.formats.gguf_values import parsed_config, text_values, vision_values
+from grace_vlm.formats.gguf_values import parsed_config, require_agreement, text_values, vision_values
 from grace_vlm.formats.lazy import Lazy, TensorSpec, spec_of
 from grace_vlm.formats.shards import INDEX, WEIGHTS
 from grace_vlm.formats.weights import read_inside, require_inside
@@ -107,11 +108,21 @@ class Gguf(Converter):
     def read(self, folder: Path) -> ModelContent:
         return _Reader(folder).content()
 
+    def inspect(self, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        from grace_vlm.formats.inspect import inspect_content
+
+        reader = _Reader(folder)
+        content = reader.content()
+        return inspect_content(content, reader.linear_bytes(content.linears), progress)
+
     def write(self, content: ModelContent, stage: Path) -> None:
         refuse(self, content)
         copy_companions(content, stage)
         write_config(stage, content.config)
-        _Writer(content, stage).write()
+        try:
+            _Writer(content, stage).write()
+        except FormatError as error:  # the stage goes away: the files at fault are those of the source
+            raise FormatError(str(error).replace(str(stage), str(content.folder))) from error
 
 
 class _Writer:
@@ -119,7 +130,7 @@ class _Writer:
         self.content, self.stage = content, stage
         model_type = content.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
-            raise FormatError(f"gguf is written for {', '.join(BY_MODEL_TYPE)}; this model is {model_type!r}")
+            raise FormatError(f"gguf is written for {', '.join(BY_MODEL_TYPE)}; this model is {shown(model_type)}")
         self.architecture, self.projector = BY_MODEL_TYPE[model_type]
         self.config = parsed_config(content.config)
         self.text = self.config.get_text_config()
@@ -149,6 +160,7 @@ class _Writer:
     def write(self) -> None:
         linears = self.content.linears
         kinds = [_KIND_OF_BITS[entry.scheme.num_bits] for entry in linears.values() if entry.scheme]
+        require_agreement(self.config, self.architecture, {name: self._place(name)[1] for name in self.pieces})
         values = text_values(self.config, self.architecture, kinds)
         values |= tokenizer_values(self.stage, self.text.vocab_size)
         own: dict[str, Value] = {_PREFIXES: list(self.names.prefixes)}
@@ -208,7 +220,7 @@ class _Reader:
         architecture = self.text.text("general.architecture")
         if architecture not in ARCHITECTURES:
             raise FormatError(
-                f"{self.text.path} has architecture {architecture!r}; read are {', '.join(ARCHITECTURES)}"
+                f"{self.text.path} has architecture {shown(architecture)}; read are {', '.join(ARCHITECTURES)}"
             )
         self.architecture = ARCHITECTURES[architecture]
         self.names = Names(self.architecture, self._projector(), self._prefixes(), self._deepstack())
@@ -232,13 +244,13 @@ class _Reader:
         found = self.vision.text("clip.projector_type") or self.vision.text("clip.vision.projector_type")
         if found not in self.architecture.projectors:
             expected = " or ".join(self.architecture.projectors)
-            raise FormatError(f"{self.vision.path} has clip.projector_type {found!r}; expected {expected}")
+            raise FormatError(f"{self.vision.path} has clip.projector_type {shown(found)}; expected {expected}")
         return found
 
     def _prefixes(self) -> tuple[str, str, str, str]:
         found = self.text.values.get(_PREFIXES, list(self.architecture.prefixes))
         if not isinstance(found, list) or len(found) != 4 or not all(isinstance(prefix, str) for prefix in found):
-            raise FormatError(f"{self.text.path} has {_PREFIXES} = {found!r}; expected four strings")
+            raise FormatError(f"{self.text.path} has {_PREFIXES} = {shown(found)}; expected four strings")
         return str(found[0]), str(found[1]), str(found[2]), str(found[3])
 
     def _deepstack(self) -> tuple[int, ...]:
@@ -283,6 +295,14 @@ class _Reader:
             dense=Lazy(dense, self._dense, self._spec),
             bf16_names=tuple(name.removesuffix(".weight") for name in matrices),
         )
+
+    def linear_bytes(self, linears: Mapping[str, PlanEntry]) -> dict[str, int]:
+        """What the blocks of each quantized linear take in the file."""
+        kinds = {name: self._kind(self.targets[f"{name}.weight"][0]) for name in linears}
+        return {
+            name: entry.out_features * entry.in_features // kinds[name].block * kinds[name].num_bytes
+            for name, entry in linears.items()
+        }
 
     def _kind(self, target: str) -> Kind:
         return self.owner[target].tensors[target].kind

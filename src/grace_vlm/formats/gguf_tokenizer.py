@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grace_vlm.checkpoint.strict_json import read_object
+from grace_vlm.checkpoint.strict_json import read_object, shown
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.gguf_file import Value
 
@@ -44,16 +44,18 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
         is_bytes = bool(model.get("byte_fallback"))
         ids: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
         special = {token["content"]: bool(token["special"]) for token in added}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = _merges(model["merges"])
         if odd := [token for token, index in ids.items() if not isinstance(token, str) or type(index) is not int]:
-            raise TypeError(f"{odd[0]!r} is no token with a number")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is no BPE tokenizer ({error}); gguf is written for Qwen's and Llama's") from error
+            raise TypeError(f"{shown(odd[0])} is no token with a number")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise FormatError(f"{path} is no BPE tokenizer ({reason}); gguf is written for Qwen's and Llama's") from error
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for token, index in ids.items():
         if not 0 <= index < vocab_size:
-            raise FormatError(f"{path} has token {token!r} with id {index}; the model has {vocab_size} embeddings")
+            where = f"{path} has token {shown(token)} with id {shown(index)}"
+            raise FormatError(f"{where}; the model has {vocab_size} embeddings")
         tokens[index] = token
         types[index] = _type(token, special, is_bytes, model.get("unk_token"))
     values: dict[str, Value] = {"tokenizer.ggml.model": "llama" if is_bytes else "gpt2"}
@@ -74,6 +76,17 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
     values["tokenizer.ggml.add_bos_token"] = _adds_bos(state, settings)
     template = _chat_template(folder, settings)
     return values | ({"tokenizer.chat_template": template} if template else {})
+
+
+def _merges(stated: Any) -> list[str]:
+    """Pairs of tokens, "a b" each, from strings or lists of two; ``TypeError`` for anything else."""
+    if not isinstance(stated, list):
+        raise TypeError(f"merges is a {type(stated).__name__}, no list")
+    for merge in stated:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise TypeError(f"merge {shown(merge)} is no pair of tokens")
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in stated]
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def _pre(path: Path, state: dict[str, Any]) -> str:
     if len(expressions) == 1 and isinstance(expressions[0], str) and expressions[0] in _PRE:
         return _PRE[expressions[0]]
     raise FormatError(
-        f"{path} cuts words by {expressions!r}, for which llama.cpp has no name here; known are Qwen's and Llama's"
+        f"{path} cuts words by {shown(expressions)}, for which llama.cpp has no name here; known are Qwen's and Llama's"
     )
 
 

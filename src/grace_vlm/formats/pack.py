@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace_vlm.checkpoint.atomic import publish_folder, refuse_existing
-from grace_vlm.errors import CheckpointError, FormatError
+from grace_vlm.checkpoint.atomic import publish_folder, refuse_existing, refuse_overlap, sweep_partials
+from grace_vlm.errors import FormatError
 from grace_vlm.formats.certificate import Certificate, Progress, certify, write_certificate
 from grace_vlm.formats.converter import Converter, ModelContent, refuse
 from grace_vlm.formats.folder import resolve_model
@@ -94,8 +94,9 @@ def convert(
     """
     converter = converter_for(format_name)
     source = resolve_model(src)
-    if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(source)):
-        raise CheckpointError(f"{dst} is {source} or lies inside it; choose a folder elsewhere")
+    refuse_overlap(source, dst)
+    for left in sweep_partials(Path(os.path.abspath(dst)).parent, only=dst.name):
+        notify(f"recovered from an interrupted write: {left.name}")
     refuse_existing(dst, overwrite)
     content = read_model(source)
     if not content.linears:

@@ -227,6 +227,10 @@ class Official(Converter):
             one_grid(f"the {self.name} layout", linears)
         except FormatError as error:
             return str(error)
+        head = next((n for n in linears if n.endswith("embed_tokens") or n.rpartition(".")[2] == "lm_head"), None)
+        if head is not None:
+            what = f"{head} has a grid; the {self.name} layout holds the decoder's linears"
+            return f"{what}: leave quant.head in bf16, or use gguf"
         return None
 
     def stored_scale(self, scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from grace_vlm.checkpoint.strict_json import shown
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.compressed_tensors import CompressedTensors
@@ -15,6 +17,7 @@ from grace_vlm.formats.mlx import Mlx
 from grace_vlm.formats.official_awq import OfficialAwq
 from grace_vlm.formats.qat import Official
 from grace_vlm.formats.rounding import keeps_fp32_scales
+from grace_vlm.formats.sidecar import SIDECAR
 from grace_vlm.formats.weights import read_inside
 from grace_vlm.models.adapter import Adapter, stored_name
 from grace_vlm.quant.plan import PlanEntry, QuantPlan
@@ -40,7 +43,7 @@ def converter_for(name: str) -> Converter:
     """The layout called ``name``; ``FormatError`` lists them."""
     found = converters()
     if name not in found:
-        raise FormatError(f"unknown format {name!r}; expected one of {', '.join(found)}")
+        raise FormatError(f"unknown format {shown(name)}; expected one of {', '.join(found)}")
     return found[name]
 
 
@@ -67,11 +70,21 @@ def detect(folder: Path) -> Converter:
     for converter in converters().values():
         if converter.matches(folder, config):
             return converter
-    stated = config.get("quantization_config")
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    raise FormatError(
-        f"{folder} is of an unknown layout (quant_method {method!r}); readable are {', '.join(converters())}"
-    )
+    raise FormatError(_unknown(folder, config))
+
+
+def _unknown(folder: Path, config: dict[str, Any]) -> str:
+    """Why a folder is of no layout."""
+    stated, file = config.get("quantization_config"), folder / "config.json"
+    if "quantization_config" in config and not isinstance(stated, dict):
+        what = "null" if stated is None else shown(stated)
+        return f"{file} has quantization_config {what}; expected an object, or no such key for BF16 weights"
+    if stated is None and "qat" in config:
+        return f"{file} has a 'qat' section, and its scales are not there; put {SIDECAR} beside it"
+    method = stated.get("quant_method") if stated else None
+    if stated is not None and method is None:
+        return f"{file} has a quantization_config without quant_method; expected the name of a layout there"
+    return f"{folder} is of an unknown layout (quant_method {shown(method)}); readable are {', '.join(converters())}"
 
 
 def read_model(folder: Path) -> ModelContent:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,8 +92,12 @@ def load_pickle(path: Path, max_bytes: int) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _UNPICKLING as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path} is refused by torch.load(weights_only=True): {reason}") from error
+        # Torch's own words go on to recommend opening it all the same.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for {asked[1]} beside tensors, which could run code" if asked else "is no dict of plain tensors"
+        raise FormatError(
+            f"{path} {what} (torch.load with weights_only refused it); it is not opened: get it from its source again"
+        ) from error
     if type(found) is not dict or not found:
         raise FormatError(f"{path} holds a {type(found).__name__}; expected a dict of tensors")
     for name, tensor in found.items():
@@ -117,7 +123,7 @@ def read_sidecar(path: Path, max_bytes: int) -> Sidecar:
     with tempfile.TemporaryDirectory(prefix="grace-sidecar-") as folder:
         out = Path(folder) / "small.safetensors"
         try:
-            ran = _run_child([str(path.resolve()), str(out), str(max_bytes)], seconds)
+            ran = _run_child([str(path.resolve()), str(out), str(max_bytes)], seconds, folder)
         except subprocess.TimeoutExpired:
             raise FormatError(f"{path} could not be read in {seconds} s; it is no sidecar of this model") from None
         if ran.returncode == 2:
@@ -125,16 +131,24 @@ def read_sidecar(path: Path, max_bytes: int) -> Sidecar:
         if ran.returncode != 0 or not out.is_file():
             last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
             raise FormatError(
-                f"{path} could not be read within {max_bytes + ROOM_BYTES:,} bytes of memory (status "
-                f"{ran.returncode}: {last})"
+                f"{path} could not be read: the process that opens it, which may take {max_bytes + ROOM_BYTES:,} "
+                f"bytes of memory, ended with status {ran.returncode} ({last[:200]})"
             )
         return _read_small(out)
 
 
-def _run_child(arguments: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """``main(arguments)`` in a process of its own; ``TimeoutExpired`` if it takes longer."""
-    command = [sys.executable, "-m", __name__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+def _run_child(arguments: list[str], seconds: float, folder: str) -> subprocess.CompletedProcess[str]:
+    """``main(arguments)`` in a process of its own; ``TimeoutExpired`` if it takes longer.
+
+    It runs in ``folder``, an empty one of ours, and imports nothing from where it stands (-P): the user may stand in
+    the very folder that is read, and a stranger's ``torch.py`` must not be the child's.
+    """
+    command = [sys.executable, "-P", "-m", __name__, *arguments]
+    paths = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=seconds, cwd=folder, env=own
+    )
 
 
 def _read_small(path: Path) -> Sidecar:

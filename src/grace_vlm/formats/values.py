@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from grace_vlm.errors import printable
+
 _CHUNK = 1 << 22
 
 
@@ -26,7 +28,7 @@ class Difference:
 
     def __str__(self) -> str:
         where = f"[{', '.join(map(str, self.index))}]" if self.index is not None else ""
-        return f"{self.tensor}{where}: {self.a} in A, {self.b} in B"
+        return printable(f"{self.tensor}{where}: {self.a} in A, {self.b} in B")
 
 
 def compare_values(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:

@@ -1,8 +1,12 @@
 """Are two folders the same model, value for value, whatever their layouts?
 
 Compared are, by name: for each quantized linear its scheme, codes, scales and BF16 weight (stored, or bf16(q * s));
-then every other tensor. By value means -0.0 equals +0.0, a NaN equals a NaN in its place, and a dtype is no difference
-if the values are the same. Also, each side must agree with itself: a stored BF16 weight must be bf16(q * s).
+every other tensor; and the model's configuration, without what layouts and libraries write into it. By value means
+-0.0 equals +0.0, a NaN equals a NaN in its place, and a dtype is no difference if the values are the same. Also, each
+side must agree with itself: a stored BF16 weight must be bf16(q * s).
+
+A certificate is of tensors alone; ``verify_certificate`` therefore also asks the folder's manifest, where there is one,
+whether its other files are those that were published.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grace_vlm.checkpoint.manifest import changed_files
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.certificate import Progress, certify, differing, read_certificate
 from grace_vlm.formats.converter import CERTIFICATE, ModelContent
@@ -22,6 +27,9 @@ from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.values import Difference, compare_values
 from grace_vlm.formats.weights import require_inside
 from grace_vlm.quant.affine import bake
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf")
+_WRITTEN_BY_LIBRARIES = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,24 @@ def _linear_differences(name: str, a: ModelContent, b: ModelContent) -> Iterator
             yield Difference(f"{name}.weight of {side}", found.index, f"{found.a} stored", f"{found.b} = bf16(q * s)")
 
 
+def config_differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Keys of two ``config.json`` that do not say the same, dotted; empty where one has none (a bare GGUF file).
+
+    ``_WRITTEN_BY_LIBRARIES`` is left out: it says who wrote the file, not what the model computes.
+    """
+    if not prefix and not (a and b):
+        return []
+    found: list[Difference] = []
+    for key in sorted((a.keys() | b.keys()) - _WRITTEN_BY_LIBRARIES):
+        ours, theirs = a.get(key), b.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            found += config_differences(ours, theirs, f"{name}.")
+        elif ours != theirs:
+            found.append(Difference(f"config.json: {name}", None, str(ours)[:80], str(theirs)[:80]))
+    return found
+
+
 def verify(a: Path, b: Path) -> VerifyReport:
     """Compare two model folders (or run folders) of any readable layouts.
 
@@ -114,6 +140,7 @@ def compare(one: ModelContent, other: ModelContent) -> VerifyReport:
             num_values += mine.numel()
             found = compare_values(name, mine, other.dense[name])
         differences += [found] if found else []
+    differences += config_differences(one.config, other.config)
     return VerifyReport(
         layout_a=one.layout,
         layout_b=other.layout,
@@ -130,7 +157,8 @@ def compare(one: ModelContent, other: ModelContent) -> VerifyReport:
 def verify_certificate(
     folder: Path, certificate: Path | None = None, progress: Progress | None = None
 ) -> tuple[str, list[str]]:
-    """(root of the certificate, tensors of the folder that are not as it says).
+    """(root of the certificate, tensors of the folder that are not as it says, and other files that its manifest, where
+    it has one, knows with another content).
 
     Args:
         certificate: a certificate file; None: the one that lies in the folder.
@@ -143,4 +171,5 @@ def verify_certificate(
     if not path.is_file():
         raise FormatError(f"{source} has no {CERTIFICATE}; name another folder or a certificate to compare with")
     stated = read_certificate(path)
-    return stated["root"], differing(stated, certify(read_model(source), progress))
+    different = differing(stated, certify(read_model(source), progress))
+    return stated["root"], different + [f"file {name}" for name in changed_files(source, _WEIGHT_FILES)]

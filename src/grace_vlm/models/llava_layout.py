@@ -146,7 +146,8 @@ def open_parts(
     # A head that lies there is used as it is, also if the configuration calls it tied.
     config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in names
     inside = any(name.startswith("model.vision_tower.") for name in names)
-    if not (name := vision_tower or config.get("mm_vision_tower")):
+    name = vision_tower or config.get("mm_vision_tower")
+    if not name:
         raise ConfigError(f"{folder} names no vision tower (mm_vision_tower); give one as vision_tower=FOLDER")
     vision_config, tower, source = _open_tower(folder, str(name), inside, dtype)
     tokenizer = _open_tokenizer(folder)
@@ -231,7 +232,10 @@ def _open_tower(folder: Path, name: str, inside: bool, dtype: torch.dtype) -> tu
         config = CLIPVisionConfig.from_pretrained(source)
         if inside:
             return config, {}, source
-        opened: Any = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        # Never a pytorch_model.bin: that is a pickle.
+        opened: Any = CLIPVisionModel.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         wanted = f"{folder} needs the vision tower {name!r}, which is no CLIP model in a folder or on the hub"
         raise ConfigError(f"{wanted}; give one as vision_tower=FOLDER") from error

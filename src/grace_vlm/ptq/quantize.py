@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from grace_vlm.checkpoint.atomic import refuse_existing
+from grace_vlm.checkpoint.atomic import refuse_existing, refuse_overlap, sweep_partials
 from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.adapter import plan_model
@@ -43,6 +43,9 @@ def quantize_folder(
     """
     if scheme == "bf16":
         raise ConfigError("quantize needs a grid, scheme is bf16; use for example --scheme w4g128")
+    if Path(src).exists():
+        refuse_overlap(Path(src), dst)
+    sweep_partials(dst.absolute().parent, only=dst.name)
     refuse_existing(dst, overwrite)
     if method == "rtn":
         if calibration is not None:

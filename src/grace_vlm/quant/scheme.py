@@ -73,7 +73,7 @@ def parse_scheme(text: str, scale_rounding: ScaleRounding = "bf16") -> QuantSche
         return None
     match = _PATTERN.fullmatch(text)
     if not match:
-        raise ConfigError(f"unknown scheme {text!r}; expected bf16 or w{{8,4,3,2}}g{{N}}, for example w4g128")
+        raise ConfigError(f"unknown scheme {text[:80]!r}; expected bf16 or w{{8,4,3,2}}g{{N}}, for example w4g128")
     return QuantScheme(int(match[1]), int(match[2]), scale_rounding)
 
 
