@@ -117,7 +117,7 @@ def bench_family(name: str, pair: tuple[str, str], rows: Path, out: Path, num_st
         **{f"{term}_first5": f"{value:.4f}" for term, value in first.items()},
         **{f"{term}_last5": f"{value:.4f}" for term, value in last.items()},
         "loss_falls": last["loss"] < first["loss"],
-        "scale_drift": f"{run.masters.scale_drift():.5f}",
+        "scale_drift": f"{float(run.masters.scale_drift()):.5f}",
         "frozen_tensors": len(before),
         "frozen_identical": all(torch.equal(value, after[key]) for key, value in before.items()),
         "projector_moved": all(not torch.equal(moving[key], after[key]) for key in trained) and bool(trained),

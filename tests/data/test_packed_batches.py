@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_loader import BAD, NUM_ROWS, encoder, flat, ids, make_reader, same, write_rows
 
+from grace_vlm.data.collate import grouped, merge
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
 
@@ -96,3 +98,41 @@ def test_ranks_take_different_rows_and_together_all(tmp_path: Path, encoder: Enc
         taken.append(own[: NUM_ROWS // 2])
     assert not set(taken[0]) & set(taken[1])
     assert sorted(taken[0] + taken[1]) == sorted(f"r{i}" for i in range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_merged_batches_hold_the_same_tokens(tmp_path: Path, encoder: Encoder, is_packed: bool) -> None:
+    loader = TrainLoader(make_reader(write_rows(tmp_path), encoder), 3, seed=2, packed=is_packed)
+    batches = [loader.next() for _ in range(4)]
+    whole = merge(batches)
+    token = encoder.image_token_id
+    assert merge(batches[:1]) is batches[0]
+    assert whole.sample_ids == tuple(name for batch in batches for name in batch.sample_ids)
+    assert [p.key for p in whole.pictures] == [p.key for batch in batches for p in batch.pictures]
+    assert whole.image_lengths == tuple(n for batch in batches for n in batch.image_lengths)
+    flat_ids, positions = whole.input_ids.flatten(), whole.position_ids.flatten(1)
+    for field in ("supervised", "visual"):
+        given = [(b.input_ids.flatten(), b.position_ids.flatten(1), getattr(b, field)) for b in batches]
+        assert flat_ids[getattr(whole, field)].tolist() == [t for ids_, _, at in given for t in ids_[at].tolist()]
+        assert torch.equal(positions[:, getattr(whole, field)], torch.cat([p[:, at] for _, p, at in given], dim=1))
+    assert (flat_ids[whole.visual] == token).all()
+    assert int((flat_ids == token).sum()) == len(whole.visual) == sum(whole.image_lengths)
+    assert torch.equal(whole.targets, torch.cat([batch.targets for batch in batches]))
+    rows = whole.segments if is_packed else whole.input_ids.shape
+    assert rows == (tuple(n for b in batches for n in b.segments or ()) if is_packed else
+                    (12, max(b.input_ids.shape[1] for b in batches)))  # fmt: skip
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_groups_are_as_large_as_they_may_be(tmp_path: Path, encoder: Encoder, is_packed: bool) -> None:
+    loader = TrainLoader(make_reader(write_rows(tmp_path), encoder), 2, seed=4, packed=is_packed)
+    batches = [loader.next() for _ in range(9)]
+    longest = max(batch.num_tokens for batch in batches)
+    for limit in (1, longest, 3 * longest, 10**6):
+        groups = grouped(batches, limit)
+        assert [batch for group in groups for batch in group] == batches
+        for group, following in itertools.zip_longest(groups, groups[1:]):
+            assert len(group) == 1 or merge(group).num_tokens <= limit
+            assert following is None or merge([*group, following[0]]).num_tokens > limit
+    assert len(grouped(batches, 10**6)) == 1
+    assert len(grouped(batches, 1)) == 9

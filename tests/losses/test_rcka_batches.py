@@ -265,7 +265,7 @@ def test_the_number_of_operations_is_that_of_the_buckets() -> None:
 
 
 def test_nothing_is_read_by_the_host_and_one_table_goes_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, make, send = [], torch.tensor, rcka._to_device
+    sent, make, send = [], torch.tensor, rcka.upload
 
     def on_the_host(data: Any, *, dtype: torch.dtype, device: str) -> torch.Tensor:
         assert device == "cpu"  # torch.tensor(..., device="cuda") waits for the copy, and is no operation to be seen
@@ -278,7 +278,7 @@ def test_nothing_is_read_by_the_host_and_one_table_goes_to_the_device(monkeypatc
     inputs = [f.to("meta") for f in features([12, 3, 30, 7, 30, 18], 4, 6)]
     lengths = torch.tensor([12, 3, 30, 7, 30, 18])
     monkeypatch.setattr(torch, "tensor", on_the_host)
-    monkeypatch.setattr(rcka, "_to_device", recorded)
+    monkeypatch.setattr(rcka, "upload", recorded)
     inputs[0].requires_grad_()
     with Operations() as seen:
         relational_cka(*inputs, lengths).backward()
@@ -288,24 +288,6 @@ def test_nothing_is_read_by_the_host_and_one_table_goes_to_the_device(monkeypatc
     assert [host.shape for host in sent] == [(2, 5)]
     reads = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item"}
     assert not reads & {*seen.names, *operations([12, 3, 30, 7]).names}
-
-
-def test_the_copy_to_a_gpu_is_pinned_and_not_waited_for() -> None:
-    class Host:
-        done: list[Any] = []  # noqa: RUF012
-
-        def numel(self) -> int:
-            return 2
-
-        def pin_memory(self) -> Host:
-            self.done.append("pinned")
-            return self
-
-        def to(self, device: torch.device, *, non_blocking: bool) -> None:
-            self.done.append((device.type, non_blocking))
-
-    rcka._to_device(Host(), torch.device("cuda"))  # type: ignore[arg-type]
-    assert Host.done == ["pinned", ("cuda", True)]
 
 
 @pytest.mark.parametrize(("d_s", "d_t"), [(64, 8), (8, 128), (4, 4)])

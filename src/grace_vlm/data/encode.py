@@ -41,6 +41,7 @@ class Sample:
         row_index, row_id: what ledger lines and errors name.
         input_ids: (S,) int64. labels: (S,) int64, -100 where nothing is supervised, not shifted.
         positions: (3, S) int64. images: pictures in order, as named in the row.
+        visual: (n_visual,) int64, where its visual tokens stand.
     """
 
     row_index: int
@@ -49,6 +50,7 @@ class Sample:
     labels: np.ndarray
     positions: np.ndarray
     images: tuple[str, ...]
+    visual: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +104,8 @@ class Encoder:
         input_ids, supervised = np.repeat(ids, counts), np.repeat(supervised, counts)
         labels = np.where(supervised, input_ids, IGNORE_INDEX)
         positions = self.adapter.positions(self.config, input_ids, grids)
-        return Sample(row.index, row.id, input_ids, labels, positions, row.images)
+        visual = np.flatnonzero(input_ids == self.image_token_id)
+        return Sample(row.index, row.id, input_ids, labels, positions, row.images, visual)
 
     def _closed(self, ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """With the end-of-sequence token right after the last answer if the template closes it with nothing.

@@ -119,7 +119,7 @@ def compute_terms(
     targets: torch.Tensor,
     normalizers: Normalizers,
     *,
-    distillation_weight: float = 0.0,
+    distillation_weight: torch.Tensor | float = 0.0,
     relational_ramp: float = 1.0,
     student_relational: torch.Tensor | None = None,
     teacher_head: torch.Tensor | None = None,
@@ -131,16 +131,16 @@ def compute_terms(
 
     Args:
         hidden: (n_supervised, d_s) last hidden states. head: (V, d_s). targets: (n_supervised,) next tokens, all valid.
-        distillation_weight: beta times its warm-up. relational_ramp: the warm-up a_rel(t); omega is in ``objective``.
+        distillation_weight: beta times its warm-up, a number or a scalar tensor.
+        relational_ramp: the warm-up a_rel(t); omega is in ``objective``.
         student_relational: (n_visual, d_s) at the tapped layer. teacher_head: (V_t, d_t).
         signal: the teacher's record; None for ``sft`` and ``qat``.
         head_gradient: (V, d_s) sum that the fused loss adds the head's gradient to (``linear_gdkd``); ``total`` must
             then go backward unscaled. The other implementations leave it alone and use autograd.
     """
     words = _fused_words if objective.implementation == "fused" else _whole_words
-    total, cross_entropy, distillation = words(
-        objective, hidden, head, targets, normalizers, distillation_weight, teacher_head, signal, head_gradient
-    )
+    tokens = _Tokens(hidden, head, targets, normalizers, distillation_weight, teacher_head, signal, head_gradient)
+    total, cross_entropy, distillation = words(objective, tokens)
     relational = images = torch.zeros((), dtype=torch.float32, device=hidden.device)
     if objective.is_relational:
         assert student_relational is not None
@@ -153,37 +153,43 @@ def compute_terms(
     return LossTerms(total, cross_entropy.detach(), distillation.detach(), relational.detach(), images.detach())
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What the vocabulary's part of the loss is made of; as in ``compute_terms``."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    targets: torch.Tensor
+    normalizers: Normalizers
+    distillation_weight: torch.Tensor | float
+    teacher_head: torch.Tensor | None
+    signal: TeacherSignal | None
+    head_gradient: torch.Tensor | None
+
+
 _Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(weighted total with graph, cross-entropy sum, gated distillation sum): scalars."""
 
 
-def _fused_words(
-    objective: Objective,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    normalizers: Normalizers,
-    distillation_weight: float,
-    teacher_head: torch.Tensor | None,
-    signal: TeacherSignal | None,
-    head_gradient: torch.Tensor | None,
-) -> _Words:
+def _fused_words(objective: Objective, given: _Tokens) -> _Words:
+    signal, normalizers = given.signal, given.normalizers
     assert signal is not None or not objective.needs_teacher
     gate = signal.gate if objective.needs_teacher and signal is not None else None
+    weights = None if gate is None else given.distillation_weight * gate / normalizers.gate.clamp_min(1e-8)
     terms = linear_gdkd(
-        hidden,
-        head,
-        targets,
+        given.hidden,
+        given.head,
+        given.targets,
         cross_entropy_weights=1.0 / normalizers.tokens.clamp_min(1.0),
         teacher_hidden=None if gate is None or signal is None else signal.hidden,
-        teacher_head=None if gate is None else teacher_head,
-        distillation_weights=None if gate is None else distillation_weight * gate / normalizers.gate.clamp_min(1e-8),
+        teacher_head=None if gate is None else given.teacher_head,
+        distillation_weights=weights,
         temperature=objective.temperature,
         tckd_weight=objective.tckd_weight,
         nckd_weight=objective.nckd_weight,
         decoupled=objective.is_decoupled,
         vocabulary=objective.vocabulary,
-        head_gradient=head_gradient,
+        head_gradient=given.head_gradient,
     )
     distillation = terms.distillation.sum() if gate is None else (gate * terms.distillation).sum()
     return terms.loss, terms.cross_entropy.sum(), distillation
@@ -196,30 +202,20 @@ def _reference_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden.float(), head.float())
 
 
-def _whole_words(
-    objective: Objective,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    normalizers: Normalizers,
-    distillation_weight: float,
-    teacher_head: torch.Tensor | None,
-    signal: TeacherSignal | None,
-    head_gradient: torch.Tensor | None,
-) -> _Words:
+def _whole_words(objective: Objective, given: _Tokens) -> _Words:
     logits_of = official_logits if objective.implementation == "official" else _reference_logits
-    logits = logits_of(hidden, head)
+    logits = logits_of(given.hidden, given.head)
     cross_entropy = F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum"
+        logits if logits.dtype == torch.float64 else logits.float(), given.targets, reduction="sum"
     )
-    total = cross_entropy / normalizers.tokens.clamp_min(1.0)
-    distillation = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    total = cross_entropy / given.normalizers.tokens.clamp_min(1.0)
+    distillation = torch.zeros((), dtype=torch.float32, device=logits.device)
     if objective.needs_teacher:
-        assert signal is not None
-        assert teacher_head is not None
-        teacher_logits = logits_of(signal.hidden, teacher_head)
-        distillation = _whole_distillation(objective, logits, teacher_logits, targets, signal.gate)
-        total = total + distillation_weight * distillation / normalizers.gate.clamp_min(1e-8)
+        assert given.signal is not None
+        assert given.teacher_head is not None
+        teacher_logits = logits_of(given.signal.hidden, given.teacher_head)
+        distillation = _whole_distillation(objective, logits, teacher_logits, given.targets, given.signal.gate)
+        total = total + given.distillation_weight * distillation / given.normalizers.gate.clamp_min(1e-8)
     return total, cross_entropy, distillation
 
 

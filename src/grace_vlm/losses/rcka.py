@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from grace_vlm.kernels.upload import upload
+
 DEGENERATE_SQUARED_NORM = 1e-8
 NORM_FLOOR = 1e-12
 """Of a token's length, as in ``F.normalize``."""
@@ -54,13 +56,6 @@ def _sub_batches(lengths: Sequence[int], min_tokens: int, image_bytes: Callable[
         size = max(1, SUB_BATCH_BYTES // image_bytes(lengths[bucket_images[-1]]))
         batches += [bucket_images[first : first + size] for first in range(0, len(bucket_images), size)]
     return batches
-
-
-def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a host tensor on ``device``. From pinned memory: from any other the host waits for the GPU."""
-    if device.type == "cuda" and host.numel():
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
 
 
 def _arithmetic_dtype(features: torch.Tensor) -> torch.dtype:
@@ -149,7 +144,7 @@ class _RelationalLoss(torch.autograd.Function):
         starts = list(itertools.accumulate(lengths, initial=0))
         images = list(itertools.chain.from_iterable(batches))
         table = [[starts[image] for image in images], [lengths[image] for image in images]]
-        places = _to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), student.device)
+        places = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), student.device)
         total, count = student.new_zeros((), dtype=dtype), student.new_zeros((), dtype=dtype)
         gradient = student.new_zeros(student.shape[0] + 1, student.shape[1], dtype=dtype) if needs_gradient else None
         for batch, part in zip(batches, places.split([len(batch) for batch in batches], dim=1), strict=True):

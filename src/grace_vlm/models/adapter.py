@@ -102,6 +102,8 @@ class Adapter(Protocol):
         cache: Any = None,
         tap: int | None = None,
         segments: tuple[int, ...] | None = None,
+        visual: torch.Tensor | None = None,
+        recompute: int = 0,
     ) -> DecoderStates:
         """Decoder forward.
 
@@ -111,6 +113,8 @@ class Adapter(Protocol):
             attention_mask: (B, S), only needed with left padding. cache: key-value cache, appended to.
             tap: index into ``hidden_states`` (-2: input of the last layer) of the relational features.
             segments: lengths of the samples that lie end to end in a (1, S) row; no token sees another sample's.
+            visual: (n_visual,) int64 flat positions of the visual tokens in B*S; None: looked for, at a GPU's cost.
+            recompute: so many of the first layers keep no activations; the backward pass computes them again.
         """
         ...
 

@@ -1,26 +1,33 @@
 """One forward of a decoder: what all architectures share.
 
-Attention has two forms here. Rows of a padded batch, and anything with a cache or a mask, go through Transformers' own
-SDPA. Samples that lie end to end in one row (packing) go through ``attend_segments``, which keeps them apart by their
-lengths; without lengths it is plain causal SDPA. It needs no mask, and Transformers makes none for an attention
-function that registers none: a (S, S) mask is 64 MiB at 8,192 tokens and rules out the fast kernels.
+Training runs the layers of a Transformers decoder itself (``_run_layers``); generation, which has a cache and a mask,
+goes through the decoder's own ``forward`` under SDPA. The loop here is that forward without what makes a GPU wait or a
+compiler give up: visual tokens are found by positions that the host knows and not by a boolean mask, which CUDA must
+count first; a layer's input is taken between two layers and not by a hook inside one; and which layers are computed
+again in the backward pass is said layer by layer (``Recompute``).
 
-The choice is written into the decoder's configuration for the call. With gradient checkpointing it stays written:
-layers run again in the backward pass, and must attend as they did in the forward.
+Samples that lie end to end in one row (packing) are kept apart in attention by their lengths; without lengths it is
+plain causal SDPA. It needs no mask: a (S, S) mask is 64 MiB at 8,192 tokens and rules out the fast kernels.
+
+The attention of a forward is written into the decoder's configuration. Where gradients are made it stays written:
+layers that run again in the backward pass must attend as they did in the forward.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates
 
 _SEGMENTS = "grace_segments"
@@ -34,6 +41,9 @@ def attend_segments(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     segments: tuple[int, ...] | None = None,
+    borders: torch.Tensor | None = None,
+    longest: int | None = None,
+    causal: dict[str, Any] | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -42,23 +52,27 @@ def attend_segments(
     Args:
         query: (B, heads, S, d). key, value: (B, kv_heads, S, d); B is 1 with segments.
         segments: lengths that sum to S; None: every row is one segment.
+        borders: (len(segments) + 1,) int32 on the device, 0 and the ends of the segments; instead of ``segments``
+            where one kernel does all of them: a compiled layer is then the same for every packing.
+        longest: not below the longest segment. causal: ``_causal()``, which a compiler cannot ask.
 
     Returns:
         (B, S, heads, d), None.
     """
     assert attention_mask is None
-    longest = max(segments) if segments is not None else query.shape[2]
+    longest = longest if longest is not None else max(segments) if segments is not None else query.shape[2]
     if sliding_window is not None and longest > sliding_window:
         raise ConfigError(
             f"this model attends in a sliding window of {sliding_window} tokens and a row has {longest}, which is not "
             "trained; set data.max_tokens to the window or use_sliding_window to false in its config.json"
         )
+    if borders is not None:
+        assert causal is not None
+        return _attend_varlen(query, key, value, scaling, borders, longest, causal), None
     grouped = query.shape[1] != key.shape[1]
     if segments is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).contiguous(), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _attend_varlen(query, key, value, scaling, segments), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in zip(*(x.split(list(segments), dim=2) for x in (query, key, value)), strict=True)
@@ -67,7 +81,13 @@ def attend_segments(
 
 
 def _attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, segments: tuple[int, ...]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    borders: torch.Tensor,
+    longest: int,
+    causal: dict[str, Any],
 ) -> torch.Tensor:
     """All segments in one kernel. Keys are repeated to the query's heads: torch 2.11 has no grouped form of it."""
     from torch.nn.attention.varlen import varlen_attn
@@ -75,25 +95,26 @@ def _attend_varlen(
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
-    ends = torch.tensor((0, *segments), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    ends = ends.to(query.device, non_blocking=True)
-    longest = max(segments)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     default = query.shape[-1] ** -0.5
-    if scale != default:
-        q = q * (scale / default)
-    # How a kernel is told to be causal changed between torch 2.11 and 2.14.
-    causal: dict[str, Any] = {"window_size": (-1, 0)}
-    if "is_causal" in inspect.signature(varlen_attn).parameters:
-        causal = {"is_causal": True}
-    out: Any = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, **causal)
+    if scaling is not None and scaling != default:
+        q = q * (scaling / default)
+    out: Any = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), borders, borders, longest, longest, **causal)
     return out.unsqueeze(0)
+
+
+@functools.cache
+def _causal() -> dict[str, Any]:
+    """How ``varlen_attn`` is told to be causal; it changed between torch 2.11 and 2.14."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    is_new = "is_causal" not in inspect.signature(varlen_attn).parameters
+    return {"window_size": (-1, 0)} if is_new else {"is_causal": True}
 
 
 @contextmanager
 def attention(module: Any, name: str, function: Callable[..., Any] | None = None) -> Iterator[None]:
-    """``module`` (a Transformers model with a configuration) attends by ``name`` inside the block, and after it if
-    its layers will be recomputed."""
+    """``module`` (a Transformers model with a configuration) attends by ``name`` inside the block, and after it where
+    gradients are made: its layers may run again in the backward pass."""
     if function is not None:
         from transformers import AttentionInterface
 
@@ -103,7 +124,7 @@ def attention(module: Any, name: str, function: Callable[..., Any] | None = None
     try:
         yield
     finally:
-        if not (getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             module.config._attn_implementation = before
 
 
@@ -111,52 +132,124 @@ def run_decoder(
     language: Any,
     embeds: torch.Tensor,
     position_ids: torch.Tensor,
-    visual_mask: torch.Tensor,
+    visual: torch.Tensor,
     *,
     attention_mask: torch.Tensor | None,
     cache: Any,
     tap: int | None,
     segments: tuple[int, ...] | None,
-    **extra: Any,
+    recompute: int = 0,
+    deepstack: Sequence[torch.Tensor] = (),
 ) -> DecoderStates:
     """The decoder on embeddings, with the input of one layer tapped at the visual tokens.
 
     Args:
-        language: a Transformers decoder with ``layers``. embeds: (B, S, d). visual_mask: (B, S) bool.
-        position_ids: as the decoder takes them. Others as ``Adapter.decode``; ``extra`` goes to the decoder.
+        language: a Transformers decoder with ``rotary_emb``, ``layers`` and ``norm``. embeds: (B, S, d).
+        position_ids: as the decoder takes them. visual: (n_visual,) flat positions of the visual tokens.
+        deepstack: (n_visual, d) each, added to the visual tokens after the first layers, one after each.
+        Others as ``Adapter.decode``.
     """
+    num_layers = len(language.layers)
+    # hidden_states[-2] is what enters the last layer, with any DeepStack addition already made.
+    tapped_layer = None if tap is None else num_layers + 1 + tap if tap < 0 else tap
+    if attention_mask is None and cache is None:
+        how = _segment_arguments(segments, embeds)
+        with attention(language, _SEGMENTS, attend_segments):
+            return _run_layers(language, embeds, position_ids, visual, tapped_layer, recompute, deepstack, how)
+    assert segments is None, "packed rows have neither mask nor cache"
+    with attention(language, "sdpa"):
+        return _run_stock(language, embeds, position_ids, visual, tapped_layer, deepstack, attention_mask, cache)
+
+
+def _run_layers(
+    language: Any,
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    visual: torch.Tensor,
+    tapped_layer: int | None,
+    recompute: int,
+    deepstack: Sequence[torch.Tensor],
+    how: dict[str, Any],
+) -> DecoderStates:
+    """Layer by layer; ``how``: arguments of every layer."""
+    rotary = language.rotary_emb(embeds, position_ids)
+    hidden, tapped = embeds, None
+    for number, layer in enumerate(language.layers):
+        if number == tapped_layer:
+            tapped = hidden.flatten(0, 1).index_select(0, visual)
+        if number < recompute and torch.is_grad_enabled():
+            hidden = checkpoint(
+                layer, hidden, position_embeddings=rotary, use_reentrant=False, preserve_rng_state=False, **how
+            )
+        else:
+            hidden = layer(hidden, position_embeddings=rotary, **how)
+        if number < len(deepstack):
+            added = hidden.flatten(0, 1).index_add(0, visual, deepstack[number].to(hidden.dtype))
+            hidden = added.view(hidden.shape)
+    return DecoderStates(language.norm(hidden), tapped)
+
+
+def _run_stock(
+    language: Any,
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    visual: torch.Tensor,
+    tapped_layer: int | None,
+    deepstack: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+) -> DecoderStates:
+    """The decoder's own forward."""
     tapped: list[torch.Tensor] = []
     hook = None
-    if tap is not None:
-        # hidden_states[-2] is what enters the last layer, with any DeepStack addition already made.
-        layer = language.layers[len(language.layers) + 1 + tap if tap < 0 else tap]
-        hook = layer.register_forward_pre_hook(lambda _, args: tapped.append(args[0]))
-    is_plain = attention_mask is None and cache is None
-    assert is_plain or segments is None, "packed rows have neither mask nor cache"
-    chosen = attention(language, _SEGMENTS, attend_segments) if is_plain else attention(language, "sdpa")
-    if segments is not None:
-        extra["segments"] = segments
+    if tapped_layer is not None:
+        hook = language.layers[tapped_layer].register_forward_pre_hook(lambda _, args: tapped.append(args[0]))
+    extra: dict[str, Any] = {}
+    if deepstack:
+        mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        mask.view(-1)[visual] = True
+        extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack)}
     try:
-        with chosen:
-            out = language(
-                inputs_embeds=embeds,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **extra,
-            )
+        out = language(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **extra,
+        )
     finally:
         if hook is not None:
             hook.remove()
-    return DecoderStates(out.last_hidden_state, tapped[0][visual_mask] if tapped else None)
+    return DecoderStates(out.last_hidden_state, tapped[0].flatten(0, 1)[visual] if tapped else None)
+
+
+def _segment_arguments(segments: tuple[int, ...] | None, embeds: torch.Tensor) -> dict[str, Any]:
+    """What the layers are told of the segments: their borders on the device if one kernel does them all."""
+    arguments: dict[str, Any] = {"attention_mask": None}
+    if segments is not None and embeds.is_cuda and embeds.dtype in (torch.bfloat16, torch.float16):
+        borders = torch.tensor((0, *segments), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        arguments["borders"] = upload(borders, embeds.device)
+        arguments |= {"longest": max(segments), "causal": _causal()}
+    elif segments is not None:
+        arguments["segments"] = segments
+    return arguments
 
 
 def place_visual(
-    embeds: torch.Tensor, input_ids: torch.Tensor, image_token_id: int, merged: torch.Tensor | None
+    embeds: torch.Tensor,
+    input_ids: torch.Tensor,
+    image_token_id: int,
+    merged: torch.Tensor | None,
+    visual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(embeds with the visual tokens' rows replaced by ``merged`` (n_visual, d), mask (B, S) of those rows)."""
-    mask = input_ids == image_token_id
+    """(embeds (B, S, d) with the visual tokens' rows replaced by ``merged`` (n_visual, d), their flat positions).
+
+    ``visual``: those positions if the caller knows them; None looks for the token, which a GPU must wait for.
+    """
+    if visual is None:
+        visual = (input_ids.flatten() == image_token_id).nonzero().squeeze(1)
     if merged is not None:
-        embeds = embeds.masked_scatter(mask.unsqueeze(-1), merged.to(embeds.dtype))
-    return embeds, mask
+        placed = embeds.flatten(0, 1).index_copy(0, visual, merged.to(embeds.dtype))
+        embeds = placed.view(embeds.shape)
+    return embeds, visual

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
 from grace_vlm.quant.plan import Part
@@ -61,7 +62,7 @@ class LlavaAdapter:
     def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
         tower, config = model.model.vision_tower, model.config
         weight = next(tower.parameters())
-        images = torch.stack([part.to(weight.device, non_blocking=True) for part in pixels]).to(weight.dtype)
+        images = torch.stack([upload(part, weight.device) for part in pixels]).to(weight.dtype)
         states = tower(images, output_hidden_states=True).hidden_states
         layers = config.vision_feature_layer
         chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -80,17 +81,21 @@ class LlavaAdapter:
         cache: Any = None,
         tap: int | None = None,
         segments: tuple[int, ...] | None = None,
+        visual: torch.Tensor | None = None,
+        recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
         merged = model.model.multi_modal_projector(torch.cat([p.hidden for p in vision])) if vision else None
-        embeds, mask = place_visual(language.embed_tokens(input_ids), input_ids, model.config.image_token_id, merged)
+        embeds = language.embed_tokens(input_ids)
+        embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(
             language,
             embeds,
             position_ids[0],
-            mask,
+            visual,
             attention_mask=attention_mask,
             cache=cache,
             tap=tap,
             segments=segments,
+            recompute=recompute,
         )

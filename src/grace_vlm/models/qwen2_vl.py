@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
 from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_equal_grids
@@ -74,19 +75,23 @@ class Qwen2VLAdapter:
         cache: Any = None,
         tap: int | None = None,
         segments: tuple[int, ...] | None = None,
+        visual: torch.Tensor | None = None,
+        recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
         merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision])) if vision else None
-        embeds, mask = place_visual(language.embed_tokens(input_ids), input_ids, model.config.image_token_id, merged)
+        embeds = language.embed_tokens(input_ids)
+        embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(
             language,
             embeds,
             position_ids,
-            mask,
+            visual,
             attention_mask=attention_mask,
             cache=cache,
             tap=tap,
             segments=segments,
+            recompute=recompute,
         )
 
 
@@ -104,7 +109,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         window_index, _ = get_vision_window_index(
             grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size
         )
-        patches = torch.cat([part.to(weight.device, non_blocking=True) for part in pixels]).to(weight.dtype)
+        patches = torch.cat([upload(part, weight.device) for part in pixels]).to(weight.dtype)
         state = visual(patches, grid_thw=grid_thw.to(weight.device))
         in_windows = state.last_hidden_state
         tokens = in_windows.reshape(len(window_index), -1, in_windows.shape[-1])

@@ -82,23 +82,26 @@ class Qwen3VLAdapter:
         cache: Any = None,
         tap: int | None = None,
         segments: tuple[int, ...] | None = None,
+        visual: torch.Tensor | None = None,
+        recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
-        deepstack: list[torch.Tensor] | None = None
+        deepstack: list[torch.Tensor] = []
         merged = None
         if vision:
             merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision]))
             deepstack = [torch.cat(layer) for layer in zip(*(picture.deepstack for picture in vision), strict=True)]
-        embeds, mask = place_visual(language.embed_tokens(input_ids), input_ids, model.config.image_token_id, merged)
+        embeds = language.embed_tokens(input_ids)
+        embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(
             language,
             embeds,
             position_ids,
-            mask,
+            visual,
             attention_mask=attention_mask,
             cache=cache,
             tap=tap,
             segments=segments,
-            visual_pos_masks=mask if vision else None,
-            deepstack_visual_embeds=deepstack,
+            recompute=recompute,
+            deepstack=deepstack,
         )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import Grid, TowerOutput
 from grace_vlm.models.decoder import attention
 
@@ -51,7 +52,7 @@ def run_equal_grids(
     with attention(visual, _EQUAL_GRIDS, attend_equal_grids):
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
-            patches = torch.cat([pixels[i].to(weight.device, non_blocking=True) for i in members]).to(weight.dtype)
+            patches = torch.cat([upload(pixels[i], weight.device) for i in members]).to(weight.dtype)
             state = visual(
                 patches,
                 grid_thw=torch.tensor([grid] * len(members)),

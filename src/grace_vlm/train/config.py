@@ -145,11 +145,24 @@ class RuntimeConfig(_Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     seed: int = Field(0, description="order of the rows, and a toy's random start")
     gradient_checkpointing: bool = Field(False, description="recompute activations of the decoder layers")
+    kept_layers: int = Field(
+        0, ge=0, description="gradient_checkpointing: so many of the last decoder layers keep theirs all the same"
+    )
+    compile: bool = Field(
+        False, description="on a GPU, compile the decoder layers: a minute at the start, a third less time after"
+    )
+    frozen_batch_tokens: int = Field(
+        8192, ge=1, description="teacher and vision towers see micro-batches of a step together, up to so many tokens"
+    )
     tower_cache_gib: float = Field(0.0, ge=0, description="memory for outputs of the frozen vision tower, GiB")
     record_every_steps: int = Field(1, ge=1, description="one line of metrics.jsonl each so many steps")
     checkpoint_every_steps: int = Field(0, ge=0, description="0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest complete ones kept")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="besides metrics.jsonl")
+
+    def recomputed_layers(self, num_layers: int) -> int:
+        """How many of a decoder's first layers keep no activations."""
+        return max(0, num_layers - self.kept_layers) if self.gradient_checkpointing else 0
 
 
 class Recipe(_Section):

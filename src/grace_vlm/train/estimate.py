@@ -13,6 +13,7 @@ at two rows a micro-batch is most of a step. Both constants are from one H100 an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ GPUS: Mapping[str, float] = {
 """Dense BF16 FLOP/s by the vendor's data sheet."""
 ACHIEVED_FRACTION = 0.5
 """Of the data sheet's rate, what the products of a step reach once they run (benchmarks/results/true_size.csv)."""
-LAUNCH_SECONDS = 0.0024
-"""Of the host, for one pass of one micro-batch through one decoder layer."""
+LAUNCH_SECONDS = {False: 0.0024, True: 0.0005}
+"""Of the host, for one pass of one micro-batch through one decoder layer, as it is and compiled."""
 WHOLE_LOGITS_BYTES = {"reference": (12, 48), "official": (12, 40)}
 """A supervised position and word where the loss keeps whole logits, without a teacher and with one: logits and what
 autograd keeps of them (largest sum of live tensors, counted on a CPU)."""
@@ -71,6 +72,7 @@ class Estimate:
         num_rows: of one optimizer step on one process; ``tokens`` likewise.
         flop: of one optimizer step; ``flop_by_part`` adds up to it.
         layer_passes: of one optimizer step: micro-batches times decoder layers times passes, student and teacher.
+        is_compiled: whether those layers are.
     """
 
     memory: Mapping[str, int]
@@ -78,7 +80,8 @@ class Estimate:
     tokens: int
     flop_by_part: Mapping[str, float]
     num_steps: int
-    layer_passes: int
+    layer_passes: float
+    is_compiled: bool
 
     @property
     def peak_bytes(self) -> int:
@@ -90,7 +93,7 @@ class Estimate:
 
     def step_seconds(self, gpu: str) -> float:
         """One optimizer step on one GPU of that name."""
-        return self.flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS
+        return self.flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS[self.is_compiled]
 
     def hours(self, gpu: str) -> float:
         """The whole run on one GPU of that name."""
@@ -222,12 +225,9 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
     patches = rows * load.visual_tokens * own.patches_per_token
     supervised = tokens * load.supervised_share
     num_scales = sum(entry.num_scales for entry in plan.entries)
-    checkpointing = recipe.runtime.gradient_checkpointing
-    kept = (
-        own.layers * tokens * own.hidden * 2 + _layer_bytes(own, tokens)
-        if checkpointing
-        else (own.layers * _layer_bytes(own, tokens))
-    )
+    again = recipe.runtime.recomputed_layers(own.layers)
+    # Of a layer that is computed again its input, and of one at a time all the rest.
+    kept = again * tokens * own.hidden * 2 + (own.layers - again + (again > 0)) * _layer_bytes(own, tokens)
     parts = {
         "student weights": 2 * own.num_parameters,
         "masters": 4 * trained,
@@ -251,9 +251,9 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
     return parts
 
 
-def _student_passes(recipe: Recipe) -> int:
-    """Forward, twice that backward, and the forward again where activations are not kept."""
-    return 4 if recipe.runtime.gradient_checkpointing else 3
+def _student_passes(recipe: Recipe, num_layers: int) -> float:
+    """Forward, twice that backward, and the forward again of layers whose activations are not kept."""
+    return 3 + recipe.runtime.recomputed_layers(num_layers) / num_layers
 
 
 def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, float]:
@@ -262,8 +262,8 @@ def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load
     supervised = tokens * load.supervised_share
     own = _Sizes.of(*student)
     forward = _forward_flop(own, tokens, load.row_tokens, int(visual * own.patches_per_token))
-    passes = _student_passes(recipe)
-    tower_passes = passes if recipe.model.train == "all" else 1
+    passes = _student_passes(recipe, own.layers)
+    tower_passes = 1 if recipe.model.train != "all" else 4 if recipe.runtime.gradient_checkpointing else 3
     parts = {f"student {part}": flop * (tower_passes if part == "tower" else passes) for part, flop in forward.items()}
     parts["student head"] = 6.0 * own.hidden * own.vocabulary * supervised
     if teacher is not None:
@@ -297,9 +297,17 @@ def estimate(
         tokens=tokens,
         flop_by_part=_flop(recipe, student, teacher, load),
         num_steps=recipe.optim.num_steps,
-        layer_passes=data.accumulation
-        * (
-            _student_passes(recipe) * student[0].config.text_config.num_hidden_layers
-            + (teacher[0].config.text_config.num_hidden_layers if teacher is not None else 0)
-        ),
+        layer_passes=_layer_passes(recipe, student[0], None if teacher is None else teacher[0], load),
+        is_compiled=recipe.runtime.compile,
     )
+
+
+def _layer_passes(recipe: Recipe, student: Any, teacher: Any, load: Load) -> float:
+    """Micro-batches times layers times passes; the teacher sees several micro-batches at a time."""
+    data = recipe.data
+    layers = student.config.text_config.num_hidden_layers
+    passes = data.accumulation * _student_passes(recipe, layers) * layers
+    if teacher is not None:
+        together = max(1, recipe.runtime.frozen_batch_tokens // _micro_batch_tokens(recipe, load))
+        passes += math.ceil(data.accumulation / together) * teacher.config.text_config.num_hidden_layers
+    return passes

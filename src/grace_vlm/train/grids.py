@@ -79,6 +79,10 @@ class Grids:
         raw = self._log_scale.exp()
         return raw, round_scale(raw, self.scheme.scale_rounding)
 
+    def are_finite(self) -> torch.Tensor:
+        """Whether every log-scale is a number, a bool scalar: one of -inf makes a group of zeros and no NaN."""
+        return self._log_scale.isfinite().all()
+
     @torch.no_grad()
     def write_leaves(self, count_flips: bool) -> torch.Tensor | None:
         """Every leaf from its master and log-scale; how many codes flipped, a scalar tensor, if they are counted."""

@@ -37,6 +37,7 @@ from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
+from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.load import pick_device
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
@@ -45,7 +46,7 @@ from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import check_relational_layer, choose_trained, open_rows, open_student, open_teacher, plan_for
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
-from grace_vlm.train.step import Stepper, StepReport
+from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.teacher import OnlineTeacher
 
 Notify = Callable[[str], None]
@@ -90,14 +91,12 @@ class Run:
             self.adaptive,
             self.accelerator,
         )
-        if recipe.runtime.gradient_checkpointing:
-            model = self.student.model
-            # Renamed in Transformers 5.2x; 5.17 has the old name only.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            # Transformers recomputes only in training mode; none of these models has dropout.
-            self.student.model.train()
-            require_no_dropout(self.student.model)
+        if recipe.runtime.gradient_checkpointing and trained_tower:
+            recompute_tower(self.student.model)
+        if recipe.runtime.compile and self.accelerator.device.type == "cuda":
+            compile_layers(self.student.model)
+            if self.teacher is not None:
+                compile_layers(self.teacher.model)
 
     def _open_loader(self, rows: RowFile) -> TrainLoader:
         data, student = self.recipe.data, self.student
@@ -130,7 +129,7 @@ class Run:
         )
 
     def _keeps_features(self, name: str) -> bool:
-        return self.vision.keeps(name) and (self.teacher is None or self.teacher.vision.keeps(name))
+        return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))
 
     def _open_teacher(self, cache_bytes: int) -> OnlineTeacher | None:
         loaded = open_teacher(self.recipe, self.student)
@@ -188,27 +187,45 @@ class Run:
         return state.step
 
     def steps(self, first: int, recorder: Recorder, progress: Progress) -> None:
-        """Run the optimizer steps from ``first`` on, recording and saving."""
+        """Run the optimizer steps from ``first`` on, recording and saving.
+
+        A step is read when the next one has been queued, or at once where it is followed by a checkpoint.
+        """
         runtime, num_steps = self.recipe.runtime, self.recipe.optim.num_steps
-        for step in range(first, num_steps):
-            started = time.perf_counter()
-            is_recorded = step % runtime.record_every_steps == 0 or step == num_steps - 1
-            batches = [self.loader.next() for _ in range(self.recipe.data.accumulation)]
-            report = self.stepper.run(step, batches, count_flips=is_recorded)
-            if is_recorded:
-                recorder.add(self._line(report, time.perf_counter() - started))
+        last_read = time.perf_counter()
+
+        def read(pending: PendingStep) -> None:
+            nonlocal last_read
+            report = pending.resolve()
+            now = time.perf_counter()
+            if self._is_recorded(report.step):
+                recorder.add(self._line(report, now - last_read))
+            last_read = now
             progress(report, num_steps)
-            done = step + 1
+
+        pending: PendingStep | None = None
+        for step in range(first, num_steps):
+            batches = [self.loader.next() for _ in range(self.recipe.data.accumulation)]
+            queued = self.stepper.launch(step, batches, count_flips=self._is_recorded(step))
+            if pending is not None:
+                read(pending)
+            pending, done = queued, step + 1
             if runtime.checkpoint_every_steps and done % runtime.checkpoint_every_steps == 0 and done < num_steps:
+                read(pending)
+                pending = None
                 save_checkpoint(self.out / "checkpoints", done, self.state(done), runtime.keep_checkpoints)
+        if pending is not None:
+            read(pending)
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self.recipe.runtime.record_every_steps == 0 or step == self.recipe.optim.num_steps - 1
 
     def _line(self, report: StepReport, seconds: float) -> dict[str, Any]:
         line = dataclasses.asdict(report)
         if self.masters.num_codes:
             line["codes_flipped_fraction"] = report.codes_flipped / self.masters.num_codes
-            line["scale_drift"] = self.masters.scale_drift()
         else:
-            del line["codes_flipped"]
+            del line["codes_flipped"], line["scale_drift"]
         line["tokens_per_second"] = round(report.tokens / seconds, 1)
         return line
 
@@ -230,8 +247,16 @@ class Run:
         )
 
 
-def require_no_dropout(model: nn.Module) -> None:
-    """Training mode must change nothing but recomputation."""
+def recompute_tower(model: Any) -> None:
+    """Let a trained vision tower keep no activations; the decoder's are ours to choose (``models/decoder.py``)."""
+    # Renamed in Transformers 5.2x; 5.17 has the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.model.language_model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    # Transformers recomputes only in training mode, which must change nothing else.
+    model.train()
     active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     if active:
         raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")

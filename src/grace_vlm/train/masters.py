@@ -94,6 +94,7 @@ class Masters:
         scale_gradient: ScaleGradient = "none",
     ) -> None:
         self.clip_mask, self.scale_gradient = clip_mask, scale_gradient
+        self._device = next(model.parameters()).device
         self._tracked: dict[str, _Tracked] = {}
         self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
@@ -141,12 +142,12 @@ class Masters:
         yield from ((name, found[name]) for name in self._tracked if name in found)
 
     @torch.no_grad()
-    def materialize(self, count_flips: bool = False) -> int:
+    def materialize(self, count_flips: bool = False) -> torch.Tensor:
         """Write every leaf from its master; gradient sums start again.
 
         Returns:
-            how many codes changed since the last call, if they are counted (a host read), else 0. The old codes are
-            read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
+            how many codes changed since the last call, an int64 scalar on the device; 0 if they are not counted. The
+            old codes are read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
         """
         for tracked in self._tracked.values():
             tracked.gradient.clear()
@@ -155,8 +156,12 @@ class Masters:
                 # FP64 models (tests) keep the master's value: they check gradients, not rounding.
                 exact = tracked.master.dtype == torch.float64
                 tracked.leaf.copy_(tracked.master if exact else tracked.master.to(torch.bfloat16))
-        flipped = [found for grids in self._grids if (found := grids.write_leaves(count_flips)) is not None]
-        return int(torch.stack(flipped).sum()) if flipped else 0
+        flipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        for grids in self._grids:
+            found = grids.write_leaves(count_flips)
+            if found is not None:
+                flipped = flipped + found
+        return flipped
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -184,11 +189,19 @@ class Masters:
         """Trained weights on a grid."""
         return sum(tracked.master.numel() for tracked in self._tracked.values() if tracked.on_grid)
 
+    def scales_are_finite(self) -> torch.Tensor:
+        """Whether every log-scale is a number, a bool scalar on the device."""
+        found = torch.ones((), dtype=torch.bool, device=self._device)
+        for grids in self._grids:
+            found = found & grids.are_finite()
+        return found
+
     @torch.no_grad()
-    def scale_drift(self) -> float:
-        """Mean |log s - log s_0| over all groups: how far the scales have moved since the start; 0 without a grid."""
+    def scale_drift(self) -> torch.Tensor:
+        """Mean |log s - log s_0| over all groups: how far the scales have moved since the start; 0 without a grid. A
+        scalar on the device."""
         drifts = [(s - self._initial_log_scales[name]).abs().flatten() for name, s in self.log_scales()]
-        return float(torch.cat(drifts).mean()) if drifts else 0.0
+        return torch.cat(drifts).mean() if drifts else torch.zeros((), device=self._device)
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:

@@ -59,6 +59,11 @@ class Optimizer:
         """Scale all gradients to the global norm limit; returns the norm before, a scalar tensor."""
         return torch.nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.config.max_grad_norm)
 
+    def guard(self, stopped: torch.Tensor) -> None:
+        """Obey a flag: an FP32 scalar on the device. While it is 1, a step leaves weights, moments and counters as
+        they are; nothing is read to know it."""
+        self._adamw.found_inf = stopped  # type: ignore[attr-defined]
+
     def step(self, step: int) -> float:
         """One update at 0-based ``step``; returns the learning rate of the masters."""
         factor = learning_rate_factor(step, self.config.num_steps, self.config.warmup_fraction)

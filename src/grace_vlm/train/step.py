@@ -3,10 +3,14 @@
     1. teacher over all micro-batches           -> a TeacherSignal each, and the normalisers of the step
     2. student forward and backward, each       -> dL/dleaf, accumulated in FP32
     3. one straight-through backward            -> gradients of masters and log-scales; clip
-    4. one read of all measurements; if any is not finite: stop, with the weights of before the step
-    5. optimizer, then the leaves are written once from the masters
+    4. optimizer, unless a number was not finite, now or before: then every weight stays as it is
+    5. the leaves are written once from the masters; all measurements start on their way to the host
 
 Everything that is normalised over the step is summed first and reduced over ranks, unconditionally, once.
+
+The host reads one vector a step, when it likes (``PendingStep``): the loop reads it after the next step has been
+queued, so the GPU never waits for the host to look. What stops the optimizer is therefore a flag on the device, which
+stays up once it is up: of the step after a bad one nothing is learned either.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from typing import ClassVar
 import torch
 from accelerate import Accelerator
 
-from grace_vlm.data.collate import Batch
+from grace_vlm.data.collate import Batch, grouped
 from grace_vlm.errors import ConfigError, NonFiniteError
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.losses.linear_gdkd import unknown_target
 from grace_vlm.losses.objective import LossTerms, Normalizers, compute_terms
 from grace_vlm.losses.signal import TeacherSignal
-from grace_vlm.models.adapter import plain_head
+from grace_vlm.models.adapter import TowerOutput, plain_head
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.config import LossConfig, Recipe
@@ -38,7 +42,8 @@ class StepReport:
     """What one optimizer step measured, over all micro-batches and ranks.
 
     ``distillation`` is the unscaled GDKD (T^2 included), ``relational`` the mean of 1 - CKA; a term that the method
-    lacks is None. ``weight`` is the beta that was in force. ``codes_flipped`` is 0 where they were not counted.
+    lacks is None. ``weight`` is the beta that was in force. ``codes_flipped`` and ``scale_drift`` (mean
+    |log s - log s_0| over all groups) are 0 where they were not counted.
     """
 
     step: int
@@ -55,6 +60,7 @@ class StepReport:
     images: int
     images_in_relation: int
     codes_flipped: int
+    scale_drift: float
 
 
 def ramp(step: int, warmup_steps: int) -> float:
@@ -62,32 +68,108 @@ def ramp(step: int, warmup_steps: int) -> float:
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
-@dataclass
-class _Measured:
-    """Sums over one micro-batch, as device scalars: read by the host once a step."""
+TERMS = ("cross_entropy", "distillation", "relational", "images", "teacher gate")
+"""What is measured of a micro-batch, as sums."""
 
-    NAMES: ClassVar = ("cross_entropy", "distillation", "relational", "images", "teacher gate")
 
-    terms: LossTerms
-    gate_sum: torch.Tensor
-    batch: Batch
+def _row(terms: LossTerms, gate_sum: torch.Tensor) -> torch.Tensor:
+    """(5,) FP64 on the device, in the order of ``TERMS``."""
+    sums = (terms.cross_entropy, terms.distillation, terms.relational, terms.images, gate_sum)
+    return torch.stack([value.double() for value in sums])
 
-    def row(self) -> torch.Tensor:
-        """(5,) FP64, in the order of ``NAMES``."""
-        terms = self.terms
-        return torch.stack(
-            [
-                terms.cross_entropy.double(),
-                terms.distillation.double(),
-                terms.relational.double(),
-                terms.images.double(),
-                self.gate_sum,
-            ]
+
+class PendingStep:
+    """A step that is queued, with its measurements on their way to the host.
+
+    Args:
+        values: FP64 vector on the device: (micro-batches, 5) rows of ``TERMS``, their (5,) sums over ranks, and the
+            ``LAST`` scalars.
+        sample_ids: of each micro-batch. rate: learning rate of the masters. num_tokens: padding included.
+    """
+
+    LAST: ClassVar = ("tokens", "gate", "images", "weight", "norm", "codes_flipped", "scale_drift", "scales_finite")
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        step: int,
+        values: torch.Tensor,
+        sample_ids: list[tuple[str, ...]],
+        rate: float,
+        num_tokens: int,
+    ) -> None:
+        self.recipe, self.step, self.sample_ids = recipe, step, sample_ids
+        self.rate, self.num_tokens = rate, num_tokens
+        self._arrived: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def resolve(self) -> StepReport:
+        """Wait for the measurements: the step's one host read.
+
+        Raises:
+            NonFiniteError: a measurement is not finite; every weight is what it was before that step.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        num = len(self.sample_ids)
+        table = self._values[: 5 * num].view(num, 5)
+        sums = self._values[5 * num : 5 * num + 5].tolist()
+        last = dict(zip(self.LAST, self._values[5 * num + 5 :].tolist(), strict=True))
+        self._require_finite(table.tolist(), [*sums, last["norm"]], last["scales_finite"] == 1.0)
+        return self._report(sums, last)
+
+    def _require_finite(self, table: list[list[float]], others: list[float], scales_finite: bool) -> None:
+        kept = "the weights are those of before the step"
+        everything = ", ".join(name for names in self.sample_ids for name in names)
+        if not scales_finite:
+            raise NonFiniteError(f"step {self.step}: a log-scale is not finite before samples {everything}; {kept}")
+        for row, names in zip(table, self.sample_ids, strict=True):
+            bad = [term for term, value in zip(TERMS, row, strict=True) if not math.isfinite(value)]
+            if bad:
+                term = bad[-1] if "teacher gate" in bad else bad[0]
+                raise NonFiniteError(f"step {self.step}: {term} is not finite for samples {', '.join(names)}; {kept}")
+        if not all(math.isfinite(value) for value in others):
+            raise NonFiniteError(f"step {self.step}: the gradient is not finite for samples {everything}; {kept}")
+
+    def _report(self, sums: list[float], last: dict[str, float]) -> StepReport:
+        objective, config = self.recipe.objective(), self.recipe.loss
+        cross_entropy_sum, distillation_sum, relational_sum, images_in, _ = sums
+        tokens, gate_sum, images = last["tokens"], last["gate"], last["images"]
+        cross_entropy = cross_entropy_sum / max(tokens, 1.0)
+        distillation = distillation_sum / max(gate_sum, 1e-8) if objective.needs_teacher else None
+        relational = relational_sum / max(images_in, 1.0) if objective.is_relational else None
+        weight = last["weight"] if objective.needs_teacher else None
+        loss = cross_entropy
+        if distillation is not None and weight is not None:
+            loss += weight * ramp(self.step, config.distillation_warmup_steps) * distillation
+        if relational is not None:
+            loss += ramp(self.step, config.relational_warmup_steps) * objective.relational_weight * relational
+        return StepReport(
+            step=self.step,
+            loss=loss,
+            cross_entropy=cross_entropy,
+            distillation=distillation,
+            relational=relational,
+            gate_mean=gate_sum / max(tokens, 1.0) if objective.is_gated else None,
+            weight=weight,
+            grad_norm=last["norm"],
+            learning_rate=self.rate,
+            supervised_tokens=int(tokens),
+            tokens=self.num_tokens,
+            images=int(images),
+            images_in_relation=int(images_in),
+            codes_flipped=int(last["codes_flipped"]),
+            scale_drift=last["scale_drift"],
         )
 
 
 class Stepper:
-    """Runs optimizer steps for one recipe. Holds no state of its own but what it is given."""
+    """Queues optimizer steps for one recipe. Its own state is the flag that a number was not finite."""
 
     def __init__(
         self,
@@ -101,63 +183,105 @@ class Stepper:
         accelerator: Accelerator,
     ) -> None:
         self.recipe, self.student, self.vision = recipe, student, vision
-        self.masters, self.optimizer, self.teacher, self.adaptive = masters, optimizer, teacher, adaptive
+        self.masters, self.optimizer, self.teacher = masters, optimizer, teacher
         self.accelerator = accelerator
         self.objective = recipe.objective()
         self.head = plain_head(student.adapter.head(student.model), "student")
         self.head_gradient = masters.accumulator(self.head)
         self.device = next(student.model.parameters()).device
+        self.adaptive = adaptive.to(self.device) if adaptive is not None else None
+        num_layers = student.model.config.text_config.num_hidden_layers
+        self.recompute = recipe.runtime.recomputed_layers(num_layers)
+        self._stopped = torch.zeros((), dtype=torch.float32, device=self.device)
+        optimizer.guard(self._stopped)
 
     @property
     def loss_config(self) -> LossConfig:
         return self.recipe.loss
 
-    def distillation_weight(self) -> float:
-        """beta in force: the adaptive one, or the fixed one."""
-        return self.adaptive.value if self.adaptive is not None else self.loss_config.fixed_weight
+    def distillation_weight(self) -> torch.Tensor:
+        """beta in force, an FP64 scalar on the device: the adaptive one, or the fixed one."""
+        if self.adaptive is not None:
+            return self.adaptive.tensor
+        return self._scalar(self.loss_config.fixed_weight)
 
     def run(self, step: int, batches: list[Batch], count_flips: bool = False) -> StepReport:
-        """One optimizer step (0-based ``step``); ``NonFiniteError`` leaves every weight as it was."""
+        """One optimizer step (0-based ``step``), waited for; ``NonFiniteError`` leaves every weight as it was."""
+        return self.launch(step, batches, count_flips).resolve()
+
+    def launch(self, step: int, batches: list[Batch], count_flips: bool = False) -> PendingStep:
+        """Queue one optimizer step; nothing is read from the device."""
         for batch in batches:
             self._require_known_targets(batch)
-        local = [batch.to(self.device) for batch in batches]
-        signals = [self.teacher.signal(batch) for batch in local] if self.teacher else [None] * len(local)
-        counts = [self._counts(batch, signal) for batch, signal in zip(local, signals, strict=True)]
+        max_tokens = self.recipe.runtime.frozen_batch_tokens
+        signals = self.teacher.signals(self._on_device(batches), max_tokens) if self.teacher else [None] * len(batches)
+        counts = [self._counts(batch, signal) for batch, signal in zip(batches, signals, strict=True)]
         whole = self.accelerator.reduce(torch.stack(counts).sum(dim=0), reduction="sum")
-        measured = []
-        for batch, signal, own in zip(local, signals, counts, strict=True):
-            terms = self._forward_backward(step, batch, signal, own, whole, len(local))
-            measured.append(_Measured(terms, own[1], batch))
+        rows, at = [], 0
+        for group in grouped(batches, max_tokens):
+            for batch, vision in zip(self._on_device(group), self._vision(group), strict=True):
+                terms = self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches))
+                rows.append(_row(terms, counts[at][1]))
+                at += 1
         for accumulator in self.masters.accumulators():
             if self.accelerator.num_processes > 1:
                 accumulator.copy_(self.accelerator.reduce(accumulator, reduction="sum"))
         self.masters.collect()
-        grad_norm = self.optimizer.clip()
-        values, norm = self._read(step, measured, grad_norm)
+        norm = self.optimizer.clip().double()
+        sums = self.accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum")
+        scales_finite = self.masters.scales_are_finite()
+        is_finite = sums.isfinite().all() & norm.isfinite() & scales_finite
+        self._stopped.clamp_(min=(~is_finite).float())
         rate = self.optimizer.step(step)
         flipped = self.masters.materialize(count_flips)
-        return self._report(step, local, values, whole.tolist(), norm, rate, flipped)
+        weight = self.distillation_weight()
+        self._advance_weight(sums, whole, is_finite)
+        drift = self.masters.scale_drift() if count_flips else self._scalar(0.0)
+        last = torch.stack([*whole, weight, norm, flipped.double(), drift.double(), scales_finite.double()])
+        return PendingStep(
+            self.recipe,
+            step,
+            torch.cat([*rows, sums, last]),
+            [batch.sample_ids for batch in batches],
+            rate,
+            sum(batch.num_tokens for batch in batches),
+        )
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        """An FP64 scalar on the device, by a kernel: a copy of one would be waited for."""
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    def _on_device(self, batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.device) for batch in batches]
 
     def _require_known_targets(self, batch: Batch) -> None:
         """``ConfigError`` for a target that a head lacks; labels are still on the host, so nothing waits."""
+        if batch.targets.is_cuda or not batch.targets.numel():
+            return
         heads = [self.head, *([self.teacher.head] if self.teacher else [])]
-        num_shared = min(head.shape[0] for head in heads)
-        if not batch.targets.is_cuda and batch.targets.numel() and int(batch.targets.max()) >= num_shared:
-            raise ConfigError(
-                f"{unknown_target(int(batch.targets.max()), num_shared)} (samples {', '.join(batch.sample_ids)})"
-            )
+        num_shared, largest = min(head.shape[0] for head in heads), int(batch.targets.numpy().max())
+        if largest >= num_shared:
+            raise ConfigError(f"{unknown_target(largest, num_shared)} (samples {', '.join(batch.sample_ids)})")
 
     def _counts(self, batch: Batch, signal: TeacherSignal | None) -> torch.Tensor:
         """(tokens, sum of gate, images) of a micro-batch, FP64 so that sums over ranks are exact."""
-        gate = signal.gate.double().sum() if signal else torch.zeros((), dtype=torch.float64, device=self.device)
+        gate = signal.gate.double().sum() if signal else self._scalar(0.0)
         images = sum(length >= self.objective.min_tokens for length in batch.image_lengths)
-        host = torch.tensor([batch.targets.numel(), images], dtype=torch.float64, device=self.device)
-        return torch.stack([host[0], gate, host[1]])
+        return torch.stack([self._scalar(batch.targets.numel()), gate, self._scalar(images)])
+
+    def _vision(self, group: list[Batch]) -> list[list[TowerOutput] | None]:
+        """What the frozen tower says of the pictures of some micro-batches, in one go; None where each micro-batch
+        must ask for itself, because its gradients go through the tower."""
+        if self.vision.trained:
+            return [None] * len(group)
+        outputs = iter(self.vision.of([picture for batch in group for picture in batch.pictures]))
+        return [[next(outputs) for _ in batch.pictures] for batch in group]
 
     def _forward_backward(
         self,
         step: int,
         batch: Batch,
+        vision: list[TowerOutput] | None,
         signal: TeacherSignal | None,
         own: torch.Tensor,
         whole: torch.Tensor,
@@ -168,11 +292,13 @@ class Stepper:
             self.student.model,
             batch.input_ids,
             batch.position_ids,
-            self.vision.of(batch.pictures),
+            self.vision.of(batch.pictures) if vision is None else vision,
             tap=config.relational_layer if objective.is_relational and batch.pictures else None,
             segments=batch.segments,
+            visual=batch.visual,
+            recompute=self.recompute,
         )
-        hidden = states.last.reshape(-1, states.last.shape[-1])[batch.supervised]
+        hidden = states.last.flatten(0, 1).index_select(0, batch.supervised)
         per_step = config.normalization == "global"
         # Micro-batch normalisation averages over micro-batches and ranks, as the official trainer does.
         counts = (whole if per_step else own * (num_micro_batches * self.accelerator.num_processes)).float()
@@ -194,65 +320,7 @@ class Stepper:
         terms.total.backward()
         return terms
 
-    def _read(self, step: int, measured: list[_Measured], grad_norm: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """The step's one host read: (5,) sums (``_Measured.NAMES``) over micro-batches and ranks, and the gradient
-        norm; all finite."""
-        table = torch.stack([m.row() for m in measured])
-        host = torch.cat([table.flatten(), grad_norm.double().reshape(1)]).cpu()
-        local, norm = host[:-1].reshape(table.shape), float(host[-1])
-        reduced = self.accelerator.reduce(table.sum(dim=0), reduction="sum").cpu()
-        for row, m in zip(local, measured, strict=True):
-            bad = [name for name, value in zip(_Measured.NAMES, row.tolist(), strict=True) if not math.isfinite(value)]
-            if bad:
-                raise NonFiniteError(
-                    f"step {step}: {bad[-1] if 'teacher gate' in bad else bad[0]} is not finite for samples "
-                    f"{', '.join(m.batch.sample_ids)}; the weights are those of before the step"
-                )
-        if not math.isfinite(norm) or not bool(torch.isfinite(reduced).all()):
-            raise NonFiniteError(
-                f"step {step}: the gradient is not finite for samples "
-                f"{', '.join(name for m in measured for name in m.batch.sample_ids)}; "
-                "the weights are those of before the step"
-            )
-        return reduced, norm
-
-    def _report(
-        self,
-        step: int,
-        batches: list[Batch],
-        sums: torch.Tensor,
-        counts: list[float],
-        norm: float,
-        rate: float,
-        flipped: int,
-    ) -> StepReport:
-        cross_entropy_sum, distillation_sum, relational_sum, images_in, _ = sums.tolist()
-        tokens, gate_sum, images = counts
-        cross_entropy = cross_entropy_sum / max(tokens, 1.0)
-        distillation = distillation_sum / max(gate_sum, 1e-8) if self.objective.needs_teacher else None
-        relational = relational_sum / max(images_in, 1.0) if self.objective.is_relational else None
-        weight = self.distillation_weight() if self.objective.needs_teacher else None
-        loss = cross_entropy
-        if distillation is not None and weight is not None:
-            loss += weight * ramp(step, self.loss_config.distillation_warmup_steps) * distillation
-        if relational is not None:
-            omega = self.objective.relational_weight
-            loss += ramp(step, self.loss_config.relational_warmup_steps) * omega * relational
-        if self.adaptive is not None and distillation is not None and gate_sum > 0:
-            self.adaptive.update(distillation)
-        return StepReport(
-            step=step,
-            loss=loss,
-            cross_entropy=cross_entropy,
-            distillation=distillation,
-            relational=relational,
-            gate_mean=gate_sum / max(tokens, 1.0) if self.objective.is_gated else None,
-            weight=weight,
-            grad_norm=norm,
-            learning_rate=rate,
-            supervised_tokens=int(tokens),
-            tokens=sum(batch.num_tokens for batch in batches),
-            images=int(images),
-            images_in_relation=int(images_in),
-            codes_flipped=flipped,
-        )
+    def _advance_weight(self, sums: torch.Tensor, whole: torch.Tensor, is_finite: torch.Tensor) -> None:
+        if self.adaptive is not None:
+            gate_sum = whole[1]
+            self.adaptive.advance(sums[1] / gate_sum.clamp_min(1e-8), (gate_sum > 0) & is_finite)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from grace_vlm.data.collate import Batch
+from grace_vlm.data.collate import Batch, grouped, merge
 from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
@@ -41,6 +43,21 @@ class OnlineTeacher:
             return self._head_elsewhere
         return self.head
 
+    def keeps(self, name: str) -> bool:
+        """Whether it knows a picture already, so that its pixels are not needed."""
+        return self.vision.keeps(name)
+
+    def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
+        """What the teacher says about each batch, on the batch's device.
+
+        Neighbours share a forward pass of up to ``max_tokens``: the student's small micro-batches would leave a GPU
+        waiting for its host 36 layers long.
+        """
+        found: list[TeacherSignal] = []
+        for group in grouped(batches, max_tokens):
+            found += split_signal(self.signal(merge(group)), group)
+        return found
+
     @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
         """What the teacher says about a batch, on the batch's device."""
@@ -53,8 +70,20 @@ class OnlineTeacher:
             self.vision.of(batch.pictures),
             tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
             segments=batch.segments,
+            visual=local.visual,
         )
-        hidden = states.last.reshape(-1, states.last.shape[-1])[local.supervised]
+        hidden = states.last.flatten(0, 1).index_select(0, local.supervised)
         gate = self.objective.gate_of(hidden, self.head)
         relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
         return TeacherSignal(hidden.to(where), gate.to(where), relational.to(where), batch.image_lengths)
+
+
+def split_signal(signal: TeacherSignal, batches: Sequence[Batch]) -> list[TeacherSignal]:
+    """The signal of merged batches, batch by batch."""
+    tokens = [batch.targets.numel() for batch in batches]
+    # Without a picture anywhere nothing was tapped.
+    visual = [sum(batch.image_lengths) for batch in batches] if len(signal.relational) else [0] * len(batches)
+    parts = zip(
+        signal.hidden.split(tokens), signal.gate.split(tokens), signal.relational.split(visual), batches, strict=True
+    )
+    return [TeacherSignal(hidden, gate, seen, batch.image_lengths) for hidden, gate, seen, batch in parts]

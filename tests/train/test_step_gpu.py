@@ -1,0 +1,83 @@
+"""What a step asks of a GPU: nothing to wait for until it is read, once (make gpu-test)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_run import recipe_tree, write_models, write_rows
+
+from grace_vlm.train.config import Recipe, recipe_from
+from grace_vlm.train.loop import Run
+
+pytestmark = pytest.mark.gpu
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+"""CUDA calls in which a host waits."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("step")
+    path = write_rows(folder, num_rows=48)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in range(0, 48, 3):  # rows of several lengths, some without a picture
+        rows[number]["conversations"][1]["value"] = "red " * (1 + number % 7)
+    for number in range(0, 48, 8):
+        rows[number] = {"id": f"t{number}", "conversations": [
+            {"from": "human", "value": "what color?"}, {"from": "gpt", "value": "blue"}]}  # fmt: skip
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    write_models(folder)
+    return folder
+
+
+def recipe(folder: Path, **overrides: Any) -> Recipe:
+    settings: dict[str, Any] = {"runtime__checkpoint_every_steps": 0, "runtime__device": "cuda", **overrides}
+    return recipe_from(recipe_tree(folder, runtime__tower_cache_gib=0, **settings), "test")
+
+
+@pytest.mark.parametrize("method", ["qat", "grace"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_wait_a_step(world: Path, tmp_path: Path, method: str, packing: bool, checkpointing: bool) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    made = recipe(
+        world, method=method, data__packing=packing, runtime__gradient_checkpointing=checkpointing, data__accumulation=3
+    )
+    run = Run(made, tmp_path / "run")
+    run.stepper.run(0, [run.loader.next() for _ in range(3)])
+    batches = [run.loader.next() for _ in range(3)]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pending = run.stepper.launch(1, batches, count_flips=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        report = pending.resolve()
+    assert report.loss > 0
+    waits = {event.key: event.count for event in seen.key_averages() if event.key.startswith(WAITS)}
+    waits.pop("cudaMemcpyAsync", None)
+    # The profiler waits for the device when it stops.
+    assert waits.pop("cudaDeviceSynchronize", 0) <= 1
+    assert sum(waits.values()) <= 1, waits
+    pageable = [event.key for event in seen.key_averages() if "Pageable" in event.key]
+    assert not pageable  # a copy from ordinary memory waits inside the driver, where no call shows it
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_layers_are_compiled_once_for_all_lengths(world: Path, tmp_path: Path, packing: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    losses = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run = Run(recipe(world, data__packing=packing, runtime__compile=compiled), tmp_path / name)
+        for step in range(2):  # student with gradients and teacher without: a form each
+            run.stepper.run(step, [run.loader.next() for _ in range(2)])
+        before = counters["stats"]["unique_graphs"]
+        losses.append([run.stepper.run(step, [run.loader.next() for _ in range(2)]).loss for step in range(2, 10)])
+        assert counters["stats"]["unique_graphs"] - before <= 2  # attention asks for a smallest length once
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-2)
