@@ -1,8 +1,8 @@
 """Triton: AdamW with byte moments for all tensors of a run in one launch (train/adamw8.py).
 
 A program takes ``ROWS`` blocks of 256 elements of one tensor and finds where they lie in a table of addresses. Bytes an
-element: 10 read (master, gradient, two codes) and 6 written, beside 8 a block for each of reading and writing the scales.
-FP32 moments would be 16 and 12.
+element: 10 read (master, gradient, two codes) and 6 written, and 8 a block each way for the scales. FP32 moments would
+be 16 and 12.
 
 Bit for bit what torch computes: division and square root are IEEE's, no product is fused with a sum, and what is random
 there is a function of index and step. Offsets are 64-bit: a vocabulary's head alone has 622 million elements.
@@ -21,6 +21,7 @@ BLOCK, ROWS, NUM_WARPS = 256, 8, 4
 """Elements that share a scale, blocks that a program takes, and its warps."""
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _ONE_BITS = tl.constexpr(0x3F800000)
+_SMALLEST = tl.constexpr(2.0**-126)
 _RANDOM_OVER_LOWEST = tl.constexpr(2.0**36 / 1.25)
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, float]
 """(master, gradient, codes of m, codes of v, scales (2, blocks), peak rate, weight decay) of one tensor."""
@@ -35,7 +36,8 @@ def _decode(code, scale, LEVELS: tl.constexpr):
 @triton.jit
 def _encode(x, threshold, LEVELS: tl.constexpr, KEEP: tl.constexpr):
     scale = tl.max(x, axis=1)
-    ratio = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
+    # One division a block. Below the smallest normal number its inverse would be infinite.
+    ratio = x * tl.where(scale >= _SMALLEST, tl.div_rn(1.0, scale), 0.0)[:, None]
     above = ratio.to(tl.int32, bitcast=True) - (_ONE_BITS - ((LEVELS - 1) << 20))
     if KEEP:
         low = (x > 0).to(tl.int32)

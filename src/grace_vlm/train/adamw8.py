@@ -6,8 +6,9 @@ is FP32. Eight levels an octave, evenly spaced inside it, as in a floating-point
     v   codes 0..255             0, and 32 octaves below the largest v of the block; never 0 unless v is
     m   a sign and codes 0..127  0, and 16 octaves below the largest |m| of the block
 
-The update is m / sqrt(v), so m needs as many octaves as sqrt(v). With fewer, a small m is rounded up to its lowest level
-and divided by its true small sqrt(v): linear codes move single weights by thousands of times the rate (docs/log.md).
+The update is m / sqrt(v), so m needs as many octaves as sqrt(v). With fewer, a small m is rounded up to its lowest
+level and divided by its true small sqrt(v): linear codes move single weights by thousands of times the rate
+(docs/log.md).
 What is too small for v is kept at its lowest level, where it can only make the update smaller.
 
 **Rounding is stochastic.** With beta2 = 0.999 a step changes v by about 0.1 %, and half the distance of two levels is
@@ -120,7 +121,8 @@ def encode(x: torch.Tensor, threshold: torch.Tensor, levels: int, keep: bool) ->
         keep: what is below the lowest level goes there, if it is not 0; else it is rounded there or to 0.
     """
     scale = x.amax(dim=1)
-    ratio = x / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+    # One division a block. Below the smallest normal number its inverse would be infinite.
+    ratio = x * torch.where(scale >= 2.0**-126, 1.0 / scale, 0.0).unsqueeze(1)
     above = ratio.view(torch.int32).to(torch.int64) - _lowest(levels)
     low = ratio * _RANDOM_OVER_LOWEST > threshold if not keep else x > 0
     codes = torch.where(above < 0, low.to(torch.int64), 1 + (above + threshold >> _SHIFT))
