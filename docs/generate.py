@@ -110,11 +110,42 @@ def performance() -> str:
     tables = {
         "loss": _plots().table(_plots().read_rows(RESULTS / "loss.csv")),
         "fakequant": _fakequant_table(_plots().read_rows(RESULTS / "fakequant.csv")),
+        "train": _train_table(),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
     return text
+
+
+def _train_table() -> str:
+    """Cases down, the official algorithm and ours across; those of another GPU name it."""
+    rows = [row for path in sorted(RESULTS.glob("train_step*.csv")) for row in _plots().read_rows(path)]
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["device"]), {})[f"{row['impl']} {row['metric']}"] = row
+    lines = []
+    for (case, device), cells in found.items():
+        ours, official = cells.get("ours ms"), cells.get("official ms")
+
+        def said(key: str, form: str, cells: dict[str, dict[str, str]] = cells) -> str:
+            return format(float(cells[key]["p50"]), form) if key in cells else ""
+
+        spread = f"{float(ours['p20']):.0f} to {float(ours['p80']):.0f}" if ours else ""
+        ratio = f"{float(official['p50']) / float(ours['p50']):.1f}x" if ours and official else ""
+        gpu = "" if "H100" in device else f" ({device.removeprefix('NVIDIA ')})"
+        lines.append(
+            f"| `{case}`{gpu} | {said('official ms', '.0f')} | {said('ours ms', '.0f')} | {spread} | {ratio} | "
+            f"{said('ours tokens_per_second', ',.0f')} | {said('official peak_gib', '.1f')} | "
+            f"{said('ours peak_gib', '.1f')} |"
+        )
+    where = "; ".join(
+        sorted({"{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**row) for row in rows})
+    )
+    return (
+        "| case | official, ms | ours, ms | 20th to 80th percentile | | tokens/s | official, GiB | ours, GiB |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
+    )
 
 
 def _fakequant_table(rows: list[dict[str, str]]) -> str:

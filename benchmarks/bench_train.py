@@ -1,0 +1,250 @@
+"""Whole training steps of Qwen3-VL-2B under Qwen3-VL-8B, beside the official algorithm (needs a GPU).
+
+    python benchmarks/bench_train.py                                   # -> benchmarks/results/train_step.csv
+    python benchmarks/bench_train.py --cases grace_8x512_online sft_8x512 --steps 12
+
+A step is whole: rows from the loader that no step has seen, towers, teacher, forward, backward, clip, optimizer, grid
+weights, reads of the cache. Rows are 512 tokens: one 448 x 448 picture (196 visual tokens), 52 % supervised. Random
+weights at true sizes. ``ms`` is of one micro-batch: ``2x512`` is an optimizer step of 16 of them, divided by 16.
+
+    official   the reference's algorithm, restated (official_step.py): fake-quantization in every forward, whole logits,
+               BF16 weights and moments, padded rows, teacher micro-batch by micro-batch
+    ours       this repository's loop: FP32 masters and moments (or 8-bit moments where the case says ``adam8``)
+
+Cases without ``official``: FP8 teacher, the teacher's signal from the disk cache, packed rows of real lengths (lengths
+drawn like captions and short questions, pictures of many sizes), packs of 8,192 tokens without recomputation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_true_size import PUBLISHED, WORDS, write_rows
+from grace_vlm.train.cache_build import build_cache
+from PIL import Image
+from record import Row, place_of, results_file, row_of
+from record import write_rows as write_csv
+
+from grace_vlm.cli.dry_run import Described
+from grace_vlm.data.ledger import Ledger
+from grace_vlm.train.config import Recipe, load_recipe
+from grace_vlm.train.estimate import GIB
+from grace_vlm.train.fit import fit, gpu_bytes
+from grace_vlm.train.loop import Run
+from grace_vlm.train.open import open_loader, open_rows, open_student, open_teacher
+from grace_vlm.train.step import PendingStep
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QWEN = (*PUBLISHED, "qwen3_vl_2b_grace_w4g128")
+LLAVA = ("random:llava-hf/llava-1.5-7b-hf", "random:llava-hf/llava-1.5-13b-hf", "llava_1_5_7b_grace_w4g128")
+"""Student, teacher, recipe."""
+EIGHT = ("data.micro_batch_size=8", "data.accumulation=1")
+TWO = ("data.micro_batch_size=2", "data.accumulation=16", "runtime.gradient_checkpointing=false")
+SMALL = ("optim.moments=8bit", "runtime.loss_workspace_mib=512")
+PACKS = ("data.micro_batch_size=256", "data.accumulation=1", "data.max_batch_tokens=8192", "data.max_tokens=8192")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set-up of our loop.
+
+    Args:
+        rows: ``equal`` (512 tokens each) or ``real``. cached: the teacher is a folder of its signals.
+        fit: a size of a GPU for which ``--fit`` changes the set-up, and to which the memory is then limited.
+    """
+
+    overrides: tuple[str, ...]
+    rows: str = "equal"
+    cached: bool = False
+    fit: str | None = None
+    models: tuple[str, str, str] = QWEN
+
+
+CASES = {
+    "grace_8x512_online": Case((*EIGHT, "runtime.kept_layers=6")),
+    "grace_8x512_fp8_adam8": Case((*EIGHT, *SMALL, "model.teacher_precision=fp8")),
+    "grace_8x512_cached": Case((*EIGHT, "runtime.gradient_checkpointing=false"), cached=True),
+    "grace_8x512_cached_adam8": Case((*EIGHT, *SMALL), cached=True),
+    "grace_2x512_online": Case(TWO),
+    "sft_8x512": Case((*EIGHT, "method=sft", "scheme=bf16", "runtime.kept_layers=6")),
+    "grace_packed_real": Case((*PACKS, "data.max_batch_tokens=4096", "data.max_tokens=4096"), rows="real"),
+    "grace_packed_8192_kept": Case((*PACKS, "runtime.gradient_checkpointing=false")),
+    "grace_fit_24gb_cached": Case(("data.micro_batch_size=8", "data.accumulation=1"), cached=True, fit="24GB"),
+    "llava_7b_from_13b_cached_adam8": Case((*EIGHT, "optim.moments=8bit"), cached=True, models=LLAVA),
+}
+ON_H200 = ("llava_7b_from_13b_cached_adam8",)
+"""Cases that are left out unless they are named: 80 GB do not hold them."""
+OFFICIAL = {"sft_8x512": ("sft", 8), "qat_8x512": ("qat", 8), "grace_8x512_online": ("grace", 8),
+            "grace_2x512_online": ("grace", 2)}  # fmt: skip
+"""Case -> (mode of ``official_step.OfficialStep``, rows of a micro-batch)."""
+
+
+def write_real_rows(folder: Path, num_rows: int) -> Path:
+    """Rows of many lengths: captions, and a third short questions; pictures of 196 to 448 pixels a side."""
+    rng, pixels = random.Random(1), np.random.default_rng(1)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(num_rows):
+        small = pixels.integers(0, 255, (14, 14, 3), dtype=np.uint8)
+        size = (rng.randrange(196, 449, 28), rng.randrange(196, 449, 28))
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(folder / "images" / f"{number}.jpg")
+        is_caption = rng.random() < 2 / 3
+        asked = " ".join(rng.choices(WORDS, k=rng.randint(8, 40)))
+        answer = " ".join(rng.choices(WORDS, k=int(rng.lognormvariate(5.2, 0.5)) if is_caption else rng.randint(1, 12)))
+        turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
+        lines.append(json.dumps({"id": str(number), "image": f"images/{number}.jpg", "conversations": turns}))
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def recipe_of(rows: Path, overrides: tuple[str, ...], models: tuple[str, str, str] = QWEN) -> Recipe:
+    student, teacher, name = models
+    return load_recipe(
+        RECIPES / f"{name}.yaml",
+        [f"model.student={student}", f"model.teacher={teacher}", "model.base=null", f"data.train={rows}",
+         f"data.root={rows.parent}", "data.workers=8", "optim.num_steps=10000", "runtime.compile=true", *overrides],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of each step, its tokens, and the peak of what PyTorch allocated."""
+
+    milliseconds: list[float]
+    tokens: list[int]
+    peak_gib: float
+
+    def rows(self, case: str, impl: str, micro_batches: int, place: Row) -> list[Row]:
+        each = [ms / micro_batches for ms in self.milliseconds]
+        speed = [tokens * 1000 / ms for tokens, ms in zip(self.tokens, self.milliseconds, strict=True)]
+        values = {"ms": (each, "ms"), "tokens_per_second": (speed, "1/s"), "peak_gib": ([self.peak_gib], "GiB")}
+        return [row_of("train_step", case, impl, name, *value, place) for name, value in values.items()]
+
+
+@contextlib.contextmanager
+def clean_gpu(size: str | None = None) -> Iterator[None]:
+    """What came before is gone before, and what was made here after; ``size``: a smaller card, to PyTorch."""
+    if size is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes(size) / whole))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch._dynamo.reset()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 3) -> Measured:
+    """The loop of ``Run.steps``: a step is read when the next one has been queued."""
+    run = Run(recipe, out)
+    milliseconds, tokens = [], []
+    pending: PendingStep | None = None
+    read_at = 0.0
+    try:
+        for step in range(num_steps + warmup + 1):
+            batches = [run.loader.next() for _ in range(recipe.data.accumulation)]
+            queued = run.stepper.launch(step, batches)
+            if pending is not None:
+                report = pending.resolve()
+                now = time.perf_counter()
+                if step > warmup:
+                    milliseconds.append(1000 * (now - read_at))
+                    tokens.append(report.tokens)
+                read_at = now
+            pending = queued
+        assert pending is not None
+        pending.resolve()
+    finally:
+        run.loader.close()
+    return Measured(milliseconds, tokens, torch.cuda.max_memory_allocated() / GIB)
+
+
+def measure_official(mode: str, micro_batch_size: int, rows: Path, out: Path, num_steps: int) -> Measured:
+    """The official step on the same rows, padded; our loop is opened for its loader and its models."""
+    from official_step import OfficialStep
+
+    accumulation = 16 if micro_batch_size == 2 else 1
+    overrides = (f"data.micro_batch_size={micro_batch_size}", f"data.accumulation={accumulation}", "data.packing=false")
+    recipe = recipe_of(rows, overrides)
+    file = open_rows(recipe)
+    student = open_student(recipe, file)
+    teacher = open_teacher(recipe, student) if mode == "grace" else None
+    loader = open_loader(recipe, file, student, Ledger(out / "ledger.jsonl"), torch.device("cuda"))
+    official = OfficialStep(student.model, None if teacher is None else teacher.model, mode)
+    milliseconds, tokens = [], []
+    try:
+        for step in range(num_steps + 2):
+            started = time.perf_counter()
+            batches = [loader.next() for _ in range(accumulation)]
+            official.run(batches).item()
+            if step >= 2:
+                milliseconds.append(1000 * (time.perf_counter() - started))
+                tokens.append(sum(batch.num_tokens for batch in batches))
+    finally:
+        loader.close()
+    return Measured(milliseconds, tokens, torch.cuda.max_memory_allocated() / GIB)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--cases", nargs="*", default=[n for n in CASES if n not in ON_H200], choices=list(CASES), help="of our loop"
+    )
+    made.add_argument(
+        "--official", nargs="*", default=list(OFFICIAL), choices=list(OFFICIAL), help="of the official step"
+    )
+    made.add_argument("--steps", type=int, default=12, help="timed; a third of them where a step is 16 micro-batches")
+    made.add_argument("--num-rows", type=int, default=384)
+    made.add_argument("--out", type=Path)
+    args = made.parse_args()
+    device = torch.device("cuda")
+    path, place = args.out or results_file("train_step", device), place_of(device)
+
+    def keep(case: str, impl: str, measured: Measured, micro_batches: int) -> None:
+        rows = measured.rows(case, impl, micro_batches, place)
+        print(case, impl, *(f"{row['metric']} {row['p50']}" for row in rows), flush=True)
+        write_csv(path, rows)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        rows = {"equal": write_rows(folder / "equal", args.num_rows, 32, 266)}
+        if any(CASES[name].rows == "real" for name in args.cases):
+            rows["real"] = write_real_rows(folder / "real", 2 * args.num_rows)
+        caches = {models: folder / models[2] for models in {CASES[n].models for n in args.cases if CASES[n].cached}}
+        for models, cache in caches.items():
+            with clean_gpu():
+                build_cache(recipe_of(rows["equal"], EIGHT, models), cache)
+        for name in args.official:
+            mode, size = OFFICIAL[name]
+            count = max(2, args.steps // 6) if size == 2 else args.steps
+            with clean_gpu():
+                measured = measure_official(mode, size, rows["equal"], folder / f"official_{name}", count)
+            keep(name, "official", measured, 16 if size == 2 else 1)
+        for name in args.cases:
+            case = CASES[name]
+            more = (f"model.teacher_cache={caches[case.models]}",) if case.cached else ()
+            recipe = recipe_of(rows[case.rows], (*case.overrides, *more), case.models)
+            if case.fit is not None:
+                recipe, changes = fit(recipe, gpu_bytes(case.fit), Described(recipe, None, None, None).estimate)
+                print(case.fit, *changes, sep="\n    ", flush=True)
+            count = args.steps // 3 if recipe.data.accumulation > 1 else args.steps
+            with clean_gpu(case.fit):
+                measured = measure_ours(recipe, folder / name, count)
+            keep(name, "ours", measured, recipe.data.accumulation)
+
+
+if __name__ == "__main__":
+    main()
