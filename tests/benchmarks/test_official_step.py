@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import official_step as official
 
 from grace_vlm.data.collate import Batch
-from grace_vlm.models.load import load_model  # noqa: E402
+from grace_vlm.models.load import load_model
 from grace_vlm.train.config import recipe_from
 from grace_vlm.train.loop import Run
 

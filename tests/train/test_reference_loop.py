@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from test_loss_implementations import recipe
-from toy_run import write_models, write_rows
 from torch import nn
 from torch.nn.utils import parametrize
+from toy_run import write_models, write_rows
 
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.losses.gdkd import confidence_gate, gated_decoupled_kd
