@@ -96,8 +96,8 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
             generator=torch.Generator(),
         )
     waiting = iter(loader)
-    while True:
-        yield from _next_results(waiting)
+    while (results := _next_results(waiting)) is not None:
+        yield from results
 
 
 def _raised(results: list[tuple[Position, Entry | Fault]] | GraceError) -> list[tuple[Position, Entry | Fault]]:
@@ -106,12 +106,14 @@ def _raised(results: list[tuple[Position, Entry | Fault]] | GraceError) -> list[
     return results
 
 
-def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]]:
-    """The next chunk. DataLoader looks for dead workers when its wait runs out, so it waits briefly and again."""
+def _next_results(waiting: Iterator[Any]) -> list[tuple[Position, Entry | Fault]] | None:
+    """The next chunk; None after the last. DataLoader looks for dead workers when its wait runs out, so it waits briefly and again."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         try:
             return _raised(next(waiting))
+        except StopIteration:
+            return None
         except (RuntimeError, ConnectionError, EOFError) as error:
             # A worker that dies while it hands a tensor over breaks the connection that carries it, or ends it.
             reason = (str(error).splitlines() or [type(error).__name__])[0]

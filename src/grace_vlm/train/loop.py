@@ -96,7 +96,7 @@ class Run:
         if recipe.runtime.compile and self.accelerator.device.type == "cuda":
             compile_layers(self.student.model)
             if self.teacher is not None:
-                compile_layers(self.teacher.model)
+                self.teacher.compile_layers()
 
     def _open_loader(self, rows: RowFile) -> TrainLoader:
         data, student = self.recipe.data, self.student
