@@ -14,10 +14,24 @@ import torch.nn.functional as F
 
 from grace_vlm.data.encode import IGNORE_INDEX, Sample
 from grace_vlm.data.pictures import Picture
+from grace_vlm.data.row_key import row_key
 from grace_vlm.kernels.upload import upload
 
 Layout = Literal["right", "left", "packed"]
 """Padding on the right (training), on the left (generation), or none: samples end to end."""
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """What one row has in a batch: supervised tokens and pictures are row after row in it.
+
+    Args:
+        key: ``data.row_key`` of the row; None where its pictures have no digests.
+    """
+
+    key: bytes | None
+    num_supervised: int
+    num_pictures: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Batch:
         visual: (n_visual,) int64, the flat positions in B*S of visual tokens, picture after picture.
         segments: lengths of the samples that lie end to end in the one row; None where each has its own.
         pictures: in row order. image_lengths: visual tokens of each.
-        sample_ids: ids of the rows, what errors name.
+        sample_ids: ids of the rows, what errors name. shares: what each has in the batch.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +62,7 @@ class Batch:
     pictures: tuple[Picture, ...]
     image_lengths: tuple[int, ...]
     sample_ids: tuple[str, ...]
+    shares: tuple[RowShare, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +80,17 @@ class Batch:
             targets=upload(self.targets, device),
             visual=upload(self.visual, device),
         )
+
+
+def _shares(samples: Sequence[Sample], pictures: Sequence[Picture]) -> tuple[RowShare, ...]:
+    shares, first = [], 0
+    for sample in samples:
+        own = pictures[first : first + len(sample.images)]
+        digests = [picture.digest for picture in own if picture.digest is not None]
+        key = row_key(sample, digests) if len(digests) == len(own) else None
+        shares.append(RowShare(key, int((sample.labels[1:] != IGNORE_INDEX).sum()), len(own)))
+        first += len(own)
+    return tuple(shares)
 
 
 def collate(
@@ -112,6 +138,7 @@ def collate(
         tuple(pictures),
         tuple(image_lengths),
         tuple(sample.row_id for sample in samples),
+        _shares(samples, pictures),
     )
 
 
@@ -155,6 +182,7 @@ def merge(batches: Sequence[Batch]) -> Batch:
         tuple(itertools.chain.from_iterable(batch.pictures for batch in batches)),
         tuple(itertools.chain.from_iterable(batch.image_lengths for batch in batches)),
         tuple(itertools.chain.from_iterable(batch.sample_ids for batch in batches)),
+        tuple(itertools.chain.from_iterable(batch.shares for batch in batches)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grace_vlm.data.row_key import pixels_digest
 from grace_vlm.errors import ConfigError
 from grace_vlm.media.image import LoadedImage
 from grace_vlm.models.adapter import Adapter, Grid
@@ -25,11 +26,13 @@ class Picture:
         grid: (t, h, w) in patches.
         pixels: what the tower takes, (n_patches, patch_dim) or (3, H, W); None where its output is
             already kept.
+        digest: ``pixels_digest`` of the pixels, also where they are None; None where nobody asked for it.
     """
 
     key: str
     grid: Grid
     pixels: torch.Tensor | None
+    digest: bytes | None = None
 
 
 Patchify = Callable[[Sequence[Any]], list[tuple[Grid, torch.Tensor]]]
@@ -43,6 +46,7 @@ class PictureStore:
         patchify: see ``patchify_of``.
         device: where kept patches live (default: the host); the tower wants them there.
         dtype: what pixels are cast to, the tower's dtype: BF16 halves what workers hand over.
+        with_digests: hash every picture where it is made (in a worker, if there are any): a millisecond or two each.
     """
 
     def __init__(
@@ -51,8 +55,11 @@ class PictureStore:
         budget_bytes: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        with_digests: bool = False,
     ) -> None:
         self.patchify, self.budget_bytes, self.device, self.dtype = patchify, budget_bytes, device, dtype
+        self.with_digests = with_digests
+        self._digests: dict[str, bytes] = {}
         self._grids: dict[str, Grid] = {}
         self._pixels: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._held_bytes = 0
@@ -61,7 +68,8 @@ class PictureStore:
         """The picture if what is asked for is here, else None: decode it and ``add`` it."""
         if name not in self._grids or (with_pixels and name not in self._pixels):
             return None
-        return Picture(name, self._grids[name], self._pixels[name] if with_pixels else None)
+        pixels = self._pixels[name] if with_pixels else None
+        return Picture(name, self._grids[name], pixels, self._digests.get(name))
 
     def add(self, name: str, loaded: LoadedImage) -> Picture:
         """Patchify a decoded picture; the oldest patches leave when the budget is full."""
@@ -75,6 +83,8 @@ class PictureStore:
         ]
 
     def _keep(self, name: str, grid: Grid, pixels: torch.Tensor) -> Picture:
+        if self.with_digests:
+            self._digests[name] = pixels_digest(grid, pixels)
         if self.budget_bytes and self.device is not None:
             pixels = pixels.to(self.device)
         self._grids[name] = grid
@@ -85,7 +95,7 @@ class PictureStore:
                 self._held_bytes -= dropped.numel() * dropped.element_size()
             self._pixels[name] = pixels
             self._held_bytes += num_bytes
-        return Picture(name, grid, pixels)
+        return Picture(name, grid, pixels, self._digests.get(name))
 
 
 def patchify_of(

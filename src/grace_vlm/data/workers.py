@@ -119,8 +119,8 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
             generator=torch.Generator(),
         )
     waiting = iter(loader)
-    while True:
-        yield from _next_results(waiting)
+    while (results := _next_results(waiting)) is not None:
+        yield from results
 
 
 def _raised(results: _Results | GraceError) -> _Results:
@@ -129,12 +129,17 @@ def _raised(results: _Results | GraceError) -> _Results:
     return results
 
 
-def _next_results(waiting: Iterator[Any]) -> _Results:
-    """The next chunk. DataLoader looks for dead workers when its wait runs out, so it waits briefly and again."""
+def _next_results(waiting: Iterator[Any]) -> _Results | None:
+    """The next chunk; None after the last.
+
+    DataLoader looks for dead workers when its wait runs out, so it waits briefly and again.
+    """
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         try:
             return _raised(next(waiting))
+        except StopIteration:
+            return None
         except (RuntimeError, ConnectionError, EOFError) as error:
             # A worker that dies while it hands a tensor over breaks the connection that carries it, or ends it.
             reason = (str(error).splitlines() or [type(error).__name__])[0]

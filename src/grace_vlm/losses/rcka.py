@@ -21,6 +21,9 @@ Where |x| is below that floor x^ is linear in x and nothing is projected out: G 
 
 Images of different length share batched products: each is padded to the longest of its sub-batch, and a padded row is
 exactly 0 after centring, so the Gram matrices, their sums and every product are those of the n tokens alone.
+
+Of the teacher only K_T is needed. ``centred_grams`` makes it ahead of time, as packed triangles (``Grams``), and the
+loss takes those in place of features: the same numbers but for the rounding of another summation order.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from grace_vlm.kernels.upload import upload
+from grace_vlm.losses.signal import Grams, triangle
 
 DEGENERATE_SQUARED_NORM = 1e-8
 NORM_FLOOR = 1e-12
@@ -82,6 +86,39 @@ def _gram(centred: torch.Tensor) -> torch.Tensor:
     return torch.bmm(centred, centred.transpose(1, 2))
 
 
+def _triangle_places(places: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(where (i, j) of each image stands in packed triangles (k, p, p) int64, which pairs are padding (k, p, p)).
+
+    places: as in ``_sub_batch_loss``. A pair and its mirror image stand at one place; padding is at the image's first.
+    """
+    _, lengths, firsts = places
+    place = torch.arange(longest, device=places.device)
+    later, earlier = torch.maximum(place.unsqueeze(1), place), torch.minimum(place.unsqueeze(1), place)
+    padded = later >= lengths.view(-1, 1, 1)
+    table = (later * (later + 1)).div_(2, rounding_mode="floor").add_(earlier)
+    return firsts.view(-1, 1, 1) + table.masked_fill(padded, 0), padded
+
+
+def _unpack(grams: Grams, places: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+    """(k, p, p) Gram matrices of packed triangles, 0 where padded."""
+    at, padded = _triangle_places(places, longest)
+    return grams.values.index_select(0, at.flatten()).view(at.shape).to(dtype).masked_fill_(padded, 0.0)
+
+
+def _gram_of_rows(features: torch.Tensor, places: torch.Tensor, longest: int, dtype: torch.dtype) -> torch.Tensor:
+    """(k, p, p) Gram matrices of features (n, d), 0 where padded."""
+    rows, padded = _padded_rows(places, longest)
+    return _gram(_centre(_unit_rows(features, rows, padded, dtype)[0], padded, places[1]))
+
+
+def _padded_rows(places: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row of each image's tokens (k, p), which of them are padding (k, p, 1))."""
+    starts, lengths, _ = places
+    place, last = torch.arange(longest, device=places.device), (lengths - 1).unsqueeze(1)
+    # A padded place reads the last token of its own image: no image can spoil another with a NaN.
+    return starts.unsqueeze(1) + torch.minimum(place, last), (place > last).unsqueeze(2)
+
+
 def _compare(gram_s: torch.Tensor, gram_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(1 - CKA (k,), 0 for an image that stays out; which stay out (k,); 2 M (k, p, p), written over gram_s)."""
     squared_s, squared_t = gram_s.square().sum((1, 2)), gram_t.square().sum((1, 2))
@@ -94,20 +131,25 @@ def _compare(gram_s: torch.Tensor, gram_t: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _sub_batch_loss(
-    student: torch.Tensor, teacher: torch.Tensor, places: torch.Tensor, longest: int, gradient: torch.Tensor | None
+    student: torch.Tensor,
+    teacher: torch.Tensor | Grams,
+    places: torch.Tensor,
+    longest: int,
+    gradient: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of 1 - CKA, images that entered) of one sub-batch; its gradients go to their rows of ``gradient``.
 
-    places: (2, k) first row and length of each image. gradient: (n + 1, d_s); its last row is spare: it takes what
-    belongs to no token or to an image that stays out, which therefore keeps the 0 that was there.
+    places: (3, k) first row, length, and first packed value of each image. gradient: (n + 1, d_s); its last row is
+    spare: it takes what belongs to no token or to an image that stays out, which therefore keeps the 0 that was there.
     """
     dtype = _arithmetic_dtype(student)
-    starts, lengths = places
-    place, last = torch.arange(longest, device=places.device), (lengths - 1).unsqueeze(1)
-    # A padded place reads the last token of its own image: no image can spoil another with a NaN.
-    rows, padded = starts.unsqueeze(1) + torch.minimum(place, last), (place > last).unsqueeze(2)
-    gram_t = _gram(_centre(_unit_rows(teacher, rows, padded, dtype)[0], padded, lengths))
+    if isinstance(teacher, Grams):
+        gram_t = _unpack(teacher, places, longest, dtype)
+    else:
+        gram_t = _gram_of_rows(teacher, places, longest, dtype)
+    rows, padded = _padded_rows(places, longest)
     unit, divisors = _unit_rows(student, rows, padded, dtype)
+    lengths = places[1]
     centred = _centre(unit, padded, lengths)
     losses, out, slope = _compare(_gram(centred), gram_t)
     if gradient is not None:
@@ -120,6 +162,15 @@ def _sub_batch_loss(
     return losses.sum(), (~out).sum()
 
 
+def _places(lengths: Sequence[int], batches: list[list[int]], device: torch.device) -> torch.Tensor:
+    """(3, images) int64 on the device, in the order of the sub-batches: as in ``_sub_batch_loss``."""
+    starts = list(itertools.accumulate(lengths, initial=0))
+    firsts = list(itertools.accumulate(map(triangle, lengths), initial=0))
+    images = list(itertools.chain.from_iterable(batches))
+    table = [[whole[image] for image in images] for whole in (starts, lengths, firsts)]
+    return upload(torch.tensor(table, dtype=torch.int64, device="cpu"), device)
+
+
 class _RelationalLoss(torch.autograd.Function):
     """(sum of 1 - CKA, number of images that entered); the gradient of the student's features is made in forward."""
 
@@ -127,7 +178,7 @@ class _RelationalLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: torch.Tensor,
-        teacher: torch.Tensor,
+        teacher: torch.Tensor | Grams,
         lengths: list[int],
         min_tokens: int,
         needs_gradient: bool,
@@ -135,16 +186,15 @@ class _RelationalLoss(torch.autograd.Function):
         dtype = _arithmetic_dtype(student)
 
         def image_bytes(tokens: int) -> int:
-            # The most that is alive at one time: unit and centred rows of the teacher, or four such of the student
-            # with three Gram matrices; and the indices and masks.
-            widest = max(2 * teacher.shape[1], 4 * student.shape[1] + 3 * tokens)
+            # The most that is alive at one time: unit and centred rows of the teacher, or the places of its triangle
+            # (INT64, twice) and its Gram matrix, or four such rows of the student with three Gram matrices; and the
+            # indices and masks.
+            of_teacher = 6 * tokens if isinstance(teacher, Grams) else 2 * teacher.shape[1]
+            widest = max(of_teacher, 4 * student.shape[1] + 3 * tokens)
             return tokens * (dtype.itemsize * widest + 32)
 
         batches = _sub_batches(lengths, min_tokens, image_bytes)
-        starts = list(itertools.accumulate(lengths, initial=0))
-        images = list(itertools.chain.from_iterable(batches))
-        table = [[starts[image] for image in images], [lengths[image] for image in images]]
-        places = upload(torch.tensor(table, dtype=torch.int64, device="cpu"), student.device)
+        places = _places(lengths, batches, student.device)
         total, count = student.new_zeros((), dtype=dtype), student.new_zeros((), dtype=dtype)
         gradient = student.new_zeros(student.shape[0] + 1, student.shape[1], dtype=dtype) if needs_gradient else None
         for batch, part in zip(batches, places.split([len(batch) for batch in batches], dim=1), strict=True):
@@ -163,9 +213,31 @@ class _RelationalLoss(torch.autograd.Function):
         return (gradient * d_total).to(ctx.dtype), None, None, None, None
 
 
+def centred_grams(features: torch.Tensor, image_lengths: Sequence[int]) -> Grams:
+    """K_T of every image of any length, from features (n, d), image after image; on their device, without a read.
+
+    For FP64 features in FP64, else in FP32.
+    """
+    dtype = _arithmetic_dtype(features)
+    total = sum(map(triangle, image_lengths))
+    # The last place is spare: it takes the upper triangles and the padding.
+    values = features.new_zeros(total + 1, dtype=dtype)
+    batches = _sub_batches(
+        image_lengths, 1, lambda tokens: tokens * dtype.itemsize * (2 * features.shape[1] + 6 * tokens)
+    )
+    places = _places(image_lengths, batches, features.device)
+    for batch, part in zip(batches, places.split([len(batch) for batch in batches], dim=1), strict=True):
+        longest = image_lengths[batch[-1]]
+        at, padded = _triangle_places(part, longest)
+        is_upper = torch.ones(longest, longest, dtype=torch.bool, device=features.device).triu_(1)
+        target = at.masked_fill_(padded | is_upper, total)
+        values.index_copy_(0, target.flatten(), _gram_of_rows(features, part, longest, dtype).flatten())
+    return Grams(values[:-1])
+
+
 def relational_cka_sum(
     student_features: torch.Tensor,
-    teacher_features: torch.Tensor,
+    teacher_features: torch.Tensor | Grams,
     image_lengths: Sequence[int] | torch.Tensor,
     *,
     min_tokens: int = 4,
@@ -173,26 +245,34 @@ def relational_cka_sum(
     """(sum of 1 - CKA, number of images that entered), both scalars. No second derivative.
 
     Args:
-        student_features: (n, d_s), all visual tokens, image after image. teacher_features: (n, d_t); no gradient.
+        student_features: (n, d_s), all visual tokens, image after image. teacher_features: (n, d_t), or
+            the ``Grams`` of the same images; no gradient.
         image_lengths: visual tokens of each image, a list or 1-D tensor; their sum is n.
         min_tokens: an image with fewer tokens is left out.
     """
     given = image_lengths.tolist() if isinstance(image_lengths, torch.Tensor) else image_lengths
     lengths = [int(length) for length in given]
-    if sum(lengths) != student_features.shape[0] or sum(lengths) != teacher_features.shape[0]:
+    if isinstance(teacher_features, Grams):
+        teacher: torch.Tensor | Grams = Grams(teacher_features.values.detach())
+        num_given, num_expected = teacher_features.values.shape[0], sum(map(triangle, lengths))
+    else:
+        teacher = teacher_features.detach()
+        num_given, num_expected = teacher_features.shape[0], sum(lengths)
+    if sum(lengths) != student_features.shape[0] or num_given != num_expected:
+        given_as = "packed values" if isinstance(teacher_features, Grams) else "rows"
+        expected = f" where {num_expected} are expected" if isinstance(teacher_features, Grams) else ""
         raise ValueError(
-            f"image_lengths add up to {sum(lengths)}, features have "
-            f"{student_features.shape[0]} (student) and {teacher_features.shape[0]} (teacher) rows"
+            f"image_lengths add up to {sum(lengths)}, features have {student_features.shape[0]} (student) and "
+            f"{num_given} (teacher) {given_as}{expected}"
         )
     needs_gradient = torch.is_grad_enabled() and student_features.requires_grad
-    teacher = teacher_features.detach()
     loss, count = _RelationalLoss.apply(student_features, teacher, lengths, min_tokens, needs_gradient)
     return loss, count
 
 
 def relational_cka(
     student_features: torch.Tensor,
-    teacher_features: torch.Tensor,
+    teacher_features: torch.Tensor | Grams,
     image_lengths: Sequence[int] | torch.Tensor,
     *,
     min_tokens: int = 4,

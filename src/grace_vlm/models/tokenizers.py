@@ -7,6 +7,8 @@ equal widths. So the words are compared, and then what the two make of texts tha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from grace_vlm.errors import ConfigError
@@ -44,6 +46,14 @@ def require_same_tokens(student: Any, teacher: Any) -> None:
             ]
             shown = probe if len(probe) <= 40 else f"{probe[:37]}..."
             raise _differ(f"token {at} of {shown!r} is {words[0]!r} for the student and {words[1]!r} for the teacher")
+
+
+def token_fingerprint(tokenizer: Any) -> str:
+    """sha256 of the words with their ids, and of the probes' ids: equal for tokenizers that encode alike."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    specials = sorted(word for word in tokenizer.all_special_tokens if isinstance(word, str))
+    probes = [tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in (*PROBES, "".join(specials))]
+    return hashlib.sha256(json.dumps([words, probes]).encode()).hexdigest()
 
 
 def _differ(what: str) -> ConfigError:

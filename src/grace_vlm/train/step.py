@@ -34,7 +34,7 @@ from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.config import LossConfig, Recipe
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.optim import Optimizer
-from grace_vlm.train.teacher import OnlineTeacher
+from grace_vlm.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Stepper:
         vision: VisionFeatures,
         masters: Masters,
         optimizer: Optimizer,
-        teacher: OnlineTeacher | None,
+        teacher: Teacher | None,
         adaptive: AdaptiveWeight | None,
         accelerator: Accelerator,
     ) -> None:

@@ -1,8 +1,12 @@
-"""The online teacher: a frozen model in BF16 that turns micro-batches into ``TeacherSignal``s."""
+"""Teachers: what turns micro-batches into ``TeacherSignal``s. Here the online one, a frozen model in BF16.
+
+The other is ``teacher_cache.py``: what a teacher said before, read from a disk. The step knows neither from the other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -10,8 +14,32 @@ from grace_vlm.data.collate import Batch, grouped, merge
 from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
+from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
+
+
+class Teacher(Protocol):
+    """What a step asks of its teacher. ``head``: (V_t, d_t), on the teacher's device."""
+
+    @property
+    def head(self) -> torch.Tensor: ...
+
+    def head_on(self, device: torch.device) -> torch.Tensor:
+        """(V_t, d_t) its head where the loss is computed."""
+        ...
+
+    def keeps(self, name: str) -> bool:
+        """Whether it needs no pixels of a picture."""
+        ...
+
+    def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
+        """What it says about each batch, on the batch's device; it may look at ``max_tokens`` at a time."""
+        ...
+
+    def compile_layers(self) -> None:
+        """Compile what it has to compute."""
+        ...
 
 
 class OnlineTeacher:
@@ -30,7 +58,8 @@ class OnlineTeacher:
         self.relational_layer = relational_layer
         self.model.requires_grad_(False).eval()
         self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
-        self.device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.head = plain_head(loaded.adapter.head(loaded.model), "teacher")
         self._head_elsewhere: torch.Tensor | None = None
 
@@ -46,6 +75,10 @@ class OnlineTeacher:
     def keeps(self, name: str) -> bool:
         """Whether it knows a picture already, so that its pixels are not needed."""
         return self.vision.keeps(name)
+
+    def compile_layers(self) -> None:
+        """Compile the decoder's layers."""
+        compile_layers(self.model)
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
         """What the teacher says about each batch, on the batch's device.
@@ -81,6 +114,7 @@ class OnlineTeacher:
 def split_signal(signal: TeacherSignal, batches: Sequence[Batch]) -> list[TeacherSignal]:
     """The signal of merged batches, batch by batch."""
     tokens = [batch.targets.numel() for batch in batches]
+    assert isinstance(signal.relational, torch.Tensor), "an online teacher gives features"
     # Without a picture anywhere nothing was tapped.
     visual = [sum(batch.image_lengths) for batch in batches] if len(signal.relational) else [0] * len(batches)
     parts = zip(
