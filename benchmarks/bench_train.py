@@ -31,13 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_true_size import PUBLISHED, WORDS, write_rows
-from grace_vlm.train.cache_build import build_cache
 from PIL import Image
 from record import Row, place_of, results_file, row_of
 from record import write_rows as write_csv
 
 from grace_vlm.cli.dry_run import Described
 from grace_vlm.data.ledger import Ledger
+from grace_vlm.train.cache_build import build_cache
 from grace_vlm.train.config import Recipe, load_recipe
 from grace_vlm.train.estimate import GIB
 from grace_vlm.train.fit import fit, gpu_bytes
