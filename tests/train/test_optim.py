@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,12 @@ class Small(nn.Module):
             parameter.data = torch.randn(parameter.shape, generator=generator)
 
 
-def make(**settings: float) -> tuple[Masters, Optimizer]:
-    model = Small()
-    masters = Masters(model, make_plan(linear_shapes(model), "proj", "w4g16"))
+def make(**settings: Any) -> tuple[Masters, Optimizer]:
+    """``settings`` of the optimizer, and ``scheme``."""
+    model, scheme = Small(), settings.pop("scheme", "w4g16")
+    masters = Masters(model, make_plan(linear_shapes(model), "proj", scheme))
     options = {"num_steps": 10, "warmup_fraction": 0.0, **settings}
-    return masters, Optimizer(masters, OptimConfig(**options))  # type: ignore[arg-type]
+    return masters, Optimizer(masters, OptimConfig(**options))
 
 
 def set_gradients(optimizer: Optimizer, seed: int, size: float = 1.0) -> None:
@@ -152,3 +154,50 @@ def test_resume_continues_bit_for_bit() -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert {key.rpartition("#")[2] for key in saved} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def state_of(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that a step may change, copied."""
+    weights = {name: p.detach().clone() for name, p in optimizer.parameters}
+    return {**weights, **{key: value.clone() for key, value in optimizer.state_dict().items()}}
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_a_guard_that_is_up_leaves_every_byte_and_one_that_is_down_does_nothing(
+    moments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grace_vlm.train.optim.MIN_ELEMENTS", 100)
+    _, guarded = make(moments=moments)
+    _, plain = make(moments=moments)
+    flag = torch.zeros(())
+    guarded.guard(flag)
+    for step in range(2):
+        for one in (guarded, plain):
+            set_gradients(one, step)
+            one.step(step)
+    expected = state_of(plain)
+    assert all(torch.equal(value, expected[key]) for key, value in state_of(guarded).items())
+    in_bytes = {key for key in expected if key.endswith("#m")}
+    assert in_bytes == ({"proj.weight#m", "embed_tokens.weight#m", "lm_head.weight#m"} if moments == "8bit" else set())
+    flag.fill_(1.0)
+    set_gradients(guarded, 9, size=math.nan)
+    guarded.step(2)
+    after = state_of(guarded)
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in after.items())
+    assert all(p.grad is None for _, p in guarded.parameters)
+
+
+def test_all_moments_may_be_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No log-scale and nothing small: torch's optimizer has nothing to do."""
+    monkeypatch.setattr("grace_vlm.train.optim.MIN_ELEMENTS", 1)
+    _, optimizer = make(scheme="bf16", moments="8bit", learning_rate=0.1)
+    optimizer.guard(torch.zeros(()))
+    before = state_of(optimizer)
+    set_gradients(optimizer, 0)
+    optimizer.clip()
+    optimizer.step(0)
+    state = optimizer.state_dict()
+    assert {key.rpartition("#")[2] for key in state} == {"m", "v", "scale"}
+    assert all(not torch.equal(p, before[name]) for name, p in optimizer.parameters)
+    optimizer.load_state_dict({key: value.clone() for key, value in state.items()})
