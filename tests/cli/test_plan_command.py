@@ -149,6 +149,12 @@ def test_fit_changes_the_least_and_refuses_what_cannot_be(grace: Any) -> None:
     assert "  model.teacher_precision=fp8: " in small[1]
     assert document(small)["peak_bytes"] + (2 << 30) <= 48 << 30 < document(whole)["peak_bytes"]
     assert document(small)["rows_per_step"] == 512
+    assert "  optim.moments=8bit: " not in small[1]
+    smaller = grace("train", recipe, "--dry-run", "--fit", "40GB", "--json")
+    assert "  model.teacher_precision=fp8: " in smaller[1]
+    assert "  optim.moments=8bit: " in smaller[1]
+    moments = [document(found)["memory_bytes"]["moments"] for found in (small, smaller)]
+    assert moments[1] / moments[0] == pytest.approx(2.03125 / 8)
     refused = grace("train", recipe, "--dry-run", "--fit", "24GB")[1]
     assert refused.startswith("no set-up of this recipe fits 24 GiB: the smallest needs 34.")
     assert refused.endswith("use a larger GPU or smaller models")
