@@ -19,7 +19,7 @@ from grace_vlm.train.estimate import GIB, Estimate
 RESERVED_BYTES = 2 * GIB
 """For the CUDA context, libraries' workspaces, and what the allocator cannot use for fragmentation."""
 
-SMALL_WORKSPACE_MIB = 256
+SMALL_WORKSPACE_MIB = 128
 """Of the loss where memory is short."""
 
 
