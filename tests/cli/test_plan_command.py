@@ -150,7 +150,7 @@ def test_fit_changes_the_least_and_refuses_what_cannot_be(grace: Any) -> None:
     assert document(small)["peak_bytes"] + (2 << 30) <= 48 << 30 < document(whole)["peak_bytes"]
     assert document(small)["rows_per_step"] == 512
     refused = grace("train", recipe, "--dry-run", "--fit", "24GB")[1]
-    assert refused.startswith("no set-up of this recipe fits 24 GiB: the smallest needs 44.")
+    assert refused.startswith("no set-up of this recipe fits 24 GiB: the smallest needs 34.")
     assert refused.endswith("use a larger GPU or smaller models")
     assert grace("train", recipe, "--dry-run", "--fit", "big")[1] == (
         "--fit 'big' is no size of a GPU; expected for example 24GB, 40GB, 48GB or 80GB"

@@ -18,14 +18,14 @@ from grace_vlm.models.adapter import Grid
 
 
 def pixels_digest(grid: Grid, pixels: torch.Tensor) -> bytes:
-    """sha256 of a picture as the tower sees it: grid, shape, and values in BF16.
+    """sha256 of a picture as the tower sees it: grid, shape, and values in the dtype that they have.
 
-    BF16 tells the 256 levels of an 8-bit picture apart after the usual normalisations, and is what a GPU is given:
-    the digest is the same for workers that hand over FP32.
+    Not in a narrower one: CLIP's normalisation reaches values where a step of BF16 is wider than one of the 256 levels
+    of an 8-bit picture, and two pictures would share a digest that an FP32 tower tells apart.
     """
-    values = pixels.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
-    found = hashlib.sha256(np.array([*grid, *values.shape], dtype="<i8").tobytes())
-    found.update(values.data)
+    shape = np.array([*grid, pixels.element_size(), *pixels.shape], dtype="<i8")
+    found = hashlib.sha256(shape.tobytes())
+    found.update(pixels.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

@@ -42,6 +42,7 @@ class Objective:
         min_tokens: images with fewer visual tokens stay out of the relation loss.
         vocabulary: what to do with heads of different width.
         implementation: see ``Implementation``; ``official`` has no plain KL.
+        workspace_bytes: of logits that the fused implementation holds; None as in ``linear_gdkd``.
     """
 
     method: Method
@@ -55,6 +56,7 @@ class Objective:
     min_tokens: int = 4
     vocabulary: VocabularyPolicy = "equal"
     implementation: Implementation = "fused"
+    workspace_bytes: int | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -82,7 +84,7 @@ class Objective:
             return official_gate(official_logits(teacher_hidden, teacher_head))
         if self.implementation == "reference":
             return confidence_gate(_reference_logits(teacher_hidden, teacher_head))
-        return linear_gate(teacher_hidden, teacher_head)
+        return linear_gate(teacher_hidden, teacher_head, workspace_bytes=self.workspace_bytes)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def _fused_words(objective: Objective, given: _Tokens) -> _Words:
         decoupled=objective.is_decoupled,
         vocabulary=objective.vocabulary,
         head_gradient=given.head_gradient,
+        workspace_bytes=objective.workspace_bytes,
     )
     distillation = terms.distillation.sum() if gate is None else (gate * terms.distillation).sum()
     return terms.loss, terms.cross_entropy.sum(), distillation

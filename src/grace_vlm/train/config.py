@@ -139,6 +139,9 @@ class OptimConfig(_Section):
     epsilon: float = Field(1e-8, gt=0, description="Adam")
     warmup_fraction: float = Field(0.03, ge=0, le=1, description="share of the steps with a rising rate")
     max_grad_norm: float = Field(1.0, gt=0, description="global clip over weights and scales")
+    moments: Literal["fp32", "8bit"] = Field(
+        "fp32", description="8bit: Adam's moments of large masters in one byte each; updates differ a little"
+    )
 
 
 class RuntimeConfig(_Section):
@@ -151,6 +154,11 @@ class RuntimeConfig(_Section):
     compile: bool = Field(
         False, description="on a GPU, compile the decoder layers: a minute at the start, a third less time after"
     )
+    loss_workspace_mib: int | None = Field(
+        None,
+        ge=1,
+        description="logits and their gradient that the fused loss holds at a time; null: 1,192 (GPU), 61 (CPU)",
+    )
     frozen_batch_tokens: int = Field(
         8192, ge=1, description="teacher and vision towers see micro-batches of a step together, up to so many tokens"
     )
@@ -159,6 +167,10 @@ class RuntimeConfig(_Section):
     checkpoint_every_steps: int = Field(0, ge=0, description="0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest complete ones kept")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="besides metrics.jsonl")
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        return None if self.loss_workspace_mib is None else self.loss_workspace_mib << 20
 
     def recomputed_layers(self, num_layers: int) -> int:
         """How many of a decoder's first layers keep no activations."""
@@ -237,6 +249,7 @@ class Recipe(_Section):
             min_tokens=loss.min_tokens,
             vocabulary=loss.vocabulary,
             implementation=loss.implementation,
+            workspace_bytes=self.runtime.workspace_bytes,
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, chunking
 from grace_vlm.models.adapter import Adapter
 from grace_vlm.quant.plan import QuantPlan
+from grace_vlm.train.adamw8 import BLOCK
 from grace_vlm.train.config import Recipe
 
 GPUS: Mapping[str, float] = {
@@ -213,7 +214,8 @@ def _loss_bytes(
         is_reference = recipe.loss.implementation == "reference"
         return int(each * supervised * num_words) + is_reference * sum(4 * words * width for words, width in copies)
     teacher_words = 0 if teacher is None else _Sizes.of(*teacher).vocabulary
-    return chunking(round(supervised), num_words, teacher_words, 2, WORKSPACE_BYTES).num_bytes
+    workspace = recipe.runtime.workspace_bytes or WORKSPACE_BYTES
+    return chunking(round(supervised), num_words, teacher_words, 2, workspace).num_bytes
 
 
 def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, int]:
@@ -232,7 +234,7 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         "student weights": 2 * own.num_parameters,
         "masters": 4 * trained,
         "gradients": 4 * trained,
-        "moments": 8 * trained,
+        "moments": int((2 + 8 / BLOCK if recipe.optim.moments == "8bit" else 8) * trained),
         # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding.
         "scales": 28 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),

@@ -2,8 +2,9 @@
 
 The first levers change nothing that is learned: recomputing activations, and smaller micro-batches with more of them,
 where the loss is normalised over the whole step and the order of the rows does not depend on the size of a micro-batch.
-Smaller packs hold other rows together, and about as many a step. The last lever does change what is learned: a teacher
-in FP8 is a slightly different teacher. What does not fit after all of them is refused; nothing is tried on the GPU.
+Smaller packs hold other rows together, and about as many a step. The last two levers do change what is learned: a
+teacher in FP8 is a slightly different teacher, and moments of one byte are slightly other updates. What does not fit
+after all of them is refused; nothing is tried on the GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from grace_vlm.train.estimate import GIB, Estimate
 
 RESERVED_BYTES = 2 * GIB
 """For the CUDA context, libraries' workspaces, and what the allocator cannot use for fragmentation."""
+
+SMALL_WORKSPACE_MIB = 256
+"""Of the loss where memory is short."""
 
 
 def gpu_bytes(text: str) -> int:
@@ -57,9 +61,17 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         said = f"data.max_batch_tokens={data['max_batch_tokens']} data.accumulation={data['accumulation']}"
         changes.append(f"{said}: smaller packs, about the same rows a step")
         yield now()
+    if recipe.loss.implementation == "fused" and recipe.runtime.loss_workspace_mib is None:
+        tree["runtime"]["loss_workspace_mib"] = SMALL_WORKSPACE_MIB
+        changes.append(f"runtime.loss_workspace_mib={SMALL_WORKSPACE_MIB}: the loss in smaller parts, a little slower")
+        yield now()
     if recipe.objective().needs_teacher and recipe.model.teacher_precision == "bf16":
         tree["model"]["teacher_precision"] = "fp8"
         changes.append("model.teacher_precision=fp8: the teacher's linears take one byte a weight, and differ a little")
+        yield now()
+    if recipe.optim.moments == "fp32":
+        tree["optim"]["moments"] = "8bit"
+        changes.append("optim.moments=8bit: Adam's moments take one byte each, and updates differ a little")
         yield now()
 
 

@@ -27,12 +27,7 @@ from grace_vlm.checkpoint.atomic import sweep_partials, write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
-from grace_vlm.data.encode import Encoder
 from grace_vlm.data.ledger import Ledger
-from grace_vlm.data.loader import TrainLoader
-from grace_vlm.data.pictures import PictureStore, patchify_of
-from grace_vlm.data.reader import Preparer, RowReader
-from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import CheckpointError, ConfigError, GraceError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
@@ -43,7 +38,15 @@ from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
-from grace_vlm.train.open import check_relational_layer, choose_trained, open_rows, open_student, open_teacher, plan_for
+from grace_vlm.train.open import (
+    check_relational_layer,
+    choose_trained,
+    open_loader,
+    open_rows,
+    open_student,
+    open_teacher,
+    plan_for,
+)
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
@@ -80,7 +83,17 @@ class Run:
         self.teacher = self._open_teacher(cache_bytes)
         self.adaptive = self._adaptive_weight()
         self.ledger = Ledger(out / "ledger.jsonl")
-        self.loader = self._open_loader(rows)
+        self.loader = open_loader(
+            recipe,
+            rows,
+            self.student,
+            self.ledger,
+            self.accelerator.device,
+            # Without a cache there is nothing to ask, and workers could not.
+            keeps=self._keeps_features if recipe.runtime.tower_cache_gib else None,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
         self.stepper = Stepper(
             recipe,
             self.student,
@@ -97,36 +110,6 @@ class Run:
             compile_layers(self.student.model)
             if self.teacher is not None:
                 self.teacher.compile_layers()
-
-    def _open_loader(self, rows: RowFile) -> TrainLoader:
-        data, student = self.recipe.data, self.student
-        config, dtype = student.model.config, next(student.model.parameters()).dtype
-        pictures = PictureStore(
-            patchify_of(student.adapter, config, student.processor, data.min_pixels, data.max_pixels),
-            int(data.pixel_cache_gib * GIB),
-            self.accelerator.device,
-            dtype,
-        )
-        preparer = Preparer(
-            rows,
-            Encoder(student.processor, student.adapter, config),
-            pictures,
-            data.max_tokens,
-            data.samples_kept,
-            # Without a cache there is nothing to ask, and workers could not.
-            self._keeps_features if self.recipe.runtime.tower_cache_gib else None,
-        )
-        return TrainLoader(
-            RowReader(preparer, self.ledger, data.max_bad_fraction),
-            data.micro_batch_size,
-            self.recipe.runtime.seed,
-            group_by_length=data.group_by_length,
-            packed=data.packing,
-            max_batch_tokens=data.max_batch_tokens,
-            num_workers=data.workers,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
 
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grace_vlm.data.encode import Encoder
+from grace_vlm.data.ledger import Ledger
+from grace_vlm.data.loader import TrainLoader
+from grace_vlm.data.pictures import PictureStore, patchify_of
+from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.models.adapter import Adapter, plan_model
@@ -99,6 +105,44 @@ def _open_processor(recipe: Recipe, rows: RowFile, size: str, side: int = 112) -
         return load_processor(recipe.model.processor)
     texts = (turn.text for row in rows for turn in getattr(row, "turns", ()))
     return build_toy_processor(texts, size=size, side=side)
+
+
+def open_loader(
+    recipe: Recipe,
+    rows: RowFile,
+    student: LoadedModel,
+    ledger: Ledger,
+    device: torch.device,
+    *,
+    keeps: Callable[[str], bool] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """The stream of micro-batches of a recipe.
+
+    Args:
+        device: where kept pixels live. keeps: whether a picture's features are kept, so that its pixels need not come.
+    """
+    data, config = recipe.data, student.model.config
+    pictures = PictureStore(
+        patchify_of(student.adapter, config, student.processor, data.min_pixels, data.max_pixels),
+        int(data.pixel_cache_gib * (1 << 30)),
+        device,
+        next(student.model.parameters()).dtype,
+    )
+    encoder = Encoder(student.processor, student.adapter, config)
+    preparer = Preparer(rows, encoder, pictures, data.max_tokens, data.samples_kept, keeps)
+    return TrainLoader(
+        RowReader(preparer, ledger, data.max_bad_fraction),
+        data.micro_batch_size,
+        recipe.runtime.seed,
+        group_by_length=data.group_by_length,
+        packed=data.packing,
+        max_batch_tokens=data.max_batch_tokens,
+        num_workers=data.workers,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:

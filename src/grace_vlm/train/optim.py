@@ -2,6 +2,9 @@
 
 Three groups: linear weights (decayed), everything else that is no scale (norms, embeddings, biases: not decayed; the
 reference decays them), and log-scales (own rate, never decayed). Rate: linear warm-up, then cosine to 0.
+
+With ``optim.moments=8bit`` the moments of large masters take a byte each (adamw8.py); those of log-scales and of small
+tensors stay FP32, in torch's fused AdamW, which otherwise has all.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 
+from grace_vlm.train.adamw8 import MIN_ELEMENTS, AdamW8
 from grace_vlm.train.config import OptimConfig
 from grace_vlm.train.masters import Masters
 
@@ -29,6 +33,15 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name
 
 
+def has_byte_moments(parameter: torch.Tensor, config: OptimConfig) -> bool:
+    """Whether a master (not a log-scale) keeps its moments in a byte each."""
+    return config.moments == "8bit" and parameter.numel() >= MIN_ELEMENTS and parameter.dtype == torch.float32
+
+
+_Group = tuple[list[tuple[str, torch.nn.Parameter]], float, float]
+"""(named parameters, peak rate, weight decay)."""
+
+
 class Optimizer:
     """AdamW with its groups, its clip and its schedule."""
 
@@ -38,12 +51,26 @@ class Optimizer:
         scales = list(masters.log_scales())
         decayed = [(name, p) for name, p in named if is_decayed(name, p)]
         plain = [(name, p) for name, p in named if not is_decayed(name, p)]
-        self._groups = [
-            (decayed, config.learning_rate, config.weight_decay),
-            (plain, config.learning_rate, 0.0),
+        rate = config.learning_rate
+        groups: list[_Group] = [
+            (decayed, rate, config.weight_decay),
+            (plain, rate, 0.0),
             ([(f"{name}.log_scale", p) for name, p in scales], config.scale_learning_rate, 0.0),
         ]
-        self._groups = [group for group in self._groups if group[0]]
+        self._all = [named for group, _, _ in groups for named in group]
+        in_bytes = {name for name, p in named if has_byte_moments(p, config)}
+        self._groups: list[_Group] = []
+        bytes_groups: list[_Group] = []
+        for members, rate, decay in groups:
+            for chosen, found in (
+                (self._groups, [n for n in members if n[0] not in in_bytes]),
+                (bytes_groups, [n for n in members if n[0] in in_bytes]),
+            ):
+                if found:
+                    chosen.append((found, rate, decay))
+        self._stopped: torch.Tensor | None = None
+        self._adamw8 = AdamW8(bytes_groups, config.beta1, config.beta2, config.epsilon) if bytes_groups else None
+        # Never empty in a run: norms are small.
         self._adamw = torch.optim.AdamW(
             [{"params": [p for _, p in group], "lr": lr, "weight_decay": decay} for group, lr, decay in self._groups],
             betas=(config.beta1, config.beta2),
@@ -53,7 +80,8 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
-        return [named for group, _, _ in self._groups for named in group]
+        """(name, master or log-scale) of everything that is trained."""
+        return list(self._all)
 
     def clip(self) -> torch.Tensor:
         """Scale all gradients to the global norm limit; returns the norm before, a scalar tensor."""
@@ -62,6 +90,8 @@ class Optimizer:
     def guard(self, stopped: torch.Tensor) -> None:
         """Obey a flag: an FP32 scalar on the device. While it is 1, a step leaves weights, moments and counters as
         they are; nothing is read to know it."""
+        self._stopped = stopped
+        # What a gradient scaler would set: the fused kernel reads it on the device.
         self._adamw.found_inf = stopped  # type: ignore[attr-defined]
 
     def step(self, step: int) -> float:
@@ -70,12 +100,15 @@ class Optimizer:
         for group, (_, rate, _) in zip(self._adamw.param_groups, self._groups, strict=True):
             group["lr"] = rate * factor
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        if self._adamw8 is not None:
+            self._adamw8.step(step, factor, self._stopped)
+        for _, parameter in self._all:
+            parameter.grad = None
         return self.config.learning_rate * factor
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """``<name>.<moment>`` tensors; empty before the first step."""
-        state: dict[str, torch.Tensor] = {}
+        """``<name>#<moment>`` tensors; FP32 moments are missing before the first step."""
+        state = self._adamw8.state_dict() if self._adamw8 is not None else {}
         for name, parameter in self.parameters:
             for key, value in self._adamw.state.get(parameter, {}).items():
                 state[f"{name}#{key}"] = value
@@ -83,10 +116,14 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore ``state_dict``."""
+        if self._adamw8 is not None:
+            self._adamw8.load_state_dict(state)
+        in_fp32 = {name for group, _, _ in self._groups for name, _ in group}
         by_name: dict[str, dict[str, Any]] = {}
         for key, value in state.items():
             name, _, moment = key.rpartition("#")
-            by_name.setdefault(name, {})[moment] = value
+            if name in in_fp32:
+                by_name.setdefault(name, {})[moment] = value
         for name, parameter in self.parameters:
             if name in by_name:
                 own = by_name[name]
