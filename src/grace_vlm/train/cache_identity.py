@@ -1,6 +1,6 @@
 """Which teacher, tokens and pictures a cache was made of, and whether a recipe means the same.
 
-    {"format_version": 1, "hidden": "exact", "hidden_dtype": "BF16", "made_of": {...}}         CACHE/cache.json
+    {"format_version": 1, "hidden": "exact", "head": [V, d], "made_of": {...}}         CACHE/cache.json
 
 ``made_of`` names what a run must share: the teacher (its name, and a digest of its weights), the family, the tokens,
 how pictures become pixels, the tapped layer and the kind of gate. Entries are found by the content of a row, so a row
@@ -48,7 +48,6 @@ class CacheInfo:
     """``cache.json``. ``head``: shape of the teacher's head (V_t, d_t)."""
 
     hidden: Hidden
-    hidden_dtype: str
     head: tuple[int, int]
     made_of: dict[str, Any]
 
@@ -65,7 +64,7 @@ def read_info(root: Path) -> CacheInfo:
         raise CheckpointError(f"{root} has format_version {version!r}; this grace reads {FORMAT_VERSION}: make it anew")
     if set(content) != set(CacheInfo.__dataclass_fields__) or content["hidden"] not in HIDDEN:
         raise CheckpointError(f"{root / FILE} is not what grace teacher cache writes; make the cache anew")
-    return CacheInfo(content["hidden"], content["hidden_dtype"], tuple(content["head"]), content["made_of"])
+    return CacheInfo(content["hidden"], tuple(content["head"]), content["made_of"])
 
 
 def write_info(root: Path, info: CacheInfo) -> None:
@@ -119,13 +118,14 @@ def weights_of(recipe: Recipe, name: str) -> str:
     return _digest({path.name: _file_digest(path) for path in sorted(folder.glob("*.safetensors"))})
 
 
-def _seen_by(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
-    """What a cache and a run share beside the teacher."""
+def _seen_by(recipe: Recipe, student: LoadedModel, pixels: torch.dtype) -> dict[str, Any]:
+    """What a cache and a run share beside the teacher; ``pixels``: their dtype, that of the tower."""
     settings = {name: getattr(student.processor.image_processor, name, None) for name in _OF_PIXELS}
     return {
         "family": student.adapter.model_type,
         "tokens": token_fingerprint(student.processor.tokenizer)[:16],
         "image processor": _digest({name: _plain(value) for name, value in settings.items()}),
+        "dtype of pixels": str(pixels).removeprefix("torch."),
         "data.min_pixels": recipe.data.min_pixels,
         "data.max_pixels": recipe.data.max_pixels,
         "loss.relational_layer": recipe.loss.relational_layer,
@@ -138,21 +138,23 @@ def _plain(value: Any) -> Any:
     return {k: v for k, v in dict(value).items() if v is not None} if hasattr(value, "keys") else value
 
 
-def made_of(recipe: Recipe, student: LoadedModel) -> dict[str, Any]:
-    """What a cache of this recipe is made of."""
+def made_of(recipe: Recipe, student: LoadedModel, pixels: torch.dtype) -> dict[str, Any]:
+    """What a cache of this recipe is made of; arguments as in ``_seen_by``."""
     name = str(recipe.model.teacher)
     return {
         "teacher": name,
         "weights": weights_of(recipe, name),
         "model.teacher_precision": recipe.model.teacher_precision,
-        **_seen_by(recipe, student),
+        **_seen_by(recipe, student, pixels),
     }
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
     """What of ``expected`` is something else in ``found``."""
     return "; ".join(
-        f"{key} is {expected[key]} here and {found.get(key)} there" for key in expected if found.get(key) != expected[key]
+        f"{key} is {expected[key]} here and {found.get(key)} there"
+        for key in expected
+        if found.get(key) != expected[key]
     )
 
 
@@ -166,7 +168,7 @@ def require_same_cache(root: Path, info: CacheInfo, expected: CacheInfo) -> None
 def require_made_for(root: Path, info: CacheInfo, recipe: Recipe, student: LoadedModel) -> None:
     """``ConfigError`` if a run cannot use a cache: what it would use of it is not what the recipe means."""
     objective = recipe.objective()
-    expected = _seen_by(recipe, student)
+    expected = _seen_by(recipe, student, next(student.model.parameters()).dtype)
     if not objective.is_relational:
         del expected["loss.relational_layer"]
     if not objective.is_gated:

@@ -39,6 +39,11 @@ class ModelConfig(_Section):
     teacher_precision: Literal["bf16", "fp8"] = Field(
         "bf16", description="fp8: the teacher's decoder linears in E4M3, a scale a row; it differs a little"
     )
+    teacher_cache: str | None = Field(
+        None,
+        description="folder that grace teacher cache made: what the teacher said is read there and no teacher is "
+        "opened; teacher may then be left out, else it must be the cache's",
+    )
     processor: str | None = Field(None, description="where a toy:SIZE takes its processor; null trains a tokenizer")
     train: Literal["default", "all"] = Field(
         "default", description="default: language model and merger; all: the vision tower too"
@@ -199,7 +204,7 @@ class Recipe(_Section):
             raise ConfigError(f"method sft trains in bf16, scheme is {self.scheme}; use method=qat or scheme=bf16")
         if self.method == "qat" and not quantized:
             raise ConfigError("method qat needs a grid, scheme is bf16; use scheme=w4g128 or method=sft")
-        if self.method in ("kd", "grace") and self.model.teacher is None:
+        if self.method in ("kd", "grace") and self.model.teacher is None and self.model.teacher_cache is None:
             raise ConfigError(f"method {self.method} needs a teacher; set model.teacher to a model folder")
         if self.loss.implementation == "official" and not (
             self.objective().is_decoupled or self.method in ("sft", "qat")

@@ -50,7 +50,8 @@ from grace_vlm.train.open import (
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
-from grace_vlm.train.teacher import OnlineTeacher
+from grace_vlm.train.teacher import OnlineTeacher, Teacher
+from grace_vlm.train.teacher_cache import open_cached_teacher
 
 Notify = Callable[[str], None]
 Progress = Callable[[StepReport, int], None]
@@ -114,7 +115,11 @@ class Run:
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))
 
-    def _open_teacher(self, cache_bytes: int) -> OnlineTeacher | None:
+    def _open_teacher(self, cache_bytes: int) -> Teacher | None:
+        if not self.recipe.objective().needs_teacher:
+            return None
+        if self.recipe.model.teacher_cache is not None:
+            return open_cached_teacher(self.recipe, self.student)
         loaded = open_teacher(self.recipe, self.student)
         if loaded is None:
             return None

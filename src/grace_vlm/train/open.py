@@ -35,6 +35,7 @@ from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.config import Recipe
 
 TOY = "toy:"
+GIB = 1 << 30
 
 
 def open_rows(recipe: Recipe) -> RowFile:
@@ -51,8 +52,14 @@ def open_rows(recipe: Recipe) -> RowFile:
 
 def describe_student(recipe: Recipe) -> tuple[Any, Adapter]:
     """The student on the meta device; its base while the student is a run that is not there yet."""
-    base = recipe.model.base
-    return describe(base if base is not None and _is_run_to_come(recipe) else recipe.model.student)
+    return describe(started_from(recipe).model.student)
+
+
+def started_from(recipe: Recipe) -> Recipe:
+    """The recipe itself, or with what its student started from while the student is a run that is not there yet."""
+    if recipe.model.base is None or not _is_run_to_come(recipe):
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"student": recipe.model.base})})
 
 
 def check_relational_layer(recipe: Recipe, model: Any) -> None:
@@ -123,15 +130,16 @@ def open_loader(
     Args:
         device: where kept pixels live. keeps: whether a picture's features are kept, so that its pixels need not come.
     """
-    data, config = recipe.data, student.model.config
-    pictures = PictureStore(
-        patchify_of(student.adapter, config, student.processor, data.min_pixels, data.max_pixels),
-        int(data.pixel_cache_gib * (1 << 30)),
-        device,
-        next(student.model.parameters()).dtype,
+    data = recipe.data
+    preparer = open_preparer(
+        recipe,
+        student,
+        rows,
+        device=device,
+        dtype=next(student.model.parameters()).dtype,
+        keeps=keeps,
+        with_digests=recipe.model.teacher_cache is not None,
     )
-    encoder = Encoder(student.processor, student.adapter, config)
-    preparer = Preparer(rows, encoder, pictures, data.max_tokens, data.samples_kept, keeps)
     return TrainLoader(
         RowReader(preparer, ledger, data.max_bad_fraction),
         data.micro_batch_size,
@@ -145,8 +153,32 @@ def open_loader(
     )
 
 
+def open_preparer(
+    recipe: Recipe,
+    student: LoadedModel,
+    rows: RowFile,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype,
+    keeps: Callable[[str], bool] | None = None,
+    with_digests: bool = False,
+) -> Preparer:
+    """What reads and encodes the rows of a recipe for its student.
+
+    Args:
+        device: where decoded pictures are kept, if the recipe keeps them. dtype: of pixels.
+        keeps: whether a picture's features are kept, so that its pixels need not come.
+        with_digests: as for ``PictureStore``.
+    """
+    data, config = recipe.data, student.model.config
+    patchify = patchify_of(student.adapter, config, student.processor, data.min_pixels, data.max_pixels)
+    pictures = PictureStore(patchify, int(data.pixel_cache_gib * GIB), device, dtype, with_digests)
+    encoder = Encoder(student.processor, student.adapter, config)
+    return Preparer(rows, encoder, pictures, data.max_tokens, data.samples_kept, keeps)
+
+
 def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
-    """The teacher, if the method needs one; ``ConfigError`` if its tokens are not the student's."""
+    """The teacher's model, if the method needs one; ``ConfigError`` if its tokens are not the student's."""
     name = recipe.model.teacher
     if name is None or not recipe.objective().needs_teacher:
         return None

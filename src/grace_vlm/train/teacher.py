@@ -58,7 +58,8 @@ class OnlineTeacher:
         self.relational_layer = relational_layer
         self.model.requires_grad_(False).eval()
         self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
-        self.device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.head = plain_head(loaded.adapter.head(loaded.model), "teacher")
         self._head_elsewhere: torch.Tensor | None = None
 
