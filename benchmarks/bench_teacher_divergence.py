@@ -138,7 +138,11 @@ def text(gguf: Path) -> list[Row]:
 
     options: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **options)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options).eval()
+    read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+    del read.config.quantization_config
+    # A model that came from GGUF refuses to be cast; the same weights in a new one do not.
+    model: Any = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16).eval()
+    model.load_state_dict(read.state_dict())
     topics = "\n\n".join(content for _, content in sorted(pydoc_data.topics.topics.items()))
     ids = torch.tensor(tokenizer(topics).input_ids[-WINDOW_TOKENS * NUM_WINDOWS :]).split(WINDOW_TOKENS)
 
