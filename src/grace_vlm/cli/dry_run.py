@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_vlm.cli.output import emit_json, print_table, say
 
 if TYPE_CHECKING:
     from grace_vlm.train.config import Recipe
-    from grace_vlm.train.estimate import Estimate, Load
+    from grace_vlm.train.estimate import Estimate, Load, Teacher
 
 
 class Described:
@@ -17,19 +18,36 @@ class Described:
     def __init__(
         self, recipe: Recipe, row_tokens: int | None, visual_tokens: int | None, supervised_share: float | None
     ) -> None:
-        from grace_vlm.train.open import check_relational_layer, describe, describe_student, plan_for
+        from grace_vlm.train.open import check_relational_layer, describe_student, plan_for
 
         self.student = describe_student(recipe)
         check_relational_layer(recipe, self.student[0])
         self.load = load_of(recipe, self.student[0].config, row_tokens, visual_tokens, supervised_share)
-        needs_teacher = recipe.objective().needs_teacher and recipe.model.teacher is not None
-        self.teacher = describe(str(recipe.model.teacher)) if needs_teacher else None
+        self.teacher = teacher_of(recipe)
         self.plan = plan_for(recipe, self.student)
 
     def estimate(self, recipe: Recipe) -> Estimate:
         from grace_vlm.train.estimate import estimate
 
         return estimate(recipe, self.plan, self.student, self.teacher, self.load)
+
+
+def teacher_of(recipe: Recipe) -> Teacher:
+    """The teacher on the meta device; of a cached one the head, as the cache has it or as the cache will have it."""
+    from grace_vlm.train.cache_identity import FILE, read_info
+    from grace_vlm.train.estimate import TeacherHead
+    from grace_vlm.train.open import describe
+
+    name, cache = recipe.model.teacher, recipe.model.teacher_cache
+    if not recipe.objective().needs_teacher:
+        return None
+    if cache is not None and (name is None or (Path(cache) / FILE).is_file()):
+        return TeacherHead(*read_info(Path(cache)).head)
+    described = describe(str(name))
+    if cache is None:
+        return described
+    text = described[0].config.text_config
+    return TeacherHead(text.vocab_size, text.hidden_size)
 
 
 def fitted(recipe: Recipe, described: Described, size: str) -> Recipe:

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+teacher_app = typer.Typer(help="Keep what a teacher says.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(teacher_app, name="teacher")
 
 
 def _version(value: bool) -> None:
@@ -52,6 +54,7 @@ def _register() -> None:
         pack,
         plan,
         quantize,
+        teacher_cache,
         train,
         verify,
     )
@@ -61,6 +64,7 @@ def _register() -> None:
     data_app.command("check", help=data_check.HELP)(data_check.check_data)
     app.command("plan", help=plan.HELP)(plan.plan_command)
     app.command("train", help=train.HELP)(train.train_model)
+    teacher_app.command("cache", help=teacher_cache.HELP)(teacher_cache.cache_teacher)
     app.command("quantize", help=quantize.HELP)(quantize.quantize_model)
     app.command("pack", help=pack.HELP)(pack.pack_model)
     app.command("verify", help=verify.HELP)(verify.verify_models)

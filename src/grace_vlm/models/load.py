@@ -74,6 +74,11 @@ def _read_config(source: str) -> dict[str, Any]:
     return content
 
 
+def is_original(path: str) -> bool:
+    """Whether a model is in the original LLaVA layout; ``ConfigError`` if there is none."""
+    return (path not in KNOWN or Path(path).exists()) and is_original_llava(_read_config(resolve_source(path)))
+
+
 def describe_config(path: str) -> Any:
     """A model's configuration: of a published one from ``known.py``, else of a folder or from the hub.
 

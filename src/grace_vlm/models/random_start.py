@@ -43,10 +43,8 @@ def random_config(name: str) -> Any:
     return config
 
 
-def build_random_model(config: Any, tokenizer: Any, device: torch.device, seed: int) -> Any:
-    """A model of ``config`` with random weights (BF16; FP32 on a CPU), its special ids those of ``tokenizer``."""
-    from transformers import AutoModelForImageTextToText
-
+def take_ids(config: Any, tokenizer: Any) -> None:
+    """Give a configuration the special ids of ``tokenizer``; ``ConfigError`` if it has more words than the head."""
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} words and the head {config.text_config.vocab_size}")
     number = tokenizer.convert_tokens_to_ids
@@ -58,6 +56,13 @@ def build_random_model(config: Any, tokenizer: Any, device: torch.device, seed: 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     for key, value in ids.items():
         setattr(config.text_config, key, value)
+
+
+def build_random_model(config: Any, tokenizer: Any, device: torch.device, seed: int) -> Any:
+    """A model of ``config`` with random weights (BF16; FP32 on a CPU), its special ids those of ``tokenizer``."""
+    from transformers import AutoModelForImageTextToText
+
+    take_ids(config, tokenizer)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.device(device):
         torch.manual_seed(seed)

@@ -47,8 +47,8 @@ from grace_vlm.train.open import (
     check_relational_layer,
     open_preparer,
     open_rows,
-    open_student,
     open_teacher,
+    open_without_weights,
     started_from,
 )
 from grace_vlm.train.teacher import OnlineTeacher
@@ -86,13 +86,6 @@ def recipe_of_cache(recipe: Recipe) -> Recipe:
     return started_from(recipe.model_copy(update={"method": "grace", "loss": loss, "model": model}))
 
 
-def student_of_cache(recipe: Recipe) -> LoadedModel:
-    """The student, on the host: of it only the processor and the configuration are used."""
-    runtime = recipe.runtime.model_copy(update={"device": "cpu"})
-    host = recipe.model_copy(update={"runtime": runtime})
-    return open_student(host, open_rows(recipe))
-
-
 def build_cache(
     recipe: Recipe,
     out: Path,
@@ -115,7 +108,7 @@ def build_cache(
         for stale in (*sweep_partials(out), *sweep_partials(out / "shards")):
             notify(f"removed {stale.name}, left by an interrupted write")
         try:
-            student = student_of_cache(recipe)
+            student = open_without_weights(recipe, open_rows(recipe))
             teacher = _open_teacher(recipe, student)
             _publish_info(recipe, out, hidden, student, teacher)
         except GraceError:
@@ -180,7 +173,7 @@ class _Build:
             len(self.known) + len(self.new),
             len(self.new),
             self.known.num_tokens + self.num_tokens,
-            sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file()),
+            _num_bytes(self.out),
         )
 
     def _missing(self, progress: Progress) -> Iterator[Batch]:
@@ -272,5 +265,9 @@ def verify_cache(root: Path, progress: Progress = lambda done, total: None) -> B
             raise CheckpointError(f"{str(error).split('; ')[0]}; {remedy(folder)}") from error
         progress(number + 1, len(folders))
     store = EntryStore(root)
-    num_bytes = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-    return BuildReport(len(store), 0, len(store), 0, store.num_tokens, num_bytes)
+    return BuildReport(len(store), 0, len(store), 0, store.num_tokens, _num_bytes(root))
+
+
+def _num_bytes(root: Path) -> int:
+    """Of everything in a cache but its lock."""
+    return sum(path.stat().st_size for path in root.rglob("[!.]*") if path.is_file())

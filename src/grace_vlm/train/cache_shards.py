@@ -193,7 +193,7 @@ class Shard:
         """Supervised tokens of all rows."""
         return int(self._token_at[-1])
 
-    def keys(self) -> Iterator[bytes]:
+    def row_keys(self) -> Iterator[bytes]:
         """The keys of the rows in order."""
         return (key.tobytes() for key in self._index["key"])
 
@@ -263,7 +263,7 @@ class EntryStore:
                 raise CheckpointError(f"{folder} is damaged: its files are not those of its manifest; {remedy(folder)}")
             shard = Shard(folder)
             self.shards.append(shard)
-            self._place.update((key, (number, entry)) for entry, key in enumerate(shard.keys()))
+            self._place.update((key, (number, entry)) for entry, key in enumerate(shard.row_keys()))
 
     def __len__(self) -> int:
         return len(self._place)

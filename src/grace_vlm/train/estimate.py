@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, chunking
+from grace_vlm.losses.signal import triangle
 from grace_vlm.models.adapter import Adapter
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.adamw8 import BLOCK
@@ -63,6 +64,18 @@ def visual_tokens_of(recipe: Recipe, config: Any) -> int:
     if merge is None:
         return int((vision.image_size // vision.patch_size) ** 2)
     return int((recipe.data.max_pixels or 448 * 448) // (vision.patch_size * merge) ** 2)
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """All that is on the GPU of a teacher that is read from a cache: its head (words, width)."""
+
+    words: int
+    width: int
+
+
+Teacher = tuple[Any, Adapter] | TeacherHead | None
+"""A model on the meta device with its adapter, or the head of one that is cached; None for methods without one."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,30 @@ def _forward_flop(sizes: _Sizes, tokens: int, row_tokens: int, patches: int) -> 
     }
 
 
+@dataclass(frozen=True)
+class TeacherPass:
+    """The work of asking a teacher about rows once: ``flop`` and passes of a batch through a layer."""
+
+    flop: float
+    layer_passes: float
+    is_compiled: bool
+
+    def hours(self, gpu: str) -> float:
+        """On one GPU of that name."""
+        seconds = self.flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS[self.is_compiled]
+        return seconds / 3600
+
+
+def teacher_pass(recipe: Recipe, teacher: tuple[Any, Adapter], load: Load, num_rows: int) -> TeacherPass:
+    """Its forward pass over ``num_rows`` such rows, and its head once a supervised token, for the gate."""
+    sizes = _Sizes.of(*teacher)
+    tokens, patches = num_rows * load.row_tokens, num_rows * load.visual_tokens * sizes.patches_per_token
+    flop = sum(_forward_flop(sizes, tokens, load.row_tokens, patches).values())
+    flop += 2.0 * sizes.hidden * sizes.vocabulary * tokens * load.supervised_share
+    batches = math.ceil(tokens / recipe.runtime.frozen_batch_tokens)
+    return TeacherPass(flop, batches * sizes.layers, recipe.runtime.compile)
+
+
 def _micro_batch_tokens(recipe: Recipe, load: Load) -> int:
     """Of the largest micro-batch that such rows make."""
     data = recipe.data
@@ -201,24 +238,28 @@ def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if is_all or not name.startswith(adapter.frozen))
 
 
-def _loss_bytes(
-    recipe: Recipe, supervised: float, num_words: int, hidden: int, teacher: tuple[Any, Adapter] | None
-) -> int:
+def _head_of(teacher: Teacher) -> TeacherHead | None:
+    if teacher is None or isinstance(teacher, TeacherHead):
+        return teacher
+    sizes = _Sizes.of(*teacher)
+    return TeacherHead(sizes.vocabulary, sizes.hidden)
+
+
+def _loss_bytes(recipe: Recipe, supervised: float, num_words: int, hidden: int, head: TeacherHead | None) -> int:
     if recipe.loss.implementation != "fused":
-        each = WHOLE_LOGITS_BYTES[recipe.loss.implementation][teacher is not None]
+        each = WHOLE_LOGITS_BYTES[recipe.loss.implementation][head is not None]
         # The reference multiplies by FP32 copies of the heads.
-        copies = [
-            (num_words, hidden),
-            *([(_Sizes.of(*teacher).vocabulary, _Sizes.of(*teacher).hidden)] if teacher else []),
-        ]
+        copies = [(num_words, hidden), *([(head.words, head.width)] if head else [])]
         is_reference = recipe.loss.implementation == "reference"
         return int(each * supervised * num_words) + is_reference * sum(4 * words * width for words, width in copies)
-    teacher_words = 0 if teacher is None else _Sizes.of(*teacher).vocabulary
+    teacher_words = 0 if head is None else head.words
     workspace = recipe.runtime.workspace_bytes or WORKSPACE_BYTES
     return chunking(round(supervised), num_words, teacher_words, 2, workspace).num_bytes
 
 
-def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, int]:
+def _memory(
+    recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teacher: Teacher, load: Load
+) -> dict[str, int]:
     own = _Sizes.of(*student)
     trained = _trained_parameters(recipe, *student)
     data = recipe.data
@@ -238,17 +279,22 @@ def _memory(recipe: Recipe, plan: QuantPlan, student: tuple[Any, Adapter], teach
         # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding.
         "scales": 28 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
-        "loss": _loss_bytes(recipe, supervised, own.vocabulary, own.hidden, teacher),
+        "loss": _loss_bytes(recipe, supervised, own.vocabulary, own.hidden, _head_of(teacher)),
     }
-    num_towers = 1 + (teacher is not None)
+    num_towers = 1 + isinstance(teacher, tuple)
     caches = data.pixel_cache_gib + num_towers * recipe.runtime.tower_cache_gib
     if caches:
         parts["caches"] = int(caches * GIB)
-    if teacher is not None:
+    visual = rows * load.visual_tokens
+    if isinstance(teacher, TeacherHead):
+        parts["teacher head"] = 2 * teacher.words * teacher.width
+        # States and the Gram matrices' triangles, of a picture a row.
+        grams = 4 * rows * triangle(load.visual_tokens)
+        parts["teacher signals"] = int(data.accumulation * (2 * teacher.width * supervised + grams))
+    elif teacher is not None:
         theirs = _Sizes.of(*teacher)
         is_fp8 = recipe.model.teacher_precision == "fp8"
         parts["teacher weights"] = 2 * theirs.num_parameters - is_fp8 * theirs.linear_parameters.get("language", 0)
-        visual = rows * load.visual_tokens
         parts["teacher signals"] = int(data.accumulation * 2 * theirs.hidden * (supervised + visual))
     return parts
 
@@ -258,7 +304,7 @@ def _student_passes(recipe: Recipe, num_layers: int) -> float:
     return 3 + recipe.runtime.recomputed_layers(num_layers) / num_layers
 
 
-def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load) -> dict[str, float]:
+def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Teacher, load: Load) -> dict[str, float]:
     tokens = _micro_batch_tokens(recipe, load) * recipe.data.accumulation
     visual = tokens / load.row_tokens * load.visual_tokens
     supervised = tokens * load.supervised_share
@@ -268,7 +314,10 @@ def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Any, load: Load
     tower_passes = 1 if recipe.model.train != "all" else 4 if recipe.runtime.gradient_checkpointing else 3
     parts = {f"student {part}": flop * (tower_passes if part == "tower" else passes) for part, flop in forward.items()}
     parts["student head"] = 6.0 * own.hidden * own.vocabulary * supervised
-    if teacher is not None:
+    if isinstance(teacher, TeacherHead):
+        # For the loss; the gate is read.
+        parts["teacher head"] = 2.0 * teacher.width * teacher.words * supervised
+    elif teacher is not None:
         theirs = _Sizes.of(*teacher)
         patches = int(visual * theirs.patches_per_token)
         for part, flop in _forward_flop(theirs, tokens, load.row_tokens, patches).items():
@@ -282,14 +331,14 @@ def estimate(
     recipe: Recipe,
     plan: QuantPlan,
     student: tuple[Any, Adapter],
-    teacher: tuple[Any, Adapter] | None,
+    teacher: Teacher,
     load: Load,
 ) -> Estimate:
     """The cost of a run on one GPU.
 
     Args:
-        student, teacher: models on the meta device with their adapters (``models.load.describe_model``); the teacher
-            is None for methods without one.
+        student: the model on the meta device with its adapter (``models.load.describe_model``). teacher: likewise, or
+            the head of one that a cache stands for, or None for methods without one.
     """
     data = recipe.data
     tokens = _micro_batch_tokens(recipe, load) * data.accumulation
@@ -299,7 +348,7 @@ def estimate(
         tokens=tokens,
         flop_by_part=_flop(recipe, student, teacher, load),
         num_steps=recipe.optim.num_steps,
-        layer_passes=_layer_passes(recipe, student[0], None if teacher is None else teacher[0], load),
+        layer_passes=_layer_passes(recipe, student[0], teacher[0] if isinstance(teacher, tuple) else None, load),
         is_compiled=recipe.runtime.compile,
     )
 

@@ -65,7 +65,8 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         tree["runtime"]["loss_workspace_mib"] = SMALL_WORKSPACE_MIB
         changes.append(f"runtime.loss_workspace_mib={SMALL_WORKSPACE_MIB}: the loss in smaller parts, a little slower")
         yield now()
-    if recipe.objective().needs_teacher and recipe.model.teacher_precision == "bf16":
+    is_asked = recipe.objective().needs_teacher and recipe.model.teacher_cache is None
+    if is_asked and recipe.model.teacher_precision == "bf16":
         tree["model"]["teacher_precision"] = "fp8"
         changes.append("model.teacher_precision=fp8: the teacher's linears take one byte a weight, and differ a little")
         yield now()

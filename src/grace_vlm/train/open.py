@@ -19,15 +19,17 @@ from grace_vlm.models.adapter import Adapter, plan_model
 from grace_vlm.models.fp8 import to_fp8
 from grace_vlm.models.load import (
     LoadedModel,
+    describe_config,
     describe_model,
     is_hub_id,
+    is_original,
     load_model,
     load_processor,
     meta_model,
     pick_device,
 )
 from grace_vlm.models.random_start import PREFIX as RANDOM
-from grace_vlm.models.random_start import build_random_model, random_config
+from grace_vlm.models.random_start import build_random_model, random_config, take_ids
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.tokenizers import require_same_tokens
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
@@ -105,6 +107,25 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
             f"or start from its base with model.student={recipe.model.base}"
         )
     return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
+
+
+def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
+    """What rows are encoded with: the student's processor and configuration, its model on the meta device.
+
+    A ``toy:`` student and one in the original LLaVA layout are opened whole, on the host: theirs come with the model.
+    """
+    name = recipe.model.student
+    if name.startswith(RANDOM):
+        config = random_config(name)
+        side = getattr(config.vision_config, "image_size", 112)
+        processor = _open_processor(recipe, rows, config.model_type, side)
+        take_ids(config, processor.tokenizer)
+    elif name.startswith(TOY) or is_original(name):
+        runtime = recipe.runtime.model_copy(update={"device": "cpu"})
+        return open_student(recipe.model_copy(update={"runtime": runtime}), rows)
+    else:
+        config, processor = describe_config(name), load_processor(name)
+    return LoadedModel(meta_model(config)[0], processor, adapter_for(config.model_type), name)
 
 
 def _open_processor(recipe: Recipe, rows: RowFile, size: str, side: int = 112) -> Any:
