@@ -17,6 +17,7 @@ COMMANDS = (
     "data check",
     "plan",
     "train",
+    "teacher cache",
     "quantize",
     "pack",
     "verify",

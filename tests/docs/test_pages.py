@@ -1,7 +1,7 @@
 """Every command of docs/data.md and docs/training.md, in their order, on small data and models.
 
 The commands are taken from the pages. What is changed is said here and nowhere else: a training command gets a toy
-student and teacher, and few small steps.
+student and teacher, and few small steps; so does one that caches a teacher.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def write_parquet(folder: Path) -> None:
 def run(line: str) -> int:
     words = shlex.split(line)
     assert words.pop(0) == "grace", line
-    if words[0] == "train" and "--dry-run" not in words:
+    if words[0] in ("train", "teacher") and ("--dry-run" not in words or words[0] == "teacher"):
         added = [item for item in SMALL if not any(word.startswith(item.partition("=")[0] + "=") for word in words)]
         if words[1].endswith("_bf16.yaml"):
             added.append("model.student=toy:tiny")
@@ -109,3 +109,5 @@ def test_the_pages_from_download_to_packed(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "runs/packed/config.json").is_file()
     assert (tmp_path / "runs/qwen3_vl_2b_grace_w4g128/final/grid/plan.json").is_file()
     assert (tmp_path / "runs/try/final/grid").is_dir()
+    assert (tmp_path / "runs/teacher-cache/cache.json").is_file()
+    assert (tmp_path / "runs/from_cache/final/grid").is_dir()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_packed_run import write_mixed_rows
+from test_step import Reads
 from toy_run import recipe_tree, write_models
 
 from grace_vlm.data.collate import Batch
+from grace_vlm.data.ledger import Ledger
+from grace_vlm.errors import CheckpointError
 from grace_vlm.losses.rcka import centred_grams
 from grace_vlm.losses.signal import Grams, TeacherSignal
 from grace_vlm.train import cache_build
@@ -19,6 +22,7 @@ from grace_vlm.train.cache_build import build_cache
 from grace_vlm.train.cache_shards import EntryStore
 from grace_vlm.train.config import Recipe, recipe_from
 from grace_vlm.train.loop import Run, train
+from grace_vlm.train.open import open_loader, open_rows
 from grace_vlm.train.record import read_metrics
 from grace_vlm.train.teacher_cache import CachedTeacher
 
@@ -92,21 +96,6 @@ def test_a_cached_run_is_the_online_run(world: Path, tmp_path: Path, layout: dic
         for key in ("loss", "cross_entropy", "distillation", "relational", "gate_mean", "weight"):
             assert from_disk[key] == pytest.approx(online[key], rel=1e-4, abs=1e-6), key
     assert (tmp_path / "online/ledger.jsonl").read_bytes() == (tmp_path / "cached/ledger.jsonl").read_bytes()
-
-
-class SaysTheSame:
-    """A teacher that answers in the batches that the run asks for, and keeps what it said."""
-
-    def __init__(self, teacher: Any) -> None:
-        self.teacher, self.said = teacher, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.teacher, name)
-
-    def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
-        found = self.teacher.signals(batches, max_tokens)
-        self.said += zip(batches, found, strict=True)
-        return found
 
 
 def signals_of(run: Run, num: int) -> list[tuple[Batch, TeacherSignal]]:
@@ -209,3 +198,60 @@ def test_progress_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     seen: list[tuple[int, int]] = []
     build_cache(recipe(world), tmp_path / "cache", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 39) for done in range(1, 40)]
+
+
+@pytest.mark.parametrize("hidden", ["exact", "fp8"])
+def test_a_step_is_queued_without_a_read(world: Path, tmp_path: Path, hidden: Any) -> None:
+    build_cache(recipe(world), tmp_path / "cache", hidden)
+    run = Run(cached(world, tmp_path / "cache"), tmp_path / "run")
+    run.stepper.run(0, [run.loader.next() for _ in range(2)])  # tables of grids are made once
+    batches = [run.loader.next() for _ in range(2)]
+    with Reads() as reads:
+        pending = run.stepper.launch(1, batches)
+    # Two checks a micro-batch that only a CPU makes (losses/linear_gdkd.py).
+    assert reads.seen == {"_local_scalar_dense": 2 * len(batches)}
+    assert pending.resolve().loss > 0
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_rank_finds_its_rows(world: Path, tmp_path: Path, packing: bool) -> None:
+    """Three ranks over two epochs: other orders and batches than the build's, the same answers as of one process."""
+    made = cached(world, world / "cache", data__packing=packing)
+    run = Run(made, tmp_path / "run")
+    online = Run(recipe(world, data__packing=packing), tmp_path / "online")
+    assert run.teacher is not None
+    assert online.teacher is not None
+    for rank in range(3):
+        ledger = Ledger(tmp_path / f"{rank}.jsonl")
+        device = torch.device("cpu")
+        loader = open_loader(made, open_rows(made), run.student, ledger, device, rank=rank, world_size=3)
+        batches = [loader.next() for _ in range(13)]
+        pairs = zip(run.teacher.signals(batches, 1), online.teacher.signals(batches, 10**6), strict=True)
+        for found, expected in pairs:
+            assert torch.allclose(found.hidden, expected.hidden, rtol=0, atol=ROUNDING)
+            assert found.image_lengths == expected.image_lengths
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava"])
+def test_every_family_has_a_cache(world: Path, tmp_path: Path, family: str) -> None:
+    """Made and read with a random teacher, whose weights are its seed; one step is the online run's."""
+    toys = {"model__student": f"toy:{family}", "model__teacher": f"toy:{family}"}
+    build_cache(recipe(world, **toys), tmp_path / "cache")
+    reports = []
+    for name, cache in (("online", None), ("cached", str(tmp_path / "cache"))):
+        run = Run(recipe(world, **toys, model__teacher_cache=cache), tmp_path / name)
+        reports.append(run.stepper.run(0, [run.loader.next() for _ in range(3)]))
+    for key in ("loss", "distillation", "relational", "gate_mean", "grad_norm"):
+        assert getattr(reports[1], key) == pytest.approx(getattr(reports[0], key), rel=1e-4), key
+
+
+def test_a_resumed_run_wants_the_same_cache(world: Path, tmp_path: Path) -> None:
+    settings = {"runtime__checkpoint_every_steps": 1, "optim__num_steps": 3}
+    build_cache(recipe(world), tmp_path / "cache")
+    made = cached(world, tmp_path / "cache", **settings)
+    train(made, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "cache")
+    build_cache(recipe(world), tmp_path / "cache", "bf16")
+    with pytest.raises(CheckpointError, match=r"teacher_cache: [0-9a-f]{16} then, [0-9a-f]{16} now"):
+        train(made, tmp_path / "run", resume=True)

@@ -25,6 +25,7 @@ from torch import nn
 
 from grace_vlm.checkpoint.atomic import sweep_partials, write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
+from grace_vlm.checkpoint.manifest import sha256_file
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
 from grace_vlm.data.ledger import Ledger
@@ -35,6 +36,7 @@ from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.load import pick_device
 from grace_vlm.models.vision import VisionFeatures
+from grace_vlm.train.cache_identity import FILE as CACHE_FILE
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, dump_recipe
 from grace_vlm.train.masters import Masters
@@ -51,7 +53,7 @@ from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
-from grace_vlm.train.teacher_cache import open_cached_teacher
+from grace_vlm.train.teacher_cache import CachedTeacher, open_cached_teacher
 
 Notify = Callable[[str], None]
 Progress = Callable[[StepReport, int], None]
@@ -133,6 +135,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resume to be exact."""
+        cache = self.recipe.model.teacher_cache if isinstance(self.teacher, CachedTeacher) else None
         return {
             "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest()[:16],
             "num_processes": self.accelerator.num_processes,
@@ -140,6 +143,7 @@ class Run:
             "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **({} if cache is None else {"teacher_cache": sha256_file(Path(cache) / CACHE_FILE)[:16]}),
         }
 
     def state(self, step: int) -> TrainState:
