@@ -68,7 +68,7 @@ def attend_segments(
         )
     if borders is not None:
         assert causal is not None
-        return _attend_varlen(query, key, value, scaling, borders, longest, causal), None
+        return attend_varlen(query, key, value, scaling, borders, longest, causal), None
     grouped = query.shape[1] != key.shape[1]
     if segments is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -80,7 +80,7 @@ def attend_segments(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _attend_varlen(
+def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -89,7 +89,10 @@ def _attend_varlen(
     longest: int,
     causal: dict[str, Any],
 ) -> torch.Tensor:
-    """All segments in one kernel. Keys are repeated to the query's heads: torch 2.11 has no grouped form of it."""
+    """All segments in one kernel; ``causal``: what says so to it, nothing for attention over all of a segment.
+
+    Keys are repeated to the query's heads: torch 2.11 has no grouped form of it.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     repeats = query.shape[1] // key.shape[1]
@@ -228,12 +231,16 @@ def _segment_arguments(segments: tuple[int, ...] | None, embeds: torch.Tensor) -
     """What the layers are told of the segments: their borders on the device if one kernel does them all."""
     arguments: dict[str, Any] = {"attention_mask": None}
     if segments is not None and embeds.is_cuda and embeds.dtype in (torch.bfloat16, torch.float16):
-        borders = torch.tensor((0, *segments), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-        arguments["borders"] = upload(borders, embeds.device)
-        arguments |= {"longest": max(segments), "causal": _causal()}
+        arguments |= {"borders": borders_of(segments, embeds.device), "longest": max(segments), "causal": _causal()}
     elif segments is not None:
         arguments["segments"] = segments
     return arguments
+
+
+def borders_of(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(n + 1,) int32 on the device: 0 and where each of n segments that lie end to end ends."""
+    ends = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+    return upload(ends, device)
 
 
 def place_visual(

@@ -18,7 +18,7 @@ from torch import nn
 from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
-from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_equal_grids
+from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_grids
 from grace_vlm.quant.plan import Part
 
 
@@ -62,7 +62,7 @@ class Qwen2VLAdapter:
     def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
         visual = model.model.visual
         device, merge = visual.patch_embed.proj.weight.device, visual.spatial_merge_size
-        return run_equal_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, merge, device))
+        return run_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, merge, device))
 
     def decode(
         self,

@@ -12,7 +12,7 @@ from torch import nn
 
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
-from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_equal_grids
+from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_grids
 from grace_vlm.quant.plan import Part
 
 
@@ -69,7 +69,7 @@ class Qwen3VLAdapter:
         visual = model.model.visual
         device, merge = visual.patch_embed.proj.weight.device, visual.config.spatial_merge_size
         side: int = visual.num_grid_per_side
-        return run_equal_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, side, merge, device))
+        return run_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, side, merge, device))
 
     def decode(
         self,
