@@ -218,7 +218,8 @@ def table(rows: Sequence[Row]) -> str:
                 )
 
     head = "| model | teacher | KL, T=1, mean | median token | KL, T=2, mean | same first choice | gate, median |"
-    where = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = "{device}, torch {torch}, {date}".format(**rows[0]) + f", commits {commits}"
     return "\n".join([head, "|---|---|---|---|---|---|---|", *cells()]) + f"\n\n{where}\n"
 
 

@@ -164,6 +164,22 @@ def _fakequant_table(rows: list[dict[str, str]]) -> str:
     return "| | ms, median | 20th to 80th percentile |\n|---|---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
 
 
+def numerics() -> str:
+    """docs/numerics.md with its table made from benchmarks/results."""
+    text = (HERE / "numerics.md").read_text(encoding="utf-8")
+    begin, end = "<!-- divergence:begin -->\n", "<!-- divergence:end -->"
+    table = _divergence().table(_plots().read_rows(RESULTS / "teacher_divergence.csv"))
+    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+
+
+def _divergence() -> Any:
+    """``benchmarks/bench_teacher_divergence.py``."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    import bench_teacher_divergence
+
+    return bench_teacher_divergence
+
+
 def _plots() -> Any:
     """``benchmarks/plot_loss.py``."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
@@ -176,6 +192,7 @@ def main() -> None:
     """Write all."""
     (HERE / "training.md").write_text(training(), encoding="utf-8")
     (HERE / "performance.md").write_text(performance(), encoding="utf-8")
+    (HERE / "numerics.md").write_text(numerics(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")

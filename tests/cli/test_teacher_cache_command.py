@@ -159,3 +159,13 @@ def test_a_cache_that_is_not_there_and_no_teacher(tmp_path: Path, says: Any) -> 
         f"error: {tmp_path}/no is no cache of a teacher (no cache.json); make it with grace teacher cache RECIPE "
         f"--out {tmp_path}/no\n"
     )
+
+
+def test_fit_counts_on_the_cache_and_pulls_no_lever_of_the_teacher(tmp_path: Path, says: Any) -> None:
+    """The published step: 40 GB as it is; on 26 GB all changes but the teacher's precision."""
+    cached = ("train", CHART, "model.teacher=random:Qwen/Qwen3-VL-8B-Instruct", f"model.teacher_cache={tmp_path}/c")
+    _, _, text = says(*cached, "--dry-run", "--fit", "40GB", "--json")
+    assert text.splitlines()[1:] == ["  the recipe as it is"]
+    _, _, text = says(*cached, "--dry-run", "--fit", "26GB", "--json")
+    assert text.startswith("fits 26GB: ")
+    assert "teacher" not in text

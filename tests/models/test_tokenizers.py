@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.tokenizers import require_same_tokens
+from grace_vlm.models.tokenizers import require_same_tokens, token_fingerprint
 from grace_vlm.models.toy import build_qwen_tokenizer
 
 TEXTS = ["what is it?", "a red circle", "a blue square", "yes", "no"] * 4
@@ -53,3 +53,12 @@ def test_equal_words_that_merge_otherwise_are_found_by_the_probes() -> None:
     assert found.startswith("student and teacher tokenizers differ: token 0 of 'What is shown in the picture? Answer ")
     assert found.endswith("for the teacher; use a teacher of the same family")
     assert "is 'W' for the student and " in found
+
+
+def test_a_fingerprint_is_of_words_ids_and_merges() -> None:
+    one = token_fingerprint(build_qwen_tokenizer(TEXTS))
+    assert one == token_fingerprint(build_qwen_tokenizer(TEXTS))
+    assert one != token_fingerprint(build_qwen_tokenizer(["dogs and cats", "trees"] * 4))
+    lower = build_qwen_tokenizer(TEXTS)
+    lower.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
+    assert one != token_fingerprint(lower)

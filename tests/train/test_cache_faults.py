@@ -290,3 +290,23 @@ def test_a_teacher_that_is_not_finite_is_not_kept(world: Path, tmp_path: Path, m
         str(caught.value),
     )
     assert not list_shards(tmp_path / "cache")
+
+
+def test_a_disk_without_room(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in a line, from the thread that publishes; what was published before stays."""
+    monkeypatch.setattr(cache_shards, "SHARD_BYTES", 4000)
+    monkeypatch.setattr("grace_vlm.train.cache_build.WINDOW_ROWS", 2)
+    usage, room = shutil.disk_usage, [3]
+
+    def shrinking(path: Any) -> Any:
+        room[0] -= "shards" in str(path)
+        return usage(path) if room[0] >= 0 else shutil._ntuple_diskusage(0, 0, 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    with pytest.raises(
+        CheckpointError, match=r"shard-00000\d: [0-9,]+ bytes needed, 0 free; make room or write elsewhe"
+    ):
+        build_cache(recipe(world), tmp_path / "cache")
+    assert 1 <= len(list_shards(tmp_path / "cache")) <= 3
+    monkeypatch.undo()
+    assert build_cache(recipe(world), tmp_path / "cache").num_entries == 24

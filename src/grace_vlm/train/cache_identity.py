@@ -102,11 +102,12 @@ def known_weights(recipe: Recipe, name: str) -> str | None:
 
 
 def _is_weights(file: str) -> bool:
-    return file.endswith(".safetensors") and "/" not in file
+    return file == "config.json" or (file.endswith(".safetensors") and "/" not in file)
 
 
 def weights_of(recipe: Recipe, name: str) -> str:
-    """The digest of a teacher's weights: the sha256 of its safetensors files, which are read where nothing has them."""
+    """The digest of a teacher's weights: of the sha256 of its safetensors files and its configuration, which are read
+    where nothing says them."""
     if (known := known_weights(recipe, name)) is not None:
         return known
     source = resolve_source(name)
@@ -114,8 +115,9 @@ def weights_of(recipe: Recipe, name: str) -> str:
     if is_hub_id(source) and not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
-    return _digest({path.name: _file_digest(path) for path in sorted(folder.glob("*.safetensors"))})
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "config.json"]))
+    files = sorted(path for path in folder.iterdir() if _is_weights(path.name))
+    return _digest({path.name: _file_digest(path) for path in files})
 
 
 def _seen_by(recipe: Recipe, student: LoadedModel, pixels: torch.dtype) -> dict[str, Any]:
