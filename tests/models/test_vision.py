@@ -105,3 +105,40 @@ def test_a_frozen_tower_has_no_graph_and_a_trained_one_keeps_it_and_nothing_else
     assert not trained.keeps("0")
     with torch.no_grad():
         assert not trained.of(pictures[:1])[0].hidden.requires_grad
+
+
+def test_pictures_of_many_sizes_in_one_call_are_each_themselves(
+    world: World, pictures: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where one kernel knows the borders; here frame by frame in its place."""
+    from grace_vlm.models import qwen_vision
+
+    pixels, grids = [p.pixels for p in pictures if p.pixels is not None], [p.grid for p in pictures]
+    assert len(set(grids)) > 1
+    expected = world.adapter.tower(world.model, pixels, grids)
+    seen = []
+
+    def by_frame(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        borders: torch.Tensor,
+        longest: int,
+        how: object,
+    ) -> torch.Tensor:
+        sizes = borders.diff().tolist()
+        assert longest == max(sizes)
+        assert how == {}
+        seen.append(sizes)
+        parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+        frames = [torch.nn.functional.scaled_dot_product_attention(a, b, c, scale=scale) for a, b, c in parts]
+        return torch.cat(frames, dim=2).transpose(1, 2)
+
+    monkeypatch.setattr(qwen_vision, "attend_varlen", by_frame)
+    monkeypatch.setattr(qwen_vision, "_together", lambda grids, weight: [list(range(len(grids)))])
+    found = world.adapter.tower(world.model, pixels, grids)
+    assert seen[0] == [h * w for t, h, w in grids for _ in range(t)]
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip((one.hidden, *one.deepstack), (other.hidden, *other.deepstack), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
