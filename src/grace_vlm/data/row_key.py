@@ -1,8 +1,8 @@
 """What a row is to a model, in 32 bytes: its tokens, labels and positions, and the pixels of its pictures.
 
-Two rows with one key get the same answer from any frozen model, whatever batch they stand in, so what a teacher said
-can be kept by it (train/teacher_cache.py). Names and ids of rows are no part of it: a file that was renamed or rows
-that were mixed anew keep their keys, and a picture that was edited does not.
+Two rows with one key get the same answer from any frozen model, up to the rounding of the batch they stand in, so what
+a teacher said can be kept by it (train/teacher_cache.py). Names and ids of rows are no part of it: a file that was
+renamed or rows that were mixed anew keep their keys, and a picture that was edited does not.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
     with warnings.catch_warnings():
         # The number of workers is the recipe's; a machine with fewer cores is slower and not wrong.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
+        device = preparer.pictures.device
         loader: DataLoader[Any] = DataLoader(
             dataset,
             sampler=_Chunks(chunks),
@@ -113,7 +114,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
             prefetch_factor=PREFETCH_CHUNKS,
             multiprocessing_context=context,
             worker_init_fn=_one_thread,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device is not None and device.type == "cuda",
             timeout=POLL_SECONDS,
             # Its own, or it would draw from the run's, whose state is saved.
             generator=torch.Generator(),
@@ -146,6 +147,12 @@ def _next_results(waiting: Iterator[Any]) -> _Results | None:
             if isinstance(error, RuntimeError) and not _OF_WORKERS.search(reason):
                 raise
             is_late = "timed out" in reason
+            pinning = getattr(waiting, "_pin_memory_thread", None)
+            if pinning is not None and not pinning.is_alive():
+                # What broke a hand-over broke the thread that pins, and nothing would come any more.
+                raise DataError(
+                    "the loader's pinning thread died; no row was skipped, run again with --resume"
+                ) from error
             if is_late and time.monotonic() < deadline:
                 continue
             what = f"gave nothing for {HANG_SECONDS} seconds" if is_late else f"died: {reason}"

@@ -71,10 +71,11 @@ def estimate_cache(recipe: Recipe, hidden: Hidden, progress: Progress = lambda d
         progress(min(first + READ_ROWS, len(indices)), len(indices))
     share = len(rows) / len(indices)
     text = teacher[0].config.text_config
-    # On a GPU a teacher computes in BF16, on a CPU in FP32.
-    element_bytes = {"exact": 4 if recipe.runtime.device == "cpu" else 2, "bf16": 2, "fp8": 1}[hidden]
+    # On a GPU a teacher computes in BF16, on a CPU in FP32; "auto" is taken for a GPU, where a cache is made.
+    native_bytes = 4 if recipe.runtime.device == "cpu" else 2
+    element_bytes = {"exact": native_bytes, "bf16": 2, "fp8": 1}[hidden]
     token_bytes = text.hidden_size * element_bytes + 4 + 4 * (hidden == "fp8")
-    head_bytes = text.vocab_size * text.hidden_size * (4 if recipe.runtime.device == "cpu" else 2)
+    head_bytes = text.vocab_size * text.hidden_size * native_bytes
     row_bytes = supervised * token_bytes + 4 * values + len(indices) * _ROW_BYTES
     load = Load(max(1, round(tokens / len(indices))), round(visual / len(indices)), supervised / max(tokens, 1))
     return CacheEstimate(

@@ -183,6 +183,12 @@ class Shard:
         self._token_at = np.concatenate([[0], tokens.cumsum()])
         self._picture_at = np.concatenate([[0], pictures.cumsum()])
         self._gram_at = np.concatenate([[0], (image_tokens * (image_tokens + 1) // 2).cumsum()])
+        if any((part < 0).any() for part in (tokens, pictures, image_tokens)) or not (
+            self._token_at[-1] == self._header["gate"][3] == self._header["hidden"][3]
+            and self._picture_at[-1] == len(image_tokens)
+            and self._gram_at[-1] == self._header["grams"][3]
+        ):
+            raise CheckpointError(f"{folder} is corrupt: its counts are not those of its values; {remedy(folder)}")
         self._bytes: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -201,7 +207,7 @@ class Shard:
         """Rows ``first`` to ``last`` of a payload, in the mapped file."""
         if self._bytes is None:
             self._bytes = torch.from_numpy(np.memmap(self.folder / FILE, np.uint8, mode="c"))
-        dtype, width, begin = self._header[name]
+        dtype, width, begin, _ = self._header[name]
         size = width * dtype.itemsize
         found = self._bytes[begin + first * size : begin + last * size]
         # An empty slice may begin anywhere; a view of another dtype may not.
@@ -232,8 +238,8 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in ("key", "checksum", "tokens", "pictures", "image_tokens")}
 
 
-def _read_header(path: Path) -> dict[str, tuple[torch.dtype, int, int]]:
-    """(dtype, width, first byte) of each payload of a file whose header was found sound."""
+def _read_header(path: Path) -> dict[str, tuple[torch.dtype, int, int, int]]:
+    """(dtype, width, first byte, rows) of each payload of a file whose header was found sound."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -242,6 +248,7 @@ def _read_header(path: Path) -> dict[str, tuple[torch.dtype, int, int]]:
             _DTYPES[header[name]["dtype"]],
             header[name]["shape"][1] if name == "hidden" else 1,
             8 + length + header[name]["data_offsets"][0],
+            header[name]["shape"][0],
         )
         for name in ("hidden", "scale", "gate", "grams")
         if name in header

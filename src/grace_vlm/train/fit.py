@@ -45,6 +45,10 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         tree["runtime"]["gradient_checkpointing"] = True
         changes.append("runtime.gradient_checkpointing=true: activations are computed twice instead of kept")
         yield now()
+    if recipe.runtime.gradient_checkpointing and recipe.runtime.kept_layers:
+        tree["runtime"]["kept_layers"] = 0
+        changes.append("runtime.kept_layers=0: activations of all layers are computed twice")
+        yield now()
     data, given = tree["data"], recipe.data
     rows = given.micro_batch_size * given.accumulation
     for size in range(given.micro_batch_size - 1, 0, -1) if _same_rows_in_smaller_parts(recipe) else ():

@@ -65,7 +65,11 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, notify: Notify = lambda text: None) -> None:
         self.recipe, self.out, self.notify = recipe, out, notify
-        self.accelerator = Accelerator(cpu=pick_device(recipe.runtime.device).type == "cpu")
+        chosen = pick_device(recipe.runtime.device)
+        self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        if chosen.index is not None:
+            # Events and Triton's launches go to the current device.
+            torch.cuda.set_device(chosen)
         torch.manual_seed(recipe.runtime.seed)
         rows = open_rows(recipe)
         self.student = open_student(recipe, rows)
@@ -206,6 +210,7 @@ class Run:
                 read(pending)
                 pending = None
                 save_checkpoint(self.out / "checkpoints", done, self.state(done), runtime.keep_checkpoints)
+                last_read = time.perf_counter()
         if pending is not None:
             read(pending)
 

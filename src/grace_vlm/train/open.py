@@ -159,7 +159,7 @@ def open_loader(
         device=device,
         dtype=next(student.model.parameters()).dtype,
         keeps=keeps,
-        with_digests=recipe.model.teacher_cache is not None,
+        with_digests=recipe.model.teacher_cache is not None and recipe.objective().needs_teacher,
     )
     return TrainLoader(
         RowReader(preparer, ledger, data.max_bad_fraction),

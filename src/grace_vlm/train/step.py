@@ -120,10 +120,10 @@ class PendingStep:
         table = self._values[: 5 * num].view(num, 5)
         sums = self._values[5 * num : 5 * num + 5].tolist()
         last = dict(zip(self.LAST, self._values[5 * num + 5 :].tolist(), strict=True))
-        self._require_finite(table.tolist(), [*sums, last["norm"]], last["scales_finite"] == 1.0)
+        self._require_finite(table.tolist(), sums, last["norm"], last["scales_finite"] == 1.0)
         return self._report(sums, last)
 
-    def _require_finite(self, table: list[list[float]], others: list[float], scales_finite: bool) -> None:
+    def _require_finite(self, table: list[list[float]], sums: list[float], norm: float, scales_finite: bool) -> None:
         kept = "the weights are those of before the step"
         everything = ", ".join(name for names in self.sample_ids for name in names)
         if not scales_finite:
@@ -133,7 +133,10 @@ class PendingStep:
             if bad:
                 term = bad[-1] if "teacher gate" in bad else bad[0]
                 raise NonFiniteError(f"step {self.step}: {term} is not finite for samples {', '.join(names)}; {kept}")
-        if not all(math.isfinite(value) for value in others):
+        elsewhere = [term for term, value in zip(TERMS, sums, strict=True) if not math.isfinite(value)]
+        if elsewhere:
+            raise NonFiniteError(f"step {self.step}: {elsewhere[0]} is not finite on another process; {kept}")
+        if not math.isfinite(norm):
             raise NonFiniteError(f"step {self.step}: the gradient is not finite for samples {everything}; {kept}")
 
     def _report(self, sums: list[float], last: dict[str, float]) -> StepReport:
@@ -214,12 +217,13 @@ class Stepper:
         for batch in batches:
             self._require_known_targets(batch)
         max_tokens = self.recipe.runtime.frozen_batch_tokens
-        signals = self.teacher.signals(self._on_device(batches), max_tokens) if self.teacher else [None] * len(batches)
+        local = [batch.to(self.device) for batch in batches]
+        signals = self.teacher.signals(local, max_tokens) if self.teacher else [None] * len(batches)
         counts = [self._counts(batch, signal) for batch, signal in zip(batches, signals, strict=True)]
         whole = self.accelerator.reduce(torch.stack(counts).sum(dim=0), reduction="sum")
         rows, at = [], 0
-        for group in grouped(batches, max_tokens):
-            for batch, vision in zip(self._on_device(group), self._vision(group), strict=True):
+        for group in grouped(local, max_tokens):
+            for batch, vision in zip(group, self._vision(group), strict=True):
                 terms = self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches))
                 rows.append(_row(terms, counts[at][1]))
                 at += 1
@@ -235,7 +239,7 @@ class Stepper:
         rate = self.optimizer.step(step)
         flipped = self.masters.materialize(count_flips)
         weight = self.distillation_weight()
-        self._advance_weight(sums, whole, is_finite)
+        self._advance_weight(sums, whole)
         drift = self.masters.scale_drift() if count_flips else self._scalar(0.0)
         last = torch.stack([*whole, weight, norm, flipped.double(), drift.double(), scales_finite.double()])
         return PendingStep(
@@ -250,9 +254,6 @@ class Stepper:
     def _scalar(self, value: float) -> torch.Tensor:
         """An FP64 scalar on the device, by a kernel: a copy of one would be waited for."""
         return torch.full((), value, dtype=torch.float64, device=self.device)
-
-    def _on_device(self, batches: list[Batch]) -> list[Batch]:
-        return [batch.to(self.device) for batch in batches]
 
     def _require_known_targets(self, batch: Batch) -> None:
         """``ConfigError`` for a target that a head lacks; labels are still on the host, so nothing waits."""
@@ -320,7 +321,7 @@ class Stepper:
         terms.total.backward()
         return terms
 
-    def _advance_weight(self, sums: torch.Tensor, whole: torch.Tensor, is_finite: torch.Tensor) -> None:
+    def _advance_weight(self, sums: torch.Tensor, whole: torch.Tensor) -> None:
         if self.adaptive is not None:
             gate_sum = whole[1]
-            self.adaptive.advance(sums[1] / gate_sum.clamp_min(1e-8), (gate_sum > 0) & is_finite)
+            self.adaptive.advance(sums[1] / gate_sum.clamp_min(1e-8), (gate_sum > 0) & (self._stopped == 0))
