@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from official_step import fake_quantize
 from record import place_of, results_file, row_of, time_interleaved, write_rows
 from torch import nn
 
@@ -61,12 +62,7 @@ def ours_torch(masters: Masters) -> None:
 def official(weights: list[torch.Tensor], log_scales: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
     """One micro-batch: forward and backward of every linear's fake-quantizer."""
     for weight, log_scale, gradient in zip(weights, log_scales, gradients, strict=True):
-        groups = weight.float().reshape(weight.shape[0], -1, 128)
-        scale = log_scale.exp().reshape(weight.shape[0], -1, 1)
-        ratio = groups / scale
-        rounded = ratio + (ratio.round() - ratio).detach()
-        on_grid = (rounded.clamp(-8, 7) * scale).reshape(weight.shape).to(weight.dtype)
-        on_grid.backward(gradient)
+        fake_quantize(weight, log_scale, torch.clamp).backward(gradient)
         weight.grad = log_scale.grad = None
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_true_size import PUBLISHED, WORDS, write_rows
+from bench_true_size import PUBLISHED, WORDS, published_recipe, write_rows
 from PIL import Image
 from record import Row, place_of, results_file, row_of
 from record import write_rows as write_csv
@@ -38,14 +38,13 @@ from record import write_rows as write_csv
 from grace_vlm.cli.dry_run import Described
 from grace_vlm.data.ledger import Ledger
 from grace_vlm.train.cache_build import build_cache
-from grace_vlm.train.config import Recipe, load_recipe
+from grace_vlm.train.config import Recipe
 from grace_vlm.train.estimate import GIB
 from grace_vlm.train.fit import fit, gpu_bytes
 from grace_vlm.train.loop import Run
 from grace_vlm.train.open import open_loader, open_rows, open_student, open_teacher
 from grace_vlm.train.step import PendingStep
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QWEN = (*PUBLISHED, "qwen3_vl_2b_grace_w4g128")
 LLAVA = ("random:llava-hf/llava-1.5-7b-hf", "random:llava-hf/llava-1.5-13b-hf", "llava_1_5_7b_grace_w4g128")
 """Student, teacher, recipe."""
@@ -111,11 +110,8 @@ def write_real_rows(folder: Path, num_rows: int) -> Path:
 
 def recipe_of(rows: Path, overrides: tuple[str, ...], models: tuple[str, str, str] = QWEN) -> Recipe:
     student, teacher, name = models
-    return load_recipe(
-        RECIPES / f"{name}.yaml",
-        [f"model.student={student}", f"model.teacher={teacher}", "model.base=null", f"data.train={rows}",
-         f"data.root={rows.parent}", "data.workers=8", "optim.num_steps=10000", "runtime.compile=true", *overrides],
-    )  # fmt: skip
+    settings = ("data.workers=8", "optim.num_steps=10000", "runtime.compile=true", *overrides)
+    return published_recipe(name, student, teacher, rows, settings)
 
 
 @dataclass(frozen=True)

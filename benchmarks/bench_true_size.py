@@ -16,7 +16,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,18 @@ CASES = (
 )  # fmt: skip
 
 
-def bench_memory(case: Case, rows: Path, out: Path, pair: tuple[str, str], num_steps: int) -> dict[str, Any]:
-    recipe = load_recipe(
-        Path(__file__).parent.parent / "recipes" / "qwen3_vl_2b_grace_w4g128.yaml",
-        [f"model.student={pair[0]}", f"model.teacher={pair[1]}", f"data.train={rows}", f"data.root={rows.parent}",
-         "model.base=null", "data.packing=false", "data.workers=0", f"optim.num_steps={num_steps}", *case.overrides],
+def published_recipe(name: str, student: str, teacher: str, rows: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of that name over ``rows``, with other models."""
+    return load_recipe(
+        Path(__file__).parent.parent / "recipes" / f"{name}.yaml",
+        [f"model.student={student}", f"model.teacher={teacher}", "model.base=null", f"data.train={rows}",
+         f"data.root={rows.parent}", *overrides],
     )  # fmt: skip
+
+
+def bench_memory(case: Case, rows: Path, out: Path, pair: tuple[str, str], num_steps: int) -> dict[str, Any]:
+    settings = ("data.packing=false", "data.workers=0", f"optim.num_steps={num_steps}", *case.overrides)
+    recipe = published_recipe("qwen3_vl_2b_grace_w4g128", *pair, rows, settings)
     run = Run(recipe, out)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

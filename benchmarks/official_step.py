@@ -13,7 +13,7 @@ the official run shards its masters over 16 GPUs and one GPU's share is small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,15 @@ def closed_clamp(x: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
+def fake_quantize(weight: torch.Tensor, log_scale: torch.Tensor, clamp: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """(out, in) BF16 weight on its grid, in eager FP32 under autograd; ``log_scale``: one for each 128 weights."""
+    groups = weight.float().reshape(weight.shape[0], -1, GROUP_SIZE)
+    scale = log_scale.float().exp().reshape(weight.shape[0], -1, 1)
+    ratio = groups / scale
+    rounded = ratio + (ratio.round() - ratio).detach()
+    return (clamp(rounded, QMIN, QMAX) * scale).reshape(weight.shape).to(weight.dtype)
+
+
 class FakeQuantLinear(nn.Module):
     """A linear whose weight passes the grid in every forward: w -> clamp(round(w / s)) s, straight through."""
 
@@ -58,12 +67,7 @@ class FakeQuantLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if not bool(self.get_buffer("scale_initialized").item()):
             raise RuntimeError("the scale has no start")
-        groups = self.weight.float().reshape(self.weight.shape[0], -1, GROUP_SIZE)
-        scale = self.log_scale.float().exp().unsqueeze(-1)
-        ratio = groups / scale
-        rounded = ratio + (ratio.round() - ratio).detach()
-        on_grid = (self.clamp(rounded, QMIN, QMAX) * scale).reshape(self.weight.shape).to(self.weight.dtype)
-        return F.linear(x, on_grid, self.bias)
+        return F.linear(x, fake_quantize(self.weight, self.log_scale, self.clamp), self.bias)
 
 
 def image_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from test_user_errors import grace
 from toy_run import recipe_tree, write_models, write_rows
-
-from grace_vlm.cli.main import main
 
 CHART = "recipes/qwen3_vl_2b_grace_w4g128.yaml"
 
@@ -23,15 +21,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(folder, optim__num_steps=2)))
     return folder
-
-
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a command."""
-    monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture

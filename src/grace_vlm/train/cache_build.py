@@ -30,6 +30,7 @@ from grace_vlm.data.reader import RowReader
 from grace_vlm.data.workers import Chunk, prepared
 from grace_vlm.errors import CheckpointError, ConfigError, GraceError, NonFiniteError
 from grace_vlm.losses.rcka import centred_grams
+from grace_vlm.losses.signal import triangle
 from grace_vlm.models.fp8 import quantize_rows
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.train.cache_identity import (
@@ -41,7 +42,7 @@ from grace_vlm.train.cache_identity import (
     require_same_cache,
     write_info,
 )
-from grace_vlm.train.cache_shards import Entry, EntryStore, ShardWriter, gram_values, list_shards, remedy
+from grace_vlm.train.cache_shards import Entry, EntryStore, ShardWriter, list_shards, remedy
 from grace_vlm.train.config import Recipe
 from grace_vlm.train.open import (
     check_relational_layer,
@@ -218,7 +219,7 @@ class _Build:
             hidden.split(num_tokens),
             scales,
             gate.split(num_tokens),
-            grams.split([sum(gram_values(own)) for own in lengths]),
+            grams.split([sum(map(triangle, own)) for own in lengths]),
             strict=True,
         )
         for row, own_hidden, own_scale, own_gate, own_grams in parts:
@@ -240,7 +241,7 @@ def _require_finite(
     """``NonFiniteError`` naming the first row of which a number is not finite: such an entry would stop every run."""
     if bool(hidden.isfinite().all()) and bool(gate.isfinite().all()) and bool(grams.isfinite().all()):
         return
-    values = grams.split([sum(gram_values(row.image_lengths)) for row in rows])
+    values = grams.split([sum(map(triangle, row.image_lengths)) for row in rows])
     for row, own in zip(rows, zip(hidden.split(num_tokens), gate.split(num_tokens), values, strict=True), strict=True):
         if not all(bool(part.isfinite().all()) for part in own):
             raise NonFiniteError(

@@ -40,7 +40,6 @@ from safetensors.torch import load_file, save_file
 from grace_vlm.checkpoint.atomic import publish_folder
 from grace_vlm.checkpoint.manifest import is_complete
 from grace_vlm.errors import CheckpointError
-from grace_vlm.losses.signal import triangle
 
 SHARD_BYTES = 256 << 20
 """A shard is published when it has so many; a few seconds of a teacher's work."""
@@ -301,8 +300,3 @@ def remedy(shard: Path) -> str:
 def load_head(root: Path) -> torch.Tensor:
     """(V_t, d_t) the teacher's head, as it was computed with."""
     return load_file(root / "head" / "head.safetensors")["head"]
-
-
-def gram_values(image_tokens: Sequence[int]) -> list[int]:
-    """Packed values of each picture."""
-    return [triangle(tokens) for tokens in image_tokens]
