@@ -80,10 +80,15 @@ CASES = {
     "grace_packed_real": Case((*PACKS, "data.max_batch_tokens=4096", "data.max_tokens=4096"), rows="real"),
     "grace_packed_8192_kept": Case((*PACKS, "runtime.gradient_checkpointing=false")),
     "grace_fit_24gb_cached": Case(("data.micro_batch_size=8", "data.accumulation=1"), cached=True, fit="24GB"),
-    "llava_7b_from_13b_cached_adam8": Case((*EIGHT, "optim.moments=8bit"), cached=True, models=LLAVA),
+    "grace_8x512_teacher_gpu": Case((*EIGHT, "runtime.kept_layers=4", "model.teacher_device=cuda:1")),
+    "llava_7b_from_13b_cached_adam8": Case(
+        (*EIGHT, "optim.moments=8bit", "runtime.gradient_checkpointing=false"), cached=True, models=LLAVA
+    ),
+    "llava_7b_from_13b_cached": Case(EIGHT, cached=True, models=LLAVA),
+    "llava_7b_from_13b_online_adam8": Case((*EIGHT, "optim.moments=8bit"), models=LLAVA),
 }
-ON_H200 = ("llava_7b_from_13b_cached_adam8",)
-"""Cases that are left out unless they are named: 80 GB do not hold them."""
+UNUSUAL = tuple(name for name in CASES if name.startswith("llava") or name.endswith("teacher_gpu"))
+"""Cases that are left out unless they are named: 80 GB do not hold those of LLaVA, and the other takes two GPUs."""
 OFFICIAL = {"sft_8x512": ("sft", 8), "qat_8x512": ("qat", 8), "grace_8x512_online": ("grace", 8),
             "grace_2x512_online": ("grace", 2)}  # fmt: skip
 """Case -> (mode of ``official_step.OfficialStep``, rows of a micro-batch)."""
@@ -116,16 +121,20 @@ def recipe_of(rows: Path, overrides: tuple[str, ...], models: tuple[str, str, st
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of each step, its tokens, and the peak of what PyTorch allocated."""
+    """Milliseconds of each step, its tokens, and the peak of what PyTorch allocated; ``teacher_peak_gib``: on the GPU
+    that only the teacher is on."""
 
     milliseconds: list[float]
     tokens: list[int]
     peak_gib: float
+    teacher_peak_gib: float | None = None
 
     def rows(self, case: str, impl: str, micro_batches: int, place: Row) -> list[Row]:
         each = [ms / micro_batches for ms in self.milliseconds]
         speed = [tokens * 1000 / ms for tokens, ms in zip(self.tokens, self.milliseconds, strict=True)]
         values = {"ms": (each, "ms"), "tokens_per_second": (speed, "1/s"), "peak_gib": ([self.peak_gib], "GiB")}
+        if self.teacher_peak_gib is not None:
+            values["teacher_peak_gib"] = ([self.teacher_peak_gib], "GiB")
         return [row_of("train_step", case, impl, name, *value, place) for name, value in values.items()]
 
 
@@ -146,6 +155,9 @@ def clean_gpu(size: str | None = None) -> Iterator[None]:
 def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 3) -> Measured:
     """The loop of ``Run.steps``: a step is read when the next one has been queued."""
     run = Run(recipe, out)
+    gpus = [run.stepper.device]
+    if recipe.has_teacher_elsewhere:
+        gpus.append(torch.device(recipe.teacher_device))
     milliseconds, tokens = [], []
     pending: PendingStep | None = None
     read_at = 0.0
@@ -158,7 +170,8 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 3) -> 
                 now = time.perf_counter()
                 if step == warmup:
                     # A random teacher in FP8 is made in BF16 first; one from a folder never is.
-                    torch.cuda.reset_peak_memory_stats()
+                    for gpu in gpus:
+                        torch.cuda.reset_peak_memory_stats(gpu)
                 if step > warmup:
                     milliseconds.append(1000 * (now - read_at))
                     tokens.append(report.tokens)
@@ -168,7 +181,7 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 3) -> 
         pending.resolve()
     finally:
         run.loader.close()
-    return Measured(milliseconds, tokens, torch.cuda.max_memory_allocated() / GIB)
+    return Measured(milliseconds, tokens, *(torch.cuda.max_memory_allocated(gpu) / GIB for gpu in gpus))
 
 
 def measure_official(mode: str, micro_batch_size: int, rows: Path, out: Path, num_steps: int) -> Measured:
@@ -200,12 +213,12 @@ def measure_official(mode: str, micro_batch_size: int, rows: Path, out: Path, nu
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--cases", nargs="*", default=[n for n in CASES if n not in ON_H200], choices=list(CASES), help="of our loop"
+        "--cases", nargs="*", default=[n for n in CASES if n not in UNUSUAL], choices=list(CASES), help="of our loop"
     )
     made.add_argument(
         "--official", nargs="*", default=list(OFFICIAL), choices=list(OFFICIAL), help="of the official step"
     )
-    made.add_argument("--steps", type=int, default=12, help="timed; a third of them where a step is 16 micro-batches")
+    made.add_argument("--steps", type=int, default=24, help="timed; a third of them where a step is 16 micro-batches")
     made.add_argument("--num-rows", type=int, default=384)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
@@ -228,7 +241,7 @@ def main() -> None:
                 build_cache(recipe_of(rows["equal"], EIGHT, models), cache)
         for name in args.official:
             mode, size = OFFICIAL[name]
-            count = max(2, args.steps // 6) if size == 2 else args.steps
+            count = max(2, args.steps // 8) if size == 2 else args.steps
             with clean_gpu():
                 measured = measure_official(mode, size, rows["equal"], folder / f"official_{name}", count)
             keep(name, "official", measured, 16 if size == 2 else 1)

@@ -213,6 +213,34 @@ def test_the_estimate_counts_what_the_recipe_asks_for(grace: Any) -> None:
     assert trained["flop_by_part"]["student tower"] == 4 * plain["flop_by_part"]["student tower"]
 
 
+def test_a_teacher_on_a_gpu_of_its_own_is_counted_there(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    found = {
+        device: document(grace("train", recipe, "--dry-run", "--json", f"model.teacher_device={device}"))
+        for device in ("null", "cuda:0", "cuda:1")
+    }
+    assert found["null"] == found["cuda:0"]
+    beside, alone = found["cuda:1"], found["null"]
+    assert "teacher_memory_bytes" not in alone
+    weights = alone["memory_bytes"]["teacher weights"]
+    assert beside["teacher_memory_bytes"]["teacher weights"] == weights
+    head = 2 * 151_936 * 4096
+    assert beside["memory_bytes"]["teacher head"] == head
+    assert beside["peak_bytes"] == alone["peak_bytes"] - weights + head
+    assert beside["flop_per_step"] == alone["flop_per_step"]
+    assert beside["seconds_per_step"] < alone["seconds_per_step"]
+    text = grace("train", recipe, "--dry-run", "model.teacher_device=cuda:1")[0]
+    assert "memory of cuda:1" in text
+    assert " hours on two h100" in text
+    # Both GPUs must fit: it is the teacher's that a 16 GB card is too small for.
+    tiny = ("optim.moments=8bit", "model.student=random:Qwen/Qwen3-VL-2B-Instruct:1", "data.micro_batch_size=1")
+    refused = grace("train", recipe, "--dry-run", "--fit", "8GB", "model.teacher_device=cuda:1", *tiny)[1]
+    assert refused.startswith("no set-up of this recipe fits 8 GiB: the smallest needs ")
+    assert "(teacher weights " in refused
+    cached = grace("train", recipe, "--dry-run", "--json", "model.teacher_device=cuda:1", "method=qat")
+    assert "teacher_memory_bytes" not in document(cached)
+
+
 def test_fit_cuts_only_what_stays_the_same(grace: Any) -> None:
     recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
     large = ("data.micro_batch_size=6", "data.accumulation=80", "--dry-run", "--fit", "51GB", "--json")

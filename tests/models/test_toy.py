@@ -122,3 +122,16 @@ def test_a_gpu_that_is_not_there_is_an_error() -> None:
         pick_device("cuda:1")
     assert str(caught.value) == "device 'cuda:1' was asked for and no GPU is usable; use device=cpu (see grace doctor)"
     assert pick_device("auto").type == "cpu"
+
+
+def test_what_is_no_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gpu", "meta", "cuda:", "cuda:-1", ""):
+        with pytest.raises(ConfigError) as caught:
+            pick_device(name)
+        assert str(caught.value) == f"device {name!r} is none that we compute on; expected auto, cpu, cuda or cuda:N"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError) as caught:
+        pick_device("cuda:2")
+    assert str(caught.value) == "device 'cuda:2' was asked for and there are 2 GPUs here, cuda:0 the first"

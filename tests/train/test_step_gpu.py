@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_run import recipe_tree, write_models, write_rows
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.train.config import Recipe, recipe_from
 from grace_vlm.train.loop import Run
 
@@ -42,11 +43,21 @@ def recipe(folder: Path, **overrides: Any) -> Recipe:
 @pytest.mark.parametrize("method", ["qat", "grace"])
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_wait_a_step(world: Path, tmp_path: Path, method: str, packing: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize("teacher", ["cuda:0", "cuda:1"])
+def test_one_wait_a_step(
+    world: Path, tmp_path: Path, method: str, packing: bool, checkpointing: bool, teacher: str
+) -> None:
     from torch.profiler import ProfilerActivity, profile
 
+    if torch.device(teacher).index >= torch.cuda.device_count() or (method, teacher) == ("qat", "cuda:1"):
+        pytest.skip("needs two GPUs and a teacher")
     made = recipe(
-        world, method=method, data__packing=packing, runtime__gradient_checkpointing=checkpointing, data__accumulation=3
+        world,
+        method=method,
+        model__teacher_device=teacher,
+        data__packing=packing,
+        runtime__gradient_checkpointing=checkpointing,
+        data__accumulation=3,
     )
     run = Run(made, tmp_path / "run")
     run.stepper.run(0, [run.loader.next() for _ in range(3)])
@@ -66,6 +77,26 @@ def test_one_wait_a_step(world: Path, tmp_path: Path, method: str, packing: bool
     assert sum(waits.values()) <= 1, waits
     pageable = [event.key for event in seen.key_averages() if "Pageable" in event.key]
     assert not pageable  # a copy from ordinary memory waits inside the driver, where no call shows it
+
+
+def test_a_teacher_on_a_cpu_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.teacher_device is cpu and the student computes on cuda; "):
+        Run(recipe(world, model__teacher_device="cpu"), tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{}, {"model__teacher_precision": "fp8"}, {"runtime__compile": True}])
+def test_a_teacher_on_another_gpu_says_the_same(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    losses = []
+    for device in ("cuda:0", "cuda:1"):
+        run = Run(recipe(world, model__teacher_device=device, data__accumulation=3, **options), tmp_path / device)
+        batches = [[run.loader.next() for _ in range(3)] for _ in range(4)]
+        pending = [run.stepper.launch(step, three) for step, three in enumerate(batches)]  # queued over one another
+        losses.append([(one.resolve().loss, one.resolve().distillation) for one in pending])
+        assert run.teacher is not None
+        assert run.teacher.head.device == torch.device("cuda:0")
+        assert torch.cuda.current_device() == 0
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -56,7 +56,7 @@ def fitted(recipe: Recipe, described: Described, size: str) -> Recipe:
     from grace_vlm.train.fit import RESERVED_BYTES, fit, gpu_bytes
 
     chosen, changes = fit(recipe, gpu_bytes(size), described.estimate)
-    peak_gib = described.estimate(chosen).peak_bytes / GIB
+    peak_gib = described.estimate(chosen).largest_bytes / GIB
     say(f"fits {size}: {peak_gib:.1f} GiB of tensors and {RESERVED_BYTES / GIB:.0f} GiB reserved")
     for change in changes or ["the recipe as it is"]:
         say(f"  {change}")
@@ -79,6 +79,10 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     rows = [(part, f"{size / GIB:.2f}") for part, size in found.memory.items()]
     print_table(("memory", "GiB"), [*rows, ("peak", f"{found.peak_bytes / GIB:.2f}")])
     print()
+    if found.teacher_memory:
+        theirs = [(part, f"{size / GIB:.2f}") for part, size in found.teacher_memory.items()]
+        print_table((f"memory of {recipe.teacher_device}", "GiB"), theirs)
+        print()
     work = [(part, f"{flop / 1e12:.1f}") for part, flop in found.flop_by_part.items()]
     print_table(("work of a step", "TFLOP"), [*work, ("total", f"{found.flop / 1e12:.1f}")])
     load = described.load
@@ -89,7 +93,7 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     print(f"a step: {found.num_rows} rows, {found.tokens:,} tokens on one process")
     print(
         f"the run: {found.num_steps:,} steps of about {found.step_seconds(gpu):.1f} s, "
-        f"{found.hours(gpu):,.1f} hours on one {gpu}"
+        f"{found.hours(gpu):,.1f} hours on {'two' if found.teacher_memory else 'one'} {gpu}"
     )
     count = _count_rows(recipe)
     if count is None:

@@ -39,9 +39,22 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU if there is one; a device that is not there is a ``ConfigError``."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"device {name!r} is none that we compute on; expected auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for and no GPU is usable; use device=cpu (see grace doctor)")
-    return torch.device(name)
+    device, num_gpus = torch.device(name), torch.cuda.device_count()
+    if device.index is not None and device.index >= num_gpus:
+        raise ConfigError(f"device {name!r} was asked for and there are {num_gpus} GPUs here, cuda:0 the first")
+    return device
+
+
+def use_device(name: str) -> torch.device:
+    """``pick_device``, made the current one: events and Triton's launches go there, whatever their tensors are on."""
+    device = pick_device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def is_hub_id(name: str) -> bool:

@@ -32,7 +32,7 @@ from grace_vlm.errors import CheckpointError, ConfigError, GraceError, NonFinite
 from grace_vlm.losses.rcka import centred_grams
 from grace_vlm.losses.signal import triangle
 from grace_vlm.models.fp8 import quantize_rows
-from grace_vlm.models.load import LoadedModel
+from grace_vlm.models.load import LoadedModel, use_device
 from grace_vlm.train.cache_identity import (
     FILE,
     CacheInfo,
@@ -109,6 +109,7 @@ def build_cache(
         for stale in (*sweep_partials(out), *sweep_partials(out / "shards")):
             notify(f"removed {stale.name}, left by an interrupted write")
         try:
+            use_device(recipe.teacher_device)
             student = open_without_weights(recipe, open_rows(recipe))
             teacher = _open_teacher(recipe, student)
             _publish_info(recipe, out, hidden, student, teacher)
@@ -203,8 +204,7 @@ class _Build:
 
     def _entries(self, rows: list[Batch]) -> Iterator[tuple[bytes, Entry]]:
         """What the teacher says about some rows: computed together, copied to the host at once, cut row by row."""
-        where = self.teacher.device
-        signals = self.teacher.signals([row.to(where) for row in rows], self.recipe.runtime.frozen_batch_tokens)
+        signals = self.teacher.signals(rows, self.recipe.runtime.frozen_batch_tokens)
         lengths = [row.image_lengths for row in rows]
         seen = torch.cat([signal.relational for signal in signals if isinstance(signal.relational, torch.Tensor)])
         grams = centred_grams(seen, list(itertools.chain.from_iterable(lengths))).values.cpu()

@@ -39,6 +39,10 @@ class ModelConfig(_Section):
     teacher_precision: Literal["bf16", "fp8"] = Field(
         "bf16", description="fp8: the teacher's decoder linears in E4M3, a scale a row; it differs a little"
     )
+    teacher_device: str | None = Field(
+        None,
+        description="cuda:1, say: the teacher on a GPU of its own, beside the student's step; null: on runtime.device",
+    )
     teacher_cache: str | None = Field(
         None,
         description="folder that grace teacher cache made: what the teacher said is read there and no teacher is "
@@ -232,6 +236,19 @@ class Recipe(_Section):
                 "data.workers read every row anew and cannot share data.pixel_cache_gib, data.samples_kept or "
                 "runtime.tower_cache_gib; set those to 0 or data.workers=0"
             )
+
+    @property
+    def teacher_device(self) -> str:
+        """Where an online teacher is to be, as ``models.load.pick_device`` takes it."""
+        return self.model.teacher_device or self.runtime.device
+
+    @property
+    def has_teacher_elsewhere(self) -> bool:
+        """Whether an online teacher is on another device than the student."""
+        first = {"auto": "cuda:0", "cuda": "cuda:0"}
+        student, teacher = self.runtime.device, self.teacher_device
+        is_asked = self.objective().needs_teacher and self.model.teacher_cache is None
+        return is_asked and first.get(teacher, teacher) != first.get(student, student)
 
     def part_schemes(self) -> dict[Part, str]:
         """Schemes of the parts beside the language model that have one."""

@@ -83,6 +83,7 @@ class Estimate:
     """Peak memory by part in bytes, work of an optimizer step, and of the whole run.
 
     Args:
+        memory: of the student's GPU. teacher_memory: of the teacher's, where it has one of its own.
         num_rows: of one optimizer step on one process; ``tokens`` likewise.
         flop: of one optimizer step; ``flop_by_part`` adds up to it.
         layer_passes: of one optimizer step: micro-batches times decoder layers times passes, student and teacher.
@@ -90,6 +91,7 @@ class Estimate:
     """
 
     memory: Mapping[str, int]
+    teacher_memory: Mapping[str, int]
     num_rows: int
     tokens: int
     flop_by_part: Mapping[str, float]
@@ -99,24 +101,36 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
+        """Of the student's GPU."""
         return sum(self.memory.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the GPU that needs more."""
+        return max(self.peak_bytes, sum(self.teacher_memory.values()))
 
     @property
     def flop(self) -> float:
         return sum(self.flop_by_part.values())
 
     def step_seconds(self, gpu: str) -> float:
-        """One optimizer step on one GPU of that name."""
-        return self.flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS[self.is_compiled]
+        """One optimizer step on one GPU of that name, or on two where the teacher has its own."""
+        flop = self.flop
+        if self.teacher_memory:
+            # Side by side: the slower of the two.
+            teacher = sum(value for part, value in self.flop_by_part.items() if part.startswith("teacher"))
+            flop = max(teacher, flop - teacher)
+        return flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS[self.is_compiled]
 
     def hours(self, gpu: str) -> float:
-        """The whole run on one GPU of that name."""
+        """The whole run on such GPUs."""
         return self.step_seconds(gpu) * self.num_steps / 3600
 
     def to_json(self, gpu: str) -> dict[str, Any]:
         return {
             "memory_bytes": dict(self.memory),
             "peak_bytes": self.peak_bytes,
+            **({"teacher_memory_bytes": dict(self.teacher_memory)} if self.teacher_memory else {}),
             "rows_per_step": self.num_rows,
             "tokens_per_step": self.tokens,
             "flop_by_part": dict(self.flop_by_part),
@@ -292,7 +306,7 @@ def _memory(
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
         "loss": _loss_bytes(recipe, supervised, own.vocabulary, own.hidden, _head_of(teacher)),
     }
-    num_towers = 1 + isinstance(teacher, tuple)
+    num_towers = 1 + (isinstance(teacher, tuple) and not recipe.has_teacher_elsewhere)
     caches = data.pixel_cache_gib + num_towers * recipe.runtime.tower_cache_gib
     if caches:
         parts["caches"] = int(caches * GIB)
@@ -304,9 +318,33 @@ def _memory(
         parts["teacher signals"] = int(data.accumulation * (2 * teacher.width * supervised + grams))
     elif teacher is not None:
         theirs = _Sizes.of(*teacher)
-        is_fp8 = recipe.model.teacher_precision == "fp8"
-        parts["teacher weights"] = 2 * theirs.num_parameters - is_fp8 * theirs.linear_parameters.get("language", 0)
+        if recipe.has_teacher_elsewhere:
+            parts["teacher head"] = 2 * theirs.vocabulary * theirs.hidden
+        else:
+            parts["teacher weights"] = _teacher_weights(recipe, theirs)
         parts["teacher signals"] = int(data.accumulation * 2 * theirs.hidden * (supervised + visual))
+    return parts
+
+
+def _teacher_weights(recipe: Recipe, theirs: _Sizes) -> int:
+    is_fp8 = recipe.model.teacher_precision == "fp8"
+    return 2 * theirs.num_parameters - is_fp8 * theirs.linear_parameters.get("language", 0)
+
+
+def _teacher_memory(recipe: Recipe, teacher: Teacher, load: Load) -> dict[str, int]:
+    """Of a GPU that only the teacher is on: weights, one layer's activations, logits for the gate; else nothing."""
+    if not recipe.has_teacher_elsewhere or not isinstance(teacher, tuple):
+        return {}
+    theirs = _Sizes.of(*teacher)
+    own = _micro_batch_tokens(recipe, load)
+    tokens = max(own, min(recipe.runtime.frozen_batch_tokens, own * recipe.data.accumulation))
+    parts = {
+        "teacher weights": _teacher_weights(recipe, theirs),
+        "teacher activations": _layer_bytes(theirs, tokens, recipe.runtime.compile),
+        "teacher gate": recipe.runtime.workspace_bytes or WORKSPACE_BYTES,
+    }
+    if recipe.runtime.tower_cache_gib:
+        parts["caches"] = int(recipe.runtime.tower_cache_gib * GIB)
     return parts
 
 
@@ -355,6 +393,7 @@ def estimate(
     tokens = _micro_batch_tokens(recipe, load) * data.accumulation
     return Estimate(
         memory=_memory(recipe, plan, student, teacher, load),
+        teacher_memory=_teacher_memory(recipe, teacher, load),
         num_rows=round(tokens / load.row_tokens),
         tokens=tokens,
         flop_by_part=_flop(recipe, student, teacher, load),

@@ -99,12 +99,14 @@ def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) 
     smallest: Estimate | None = None
     for candidate, changes in _setups(recipe):
         smallest = estimate(candidate)
-        if smallest.peak_bytes + RESERVED_BYTES <= num_bytes:
+        if smallest.largest_bytes + RESERVED_BYTES <= num_bytes:
             return candidate, changes
     assert smallest is not None
-    largest = sorted(smallest.memory.items(), key=lambda item: -item[1])[:3]
+    is_student = smallest.peak_bytes == smallest.largest_bytes
+    memory = smallest.memory if is_student else smallest.teacher_memory
+    largest = sorted(memory.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     raise ConfigError(
         f"no set-up of this recipe fits {num_bytes / GIB:.0f} GiB: the smallest needs "
-        f"{(smallest.peak_bytes + RESERVED_BYTES) / GIB:.1f} GiB ({parts}, ...); use a larger GPU or smaller models"
+        f"{(smallest.largest_bytes + RESERVED_BYTES) / GIB:.1f} GiB ({parts}, ...); use a larger GPU or smaller models"
     )

@@ -34,7 +34,7 @@ from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
-from grace_vlm.models.load import pick_device
+from grace_vlm.models.load import use_device
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.cache_identity import FILE as CACHE_FILE
 from grace_vlm.train.card import model_card
@@ -65,11 +65,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, notify: Notify = lambda text: None) -> None:
         self.recipe, self.out, self.notify = recipe, out, notify
-        chosen = pick_device(recipe.runtime.device)
+        chosen = use_device(recipe.runtime.device)
         self.accelerator = Accelerator(cpu=chosen.type == "cpu")
-        if chosen.index is not None:
-            # Events and Triton's launches go to the current device.
-            torch.cuda.set_device(chosen)
         torch.manual_seed(recipe.runtime.seed)
         rows = open_rows(recipe)
         self.student = open_student(recipe, rows)
@@ -130,7 +127,8 @@ class Run:
         if loaded is None:
             return None
         check_relational_layer(self.recipe, loaded.model)
-        return OnlineTeacher(loaded, self.recipe.objective(), self.recipe.loss.relational_layer, cache_bytes)
+        layer, where = self.recipe.loss.relational_layer, next(self.student.model.parameters()).device
+        return OnlineTeacher(loaded, self.recipe.objective(), layer, cache_bytes, where)
 
     def _adaptive_weight(self) -> AdaptiveWeight | None:
         if self.recipe.method != "grace" or not self.recipe.loss.adaptive:

@@ -203,10 +203,11 @@ def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
     name = recipe.model.teacher
     if name is None or not recipe.objective().needs_teacher:
         return None
+    device = _pick_teacher_device(recipe)
     if name.startswith((TOY, RANDOM)):
-        teacher = _random_teacher(recipe, name, student)
+        teacher = _random_teacher(recipe, name, student, device)
     else:
-        teacher = load_model(name, recipe.runtime.device, precision=recipe.model.teacher_precision)
+        teacher = load_model(name, str(device), precision=recipe.model.teacher_precision)
     require_same_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
     if teacher.adapter.model_type != student.adapter.model_type:
         raise ConfigError(
@@ -216,9 +217,20 @@ def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
     return teacher
 
 
-def _random_teacher(recipe: Recipe, name: str, student: LoadedModel) -> LoadedModel:
+def _pick_teacher_device(recipe: Recipe) -> torch.device:
+    """``ConfigError`` for a CPU beside a GPU: the two compute in different precisions."""
+    device, where = pick_device(recipe.teacher_device), pick_device(recipe.runtime.device)
+    if device.type != where.type:
+        raise ConfigError(
+            f"model.teacher_device is {recipe.teacher_device} and the student computes on {where}; expected another "
+            "GPU, or null for the same device"
+        )
+    return device
+
+
+def _random_teacher(recipe: Recipe, name: str, student: LoadedModel, device: torch.device) -> LoadedModel:
     """A teacher that knows nothing, over the student's tokenizer: for trying a set-up."""
-    device, seed = pick_device(recipe.runtime.device), recipe.runtime.seed + 1
+    seed = recipe.runtime.seed + 1
     if name.startswith(TOY):
         model = build_toy_model(name.removeprefix(TOY), student.processor, seed)
     else:

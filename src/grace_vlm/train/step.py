@@ -218,7 +218,7 @@ class Stepper:
             self._require_known_targets(batch)
         max_tokens = self.recipe.runtime.frozen_batch_tokens
         local = [batch.to(self.device) for batch in batches]
-        signals = self.teacher.signals(local, max_tokens) if self.teacher else [None] * len(batches)
+        signals = self.teacher.signals(batches, max_tokens) if self.teacher else [None] * len(batches)
         counts = [self._counts(batch, signal) for batch, signal in zip(batches, signals, strict=True)]
         whole = self.accelerator.reduce(torch.stack(counts).sum(dim=0), reduction="sum")
         rows, at = [], 0
@@ -313,7 +313,7 @@ class Stepper:
             distillation_weight=self.distillation_weight() * ramp(step, config.distillation_warmup_steps),
             relational_ramp=ramp(step, config.relational_warmup_steps),
             student_relational=relational,
-            teacher_head=self.teacher.head_on(self.device) if self.teacher else None,
+            teacher_head=self.teacher.head if self.teacher else None,
             signal=signal,
             image_lengths=batch.image_lengths,
             head_gradient=self.head_gradient,

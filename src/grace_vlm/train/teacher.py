@@ -1,16 +1,22 @@
-"""Teachers: what turns micro-batches into ``TeacherSignal``s. Here the online one, a frozen model in BF16.
+"""Teachers: what turns micro-batches into ``TeacherSignal``s. Here the online one, a frozen model in BF16 or FP8.
+
+It may be on another device than the student (``model.teacher_device``). Then the two run side by side: the host has
+queued the next step, and with it the teacher's part of it, before the student has finished this one, and the teacher
+takes what it needs from the host, not from the student's device, where it would have to wait.
 
 The other is ``teacher_cache.py``: what a teacher said before, read from a disk. The step knows neither from the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from grace_vlm.data.collate import Batch, grouped, merge
+from grace_vlm.kernels.upload import upload
 from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
@@ -20,21 +26,18 @@ from grace_vlm.models.vision import VisionFeatures
 
 
 class Teacher(Protocol):
-    """What a step asks of its teacher. ``head``: (V_t, d_t), on the teacher's device."""
+    """What a step asks of its teacher. ``head``: (V_t, d_t), on the student's device."""
 
     @property
     def head(self) -> torch.Tensor: ...
-
-    def head_on(self, device: torch.device) -> torch.Tensor:
-        """(V_t, d_t) its head where the loss is computed."""
-        ...
 
     def keeps(self, name: str) -> bool:
         """Whether it needs no pixels of a picture."""
         ...
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
-        """What it says about each batch, on the batch's device; it may look at ``max_tokens`` at a time."""
+        """What it says about each batch (as the loader made it, on the host), on the student's device; it may look at
+        ``max_tokens`` at a time."""
         ...
 
     def compile_layers(self) -> None:
@@ -49,10 +52,16 @@ class OnlineTeacher:
         loaded: the teacher, on its device.
         relational_layer: the tapped index of ``hidden_states``.
         tower_cache_bytes: memory for outputs of its vision tower.
+        where: the student's device; None: the teacher's own.
     """
 
     def __init__(
-        self, loaded: LoadedModel, objective: Objective, relational_layer: int, tower_cache_bytes: int
+        self,
+        loaded: LoadedModel,
+        objective: Objective,
+        relational_layer: int,
+        tower_cache_bytes: int,
+        where: torch.device | None = None,
     ) -> None:
         self.adapter, self.model, self.objective = loaded.adapter, loaded.model, objective
         self.relational_layer = relational_layer
@@ -60,17 +69,9 @@ class OnlineTeacher:
         self.vision = VisionFeatures(loaded.adapter, loaded.model, tower_cache_bytes)
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.head = plain_head(loaded.adapter.head(loaded.model), "teacher")
-        self._head_elsewhere: torch.Tensor | None = None
-
-    def head_on(self, device: torch.device) -> torch.Tensor:
-        """(V_t, d_t) its head where the loss is computed; copied there once if the teacher is elsewhere."""
-        if self.head.device != device:
-            self._head_elsewhere = (
-                self.head.detach().to(device) if self._head_elsewhere is None else self._head_elsewhere
-            )
-            return self._head_elsewhere
-        return self.head
+        self.where = self.device if where is None else where
+        self._own_head = plain_head(loaded.adapter.head(loaded.model), "teacher")
+        self.head = self._own_head.detach().to(self.where)
 
     def keeps(self, name: str) -> bool:
         """Whether it knows a picture already, so that its pixels are not needed."""
@@ -81,7 +82,7 @@ class OnlineTeacher:
         compile_layers(self.model)
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
-        """What the teacher says about each batch, on the batch's device.
+        """What the teacher says about each batch, on the student's device.
 
         Neighbours share a forward pass of up to ``max_tokens``: the student's small micro-batches would leave a GPU
         waiting for its host 36 layers long.
@@ -93,22 +94,25 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
-        """What the teacher says about a batch, on the batch's device."""
-        where = batch.input_ids.device
-        local = batch.to(self.device)
-        states = self.adapter.decode(
-            self.model,
-            local.input_ids,
-            local.position_ids,
-            self.vision.of(batch.pictures),
-            tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
-            segments=batch.segments,
-            visual=local.visual,
-        )
-        hidden = states.last.flatten(0, 1).index_select(0, local.supervised)
-        gate = self.objective.gate_of(hidden, self.head)
-        relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
-        return TeacherSignal(hidden.to(where), gate.to(where), relational.to(where), batch.image_lengths)
+        """What the teacher says about a batch, on the student's device."""
+        # Triton launches on the current device, wherever its tensors are.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with current:
+            local = batch.to(self.device)
+            states = self.adapter.decode(
+                self.model,
+                local.input_ids,
+                local.position_ids,
+                self.vision.of(batch.pictures),
+                tap=self.relational_layer if self.objective.is_relational and batch.pictures else None,
+                segments=batch.segments,
+                visual=local.visual,
+            )
+            hidden = states.last.flatten(0, 1).index_select(0, local.supervised)
+            gate = self.objective.gate_of(hidden, self._own_head)
+            relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
+            hidden, gate, relational = (upload(x, self.where) for x in (hidden, gate, relational))
+        return TeacherSignal(hidden, gate, relational, batch.image_lengths)
 
 
 def split_signal(signal: TeacherSignal, batches: Sequence[Batch]) -> list[TeacherSignal]:

@@ -55,11 +55,6 @@ class CachedTeacher:
             raise CheckpointError(f"{root / 'head'} holds no head of a teacher; make the cache anew") from error
         self._readers = ThreadPoolExecutor(max_workers=READERS)
 
-    def head_on(self, device: torch.device) -> torch.Tensor:
-        """(V_t, d_t) the head; it is where the student is."""
-        assert device == self.head.device, f"the head is on {self.head.device}, not on {device}"
-        return self.head
-
     def keeps(self, name: str) -> bool:
         """True: no picture's pixels are needed."""
         return True
