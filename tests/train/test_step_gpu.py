@@ -79,6 +79,43 @@ def test_one_wait_a_step(
     assert not pageable  # a copy from ordinary memory waits inside the driver, where no call shows it
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"runtime__compile": True, "runtime__gradient_checkpointing": True, "runtime__kept_layers": 1},
+        {"runtime__compile": True, "model__teacher_precision": "fp8"},
+        {"method": "qat"},
+    ],
+    ids=["eager", "compiled", "fp8", "qat"],
+)
+def test_graphs_say_the_same_and_wait_once(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    found, launches = [], []
+    for graphs in (False, True):
+        made = recipe(world, data__packing=True, data__accumulation=3, runtime__cuda_graphs=graphs, **options)
+        run = Run(made, tmp_path / str(graphs))
+        batches = [[run.loader.next() for _ in range(3)] for _ in range(3)]
+        reports = [run.stepper.run(step, batches[step % 3]) for step in range(9)]
+        found.append(torch.tensor([[report.loss, report.grad_norm] for report in reports]))
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                pending = run.stepper.launch(9, batches[0])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            pending.resolve()
+        counts = {event.key: event.count for event in seen.key_averages()}
+        waits = sum(counts.get(name, 0) for name in WAITS if name != "cudaMemcpy") - counts.get(
+            "cudaDeviceSynchronize", 0
+        )
+        assert waits <= 1
+        launches.append(sum(count for key, count in counts.items() if "LaunchKernel" in key))
+    assert torch.allclose(found[0], found[1], rtol=3e-2), found
+    assert launches[1] < launches[0] / 2, launches
+
+
 def test_a_teacher_on_a_cpu_is_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.teacher_device is cpu and the student computes on cuda; "):
         Run(recipe(world, model__teacher_device="cpu"), tmp_path / "run")

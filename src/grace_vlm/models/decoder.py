@@ -31,6 +31,8 @@ from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates
 
 _SEGMENTS = "grace_segments"
+GRAPHS = "grace_layer_graphs"
+"""Attribute of a decoder whose layers run as CUDA graphs (``graphs.py``)."""
 
 
 def attend_segments(
@@ -156,8 +158,14 @@ def run_decoder(
     # hidden_states[-2] is what enters the last layer, with any DeepStack addition already made.
     tapped_layer = None if tap is None else num_layers + 1 + tap if tap < 0 else tap
     if attention_mask is None and cache is None:
-        how = _segment_arguments(segments, embeds)
+        how = segment_arguments(segments, embeds)
         with attention(language, _SEGMENTS, attend_segments):
+            graphs = getattr(language, GRAPHS, None)
+            if graphs is not None and segments is not None:
+                rotary = language.rotary_emb(embeds, position_ids)
+                found = graphs.run(embeds, rotary, segments, visual, tapped_layer, recompute, deepstack)
+                if found is not None:
+                    return DecoderStates(language.norm(found[0]), found[1])
             return _run_layers(language, embeds, position_ids, visual, tapped_layer, recompute, deepstack, how)
     assert segments is None, "packed rows have neither mask nor cache"
     with attention(language, "sdpa"):
@@ -227,7 +235,7 @@ def _run_stock(
     return DecoderStates(out.last_hidden_state, tapped[0].flatten(0, 1)[visual] if tapped else None)
 
 
-def _segment_arguments(segments: tuple[int, ...] | None, embeds: torch.Tensor) -> dict[str, Any]:
+def segment_arguments(segments: tuple[int, ...] | None, embeds: torch.Tensor) -> dict[str, Any]:
     """What the layers are told of the segments: their borders on the device if one kernel does them all."""
     arguments: dict[str, Any] = {"attention_mask": None}
     if segments is not None and embeds.is_cuda and embeds.dtype in (torch.bfloat16, torch.float16):

@@ -163,6 +163,11 @@ class RuntimeConfig(_Section):
     compile: bool = Field(
         False, description="on a GPU, compile the decoder layers: a minute at the start, a third less time after"
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="on a GPU, ask for all decoder layers of a packed micro-batch at once instead of kernel by kernel: "
+        "where the host is what a step waits for",
+    )
     loss_workspace_mib: int | None = Field(
         None,
         ge=1,
@@ -230,6 +235,10 @@ class Recipe(_Section):
             )
         if data.packing and data.group_by_length:
             raise ConfigError("data.group_by_length saves padding and packing has none; choose one of them")
+        if self.runtime.cuda_graphs and not data.packing:
+            raise ConfigError("runtime.cuda_graphs is for packed rows; set data.packing=true or leave it out")
+        if self.runtime.cuda_graphs and self.model.train == "all":
+            raise ConfigError("runtime.cuda_graphs trains no vision tower; set model.train=default or leave it out")
         kept = (data.pixel_cache_gib, data.samples_kept, self.runtime.tower_cache_gib)
         if data.workers and any(kept):
             raise ConfigError(

@@ -34,6 +34,7 @@ from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
+from grace_vlm.models.graphs import graph_layers
 from grace_vlm.models.load import use_device
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.cache_identity import FILE as CACHE_FILE
@@ -114,6 +115,10 @@ class Run:
             compile_layers(self.student.model)
             if self.teacher is not None:
                 self.teacher.compile_layers()
+        if recipe.runtime.cuda_graphs and self.accelerator.device.type == "cuda":
+            graph_layers(self.student.model, self.masters.sums_of(self.student.model.model.language_model.layers))
+            if self.teacher is not None:
+                self.teacher.graph_layers()
 
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))

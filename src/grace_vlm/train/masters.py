@@ -66,6 +66,27 @@ class _GradientSum:
         return self.total
 
 
+class LeafSums:
+    """The gradient sums of some leaves, for whoever makes gradients without autograd's hooks (``models.graphs``)."""
+
+    def __init__(self, sums: dict[nn.Parameter, _GradientSum]) -> None:
+        self._sums = sums
+
+    def are_empty(self) -> bool:
+        """Whether nothing was added since the step began; of some of them only is an error."""
+        empty = {total.is_empty for total in self._sums.values()}
+        assert len(empty) == 1, "some leaves have a gradient of this micro-batch and some have not"
+        return empty.pop()
+
+    def add(self, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
+        self._sums[leaf].add(gradient)
+
+    def mark_filled(self) -> None:
+        """Something has been added behind our back."""
+        for total in self._sums.values():
+            total.is_empty = False
+
+
 @dataclass
 class _Tracked:
     """One trained parameter: its leaf, its master, the sum of its gradients, and whether it has a grid."""
@@ -179,6 +200,11 @@ class Masters:
                 tracked.gradient.clear()
                 return tracked.gradient.total
         return None
+
+    def sums_of(self, module: nn.Module) -> LeafSums:
+        """The gradient sums of a module's trained parameters."""
+        wanted = set(module.parameters())
+        return LeafSums({t.leaf: t.gradient for t in self._tracked.values() if t.leaf in wanted})
 
     def accumulators(self) -> list[torch.Tensor]:
         """The gradient sums, for the reduction over ranks (before ``collect``)."""

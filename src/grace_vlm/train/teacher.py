@@ -21,6 +21,7 @@ from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
 from grace_vlm.models.compiled import compile_layers
+from grace_vlm.models.graphs import graph_layers
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
 
@@ -42,6 +43,10 @@ class Teacher(Protocol):
 
     def compile_layers(self) -> None:
         """Compile what it has to compute."""
+        ...
+
+    def graph_layers(self) -> None:
+        """Ask for what it has to compute as CUDA graphs."""
         ...
 
 
@@ -80,6 +85,10 @@ class OnlineTeacher:
     def compile_layers(self) -> None:
         """Compile the decoder's layers."""
         compile_layers(self.model)
+
+    def graph_layers(self) -> None:
+        """Run the decoder's layers as CUDA graphs."""
+        graph_layers(self.model)
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
         """What the teacher says about each batch, on the student's device.

@@ -62,6 +62,9 @@ class CachedTeacher:
     def compile_layers(self) -> None:
         """There are none."""
 
+    def graph_layers(self) -> None:
+        """There are none."""
+
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
         """What the teacher said about each batch, on the device, on its way there when this returns.
 

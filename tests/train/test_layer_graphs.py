@@ -1,0 +1,159 @@
+"""Layers laid into larger shapes, with a backward pass of their own: the same numbers, and where they are not made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_run import recipe_tree, write_models, write_rows
+
+from grace_vlm.errors import ConfigError
+from grace_vlm.models.decoder import GRAPHS
+from grace_vlm.models.graphs import LayerGraphs, graph_layers, room_for
+from grace_vlm.train.config import recipe_from
+from grace_vlm.train.loop import Run
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_room(lengths: list[int]) -> None:
+    longest, tokens, whole = room_for(lengths)
+    assert whole[: len(lengths)] == tuple(lengths)
+    assert sum(whole) == tokens
+    assert max(whole) <= longest
+    assert tokens % 64 == 0
+    assert tokens - sum(lengths) < max(64, sum(lengths) / 8)
+    assert len(whole) & (len(whole) - 1) == 0
+
+
+def test_few_shapes_for_many_packs_and_a_window_is_not_exceeded() -> None:
+    packs = [[500] * 7 + [rest] for rest in range(1, 500)]
+    assert len({room_for(lengths)[:2] for lengths in packs}) <= 3
+    assert room_for([700, 20], window=700)[0] == 700
+    assert max(room_for([700, 20], window=700)[2]) == 700
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    path = write_rows(folder, num_rows=36)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in range(0, 36, 3):
+        rows[number]["conversations"][1]["value"] = "red " * (1 + number % 5)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    write_models(folder)
+    return folder
+
+
+def run_of(world: Path, out: Path, graphs: bool, **overrides: Any) -> Run:
+    settings: dict[str, Any] = {"data__packing": True, "runtime__tower_cache_gib": 0, **overrides}
+    run = Run(recipe_from(recipe_tree(world, **settings), "test"), out)
+    if graphs:  # on a CPU the same functions run without being recorded
+        add_graphs(run)
+    return run
+
+
+def add_graphs(run: Run) -> None:
+    graph_layers(run.student.model, run.masters.sums_of(run.student.model.model.language_model.layers))
+    if run.teacher is not None:
+        run.teacher.graph_layers()
+
+
+def graphs_of(run: Run) -> LayerGraphs:
+    found = getattr(run.student.model.model.language_model, GRAPHS)
+    assert isinstance(found, LayerGraphs)
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"data__accumulation": 1},
+        {"data__accumulation": 3},
+        {"data__accumulation": 2, "runtime__gradient_checkpointing": True, "runtime__kept_layers": 1},
+        {"method": "qat"},
+        {"loss__relational_layer": 0},
+        {"loss__relational": False},
+    ],
+    ids=["alone", "three", "recomputed", "qat", "tap 0", "no tap"],
+)
+def test_the_same_steps(world: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    loss = {"relational_warmup_steps": 3, "adaptive_weight": {"target": 1.0, "ema_decay": 0.5}}
+    loss |= {key.removeprefix("loss__"): overrides.pop(key) for key in list(overrides) if key.startswith("loss__")}
+    runs = [run_of(world, tmp_path / str(graphs), graphs, loss=loss, **overrides) for graphs in (False, True)]
+    for step in range(6):
+        reports = []
+        for run in runs:
+            batches = [run.loader.next() for _ in range(run.recipe.data.accumulation)]
+            reports.append(run.stepper.run(step, batches))
+        assert reports[1].loss == pytest.approx(reports[0].loss, rel=2e-5)
+        assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-3)
+    assert graphs_of(runs[1]).num_graphs >= 1
+    for (name, plain), (_, graphed) in zip(runs[0].masters.masters(), runs[1].masters.masters(), strict=True):
+        assert torch.allclose(plain, graphed, rtol=0, atol=3e-5), name
+
+
+def test_gradients_of_one_micro_batch(world: Path, tmp_path: Path) -> None:
+    """Of every leaf, against autograd's own; the first replaces what the sums held and the second adds."""
+    run = run_of(world, tmp_path / "run", graphs=False)
+    batch = run.loader.next()
+    found = []
+    for graphs in (False, True):
+        if graphs:
+            add_graphs(run)
+        for _ in range(3):  # a shape has its graph from the second time on
+            run.masters.materialize()
+            for _ in range(2):
+                states = run.student.adapter.decode(
+                    run.student.model,
+                    batch.input_ids,
+                    batch.position_ids,
+                    run.vision.of(batch.pictures),
+                    tap=-2,
+                    segments=batch.segments,
+                    visual=batch.visual,
+                )
+                assert states.relational is not None
+                (states.last.square().mean() + states.relational.square().mean()).backward()  # type: ignore[no-untyped-call]
+        found.append([total.clone() for total in run.masters.accumulators()])
+    assert graphs_of(run).num_graphs == 2
+    for plain, graphed in zip(*found, strict=True):
+        assert torch.allclose(plain, graphed, rtol=1e-4, atol=1e-6 * float(plain.abs().max()) + 1e-12)
+
+
+def test_two_forwards_before_a_backward_are_refused(world: Path, tmp_path: Path) -> None:
+    run = run_of(world, tmp_path / "run", graphs=True)
+    batch = run.loader.next()
+
+    def forward() -> torch.Tensor:
+        adapter, model = run.student.adapter, run.student.model
+        vision = run.vision.of(batch.pictures)
+        last = adapter.decode(
+            model, batch.input_ids, batch.position_ids, vision, segments=batch.segments, visual=batch.visual
+        ).last
+        return last.sum()
+
+    forward()
+    kept = forward()
+    with pytest.raises(AssertionError, match="a forward before the backward"):
+        forward()
+    kept.backward()  # type: ignore[no-untyped-call]
+    run.masters.materialize()
+    assert forward().isfinite()
+
+
+def test_where_there_are_no_graphs(world: Path) -> None:
+    for overrides, said in (
+        ({"data__packing": False}, "runtime.cuda_graphs is for packed rows; set data.packing=true or leave it out"),
+        (
+            {"data__packing": True, "model__train": "all"},
+            "runtime.cuda_graphs trains no vision tower; set model.train=default or leave it out",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            recipe_from(recipe_tree(world, runtime__cuda_graphs=True, **overrides), "test")
+        assert said in str(caught.value)
