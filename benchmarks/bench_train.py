@@ -115,13 +115,7 @@ def write_real_rows(folder: Path, num_rows: int) -> Path:
 
 def recipe_of(rows: Path, overrides: tuple[str, ...], models: tuple[str, str, str] = QWEN) -> Recipe:
     student, teacher, name = models
-    settings = (
-        "data.workers=8",
-        "optim.num_steps=10000",
-        "runtime.compile=true",
-        "runtime.cuda_graphs=true",
-        *overrides,
-    )
+    settings = ("data.workers=8", "optim.num_steps=10000", "runtime.compile=true", *overrides)
     return published_recipe(name, student, teacher, rows, settings)
 
 
@@ -232,6 +226,7 @@ def main() -> None:
         "--official", nargs="*", default=list(OFFICIAL), choices=list(OFFICIAL), help="of the official step"
     )
     made.add_argument("--steps", type=int, default=24, help="timed; a third of them where a step is 16 micro-batches")
+    made.add_argument("--graphs", action="store_true", help="decoder layers as CUDA graphs; impl is then ours_graphs")
     made.add_argument("--num-rows", type=int, default=384)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
@@ -261,6 +256,7 @@ def main() -> None:
         for name in args.cases:
             case = CASES[name]
             more = (f"model.teacher_cache={caches[case.models]}",) if case.cached else ()
+            more += ("runtime.cuda_graphs=true",) if args.graphs else ()
             recipe = recipe_of(rows[case.rows], (*case.overrides, *more), case.models)
             if case.fit is not None:
                 recipe, changes = fit(recipe, gpu_bytes(case.fit), Described(recipe, None, None, None).estimate)
@@ -268,7 +264,7 @@ def main() -> None:
             count = args.steps // 3 if recipe.data.accumulation > 1 else args.steps
             with clean_gpu(case.fit):
                 measured = measure_ours(recipe, folder / name, count)
-            keep(name, "ours", measured, recipe.data.accumulation)
+            keep(name, "ours_graphs" if args.graphs else "ours", measured, recipe.data.accumulation)
 
 
 if __name__ == "__main__":

@@ -157,3 +157,15 @@ def test_where_there_are_no_graphs(world: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             recipe_from(recipe_tree(world, runtime__cuda_graphs=True, **overrides), "test")
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["qwen2_vl", "qwen2_5_vl", "llava"])
+def test_every_family(world: Path, tmp_path: Path, size: str) -> None:
+    losses = []
+    for graphs in (False, True):
+        models = {"student": f"toy:{size}", "teacher": f"toy:{size}"}
+        run = run_of(world, tmp_path / str(graphs), graphs, model=models)
+        batches = [run.loader.next() for _ in range(2)]
+        losses.append([run.stepper.run(step, batches).loss for step in range(4)])
+    assert graphs_of(run).num_graphs >= 1
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,24 @@ def test_a_teacher_of_larger_batches_says_the_same(world: Path, tmp_path: Path, 
         ):
             assert found.shape == expected.shape
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_micro_batch_finds_nothing_left_of_the_one_before(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor with a graph over the weights; a CUDA graph could not be recorded beside one (step.py)."""
+    totals: list[weakref.ref[torch.Tensor]] = []
+    original = step_module.compute_terms
+
+    def watched(*args: Any, **kwargs: Any) -> LossTerms:
+        assert all(total() is None for total in totals)
+        terms = original(*args, **kwargs)
+        assert terms.total.requires_grad
+        totals.append(weakref.ref(terms.total))
+        return terms
+
+    monkeypatch.setattr(step_module, "compute_terms", watched)
+    run = Run(recipe(world, data__accumulation=3), tmp_path / "run")
+    for step in range(2):
+        run.stepper.run(step, [run.loader.next() for _ in range(3)])
+    assert len(totals) == 6

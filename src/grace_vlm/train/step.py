@@ -224,8 +224,7 @@ class Stepper:
         rows, at = [], 0
         for group in grouped(local, max_tokens):
             for batch, vision in zip(group, self._vision(group), strict=True):
-                terms = self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches))
-                rows.append(_row(terms, counts[at][1]))
+                rows.append(self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches)))
                 at += 1
         for accumulator in self.masters.accumulators():
             if self.accelerator.num_processes > 1:
@@ -287,7 +286,12 @@ class Stepper:
         own: torch.Tensor,
         whole: torch.Tensor,
         num_micro_batches: int,
-    ) -> LossTerms:
+    ) -> torch.Tensor:
+        """Gradients of a micro-batch, to their sums; returns its row of ``TERMS``.
+
+        Nothing of its graph may outlive this call: what leaves' gradients are made by is kept by any graph that uses
+        it, with the stream it was made on, and a CUDA graph of the next micro-batch could not record it anew.
+        """
         objective, config = self.objective, self.loss_config
         states = self.student.adapter.decode(
             self.student.model,
@@ -319,7 +323,7 @@ class Stepper:
             head_gradient=self.head_gradient,
         )
         terms.total.backward()
-        return terms
+        return _row(terms, own[1])
 
     def _advance_weight(self, sums: torch.Tensor, whole: torch.Tensor) -> None:
         if self.adaptive is not None:
