@@ -1,0 +1,280 @@
+// y = x W^T for W in the layout of fragments.py: up to 8 NT tokens at a time, by tensor cores, for NVRTC.
+//
+// A block takes 16 ROWS rows; its warps share the inputs, and their FP32 sums meet in shared memory in a fixed order, so
+// every run gives the same bits. Codes become exact BF16 or FP16 integers in registers; a group's products are summed
+// before they are multiplied by its scale, in FP32. A warp has DEPTH slabs of 64 inputs on their way before it uses the
+// first.
+//
+// Compiled for:  BITS 4 8   HALF 0 BF16, 1 FP16   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32
+//   TAIL  in is no multiple of 64   NT ROWS WARPS DEPTH   EARLY inputs are fetched as early as weights
+//   NORM  x is first RMS-normalised (and rounded, and multiplied by the norm's weight, as Transformers does)
+//   SILU  rows g of a tile are gates and g + 8 their values: silu(gate) * value comes out, half as wide
+#ifdef EMULATE
+#include "emulate.h"
+#else
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+#define SHARED __shared__
+#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS)
+
+// Weights are read once: past the first cache.
+__device__ __forceinline__ uint4 load_once(const uint4 *from) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
+    return v;
+}
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+#if HALF
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 v;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+__device__ __forceinline__ float wide(u16 a) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(a));
+    return v;
+}
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 v;  // a + (-b): bf16x2 has no subtraction before sm_90
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(0x3F803F80u), "r"(b ^ 0x80008000u));
+    return v;
+}
+__device__ __forceinline__ float wide(u16 a) { return __uint_as_float((u32)a << 16); }
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+__device__ __forceinline__ void multiply(float *d, const u32 *a, u32 b0, u32 b1) {
+    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float sum_of_warp(float v) {
+    for (int far = 16; far; far >>= 1) v += __shfl_xor_sync(~0u, v, far);
+    return v;
+}
+#define INLINE __device__ __forceinline__
+#endif
+
+#define LOADS (BITS / 4)   // 16-byte loads of a lane for 64 inputs
+#define HALVES (GROUP % 64 != 0)  // the two blocks of a slab may be of two groups
+#define STRIDE (16 * ROWS + 4)  // floats between tokens in shared memory: no two lanes meet in a bank
+
+INLINE u32 rounded(float v) { return pair(v, 0.0f) & 0xffffu; }
+
+// The four registers of a product. 4 bits: word s of a block. 8 bits: words 2s and 2s + 1.
+INLINE void decode(const u32 *w, u32 *a) {
+#if BITS == 4
+    const u32 magic = HALF ? 0x64006400u : 0x43004300u, bias = HALF ? 0x64086408u : 0x43084308u;
+    for (int i = 0; i < 4; ++i) a[i] = minus(and_or(w[0] >> (4 * i), 0x000f000fu, magic), bias);
+#else
+    for (int i = 0; i < 4; ++i) {
+        const u32 word = w[i >> 1], first = 2 * (i & 1);
+#if HALF
+        // 1024 + code, and 1152 away
+        const u32 both = bytes_of(word, 0x64646464u, 0x4040u + first + ((first + 1) << 8));
+        a[i] = minus(both, 0x64806480u);
+#else
+        // BF16 has 7 bits after the point: by way of FP32, 2^23 + code, and 2^23 + 128 away
+        const float low = __uint_as_float(bytes_of(word, 0x4B000000u, 0x7650u + first)) - 8388736.0f;
+        const float high = __uint_as_float(bytes_of(word, 0x4B000000u, 0x7650u + first + 1)) - 8388736.0f;
+        a[i] = pair(low, high);
+#endif
+    }
+#endif
+}
+
+struct Slab {
+    uint4 words[ROWS][LOADS];
+    uint2 scale[ROWS][HALVES ? 2 : 1];
+    uint4 given[2][EARLY ? NT : 1];
+};
+
+// Where a lane reads: weights and scales of its row tiles, inputs of its tokens.
+struct Place {
+    const uint4 *words[ROWS];
+    const u32 *scale[ROWS];
+    const u16 *x[NT];
+    int in, lane;
+};
+
+// Inputs of block b of a slab: 8 of each token, nothing past the end.
+INLINE void fetch_given(const Place &at, int slab, uint4 (*out)[NT]) {
+    for (int b = 0; b < 2; ++b)
+        for (int j = 0; j < NT; ++j) {
+            const int k = 64 * slab + 32 * b;
+            out[b][j] = !TAIL || k < at.in ? *(const uint4 *)(at.x[j] + k) : make_uint4(0, 0, 0, 0);
+        }
+}
+
+// 64 inputs of ROWS tiles, on their way.
+INLINE void fetch(const Place &at, int slab, Slab &out) {
+    for (int r = 0; r < ROWS; ++r) {
+        for (int h = 0; h < LOADS; ++h) {
+            const bool inside = BITS == 4 || !TAIL || 64 * slab + 32 * h < at.in;
+            out.words[r][h] = inside ? load_once(at.words[r] + (LOADS * slab + h) * 32) : make_uint4(0, 0, 0, 0);
+        }
+        for (int b = 0; b < (HALVES ? 2 : 1); ++b) {
+            const int first = 64 * slab + 32 * b, group = GROUP ? first / (GROUP ? GROUP : 1) : 0;
+            const bool inside = !HALVES || !TAIL || first < at.in;
+#if WIDE
+            out.scale[r][b] = inside ? *(const uint2 *)(at.scale[r] + 16 * group) : make_uint2(0, 0);
+#else
+            const u32 both = inside ? at.scale[r][8 * group] : 0;
+            out.scale[r][b] = make_uint2(both << 16, both & 0xffff0000u);
+#endif
+        }
+    }
+#if EARLY
+    fetch_given(at, slab, out.given);
+#endif
+}
+
+INLINE uint4 normalised(uint4 v, uint4 by, float factor) {
+    u32 *x = &v.x;
+    const u32 *w = &by.x;
+    for (int i = 0; i < 4; ++i) {
+        const u32 scaled = pair(wide(x[i] & 0xffff) * factor, wide(x[i] >> 16) * factor);
+        x[i] = pair(wide(scaled & 0xffff) * wide(w[i] & 0xffff), wide(scaled >> 16) * wide(w[i] >> 16));
+    }
+    return v;
+}
+
+KERNEL low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm, const u16 *bias,
+                      const u16 *residual, u16 *y, int tokens, int tiles, int in, float epsilon) {
+    SHARED float sums[WARPS][8 * NT * STRIDE];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slabs = (in + 63) / 64;
+    const int first_token = blockIdx.y * 8 * NT, each = (slabs + WARPS - 1) / WARPS;
+    const int begin = warp * each, end = min(begin + each, slabs), first_tile = blockIdx.x * ROWS;
+    Place at;
+    at.in = in;
+    at.lane = lane;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        // What is computed of a tile or a token that is not there is not stored.
+        const i64 tile = min(first_tile + r, tiles - 1);
+        at.words[r] = words + tile * (BITS == 4 ? slabs : in / 32) * 32 + lane;
+        at.scale[r] = scale + tile * (GROUP ? in / (GROUP ? GROUP : 1) : 1) * (WIDE ? 16 : 8) + (lane >> 2) * (WIDE ? 2 : 1);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+        at.x[j] = x + (i64)min(first_token + 8 * j + (lane >> 2), tokens - 1) * in + 8 * (lane & 3);
+
+    Slab kept[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+        if (begin + d < end) fetch(at, begin + d, kept[d]);
+#if NORM
+    SHARED float factors[8 * NT];
+    for (int n = warp; n < 8 * NT; n += WARPS) {
+        float total = 0.0f;
+        if (first_token + n < tokens)
+            for (int k = lane; k < in; k += 32) {
+                const float v = wide(x[(i64)(first_token + n) * in + k]);
+                total += v * v;
+            }
+        total = sum_of_warp(total);
+        if (lane == 0) factors[n] = 1.0f / sqrtf(total / in + epsilon);
+    }
+    __syncthreads();
+#endif
+
+    float all[ROWS][NT][4] = {};
+    for (int start = begin; start < end; start += DEPTH) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int slab = start + d;
+            if (slab >= end) break;
+#if EARLY
+            uint4(*given)[NT] = kept[d].given;
+#else
+            uint4 given[2][NT];
+            fetch_given(at, slab, given);
+#endif
+#if NORM
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                const int k = 64 * slab + 32 * b + 8 * (lane & 3);
+                const uint4 by = !TAIL || k < in ? *(const uint4 *)(norm + k) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+                for (int j = 0; j < NT; ++j) given[b][j] = normalised(given[b][j], by, factors[8 * j + (lane >> 2)]);
+            }
+#endif
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                float part[NT][4] = {};
+#pragma unroll
+                for (int b = 0; b < 2; ++b) {
+                    const u32 *own = &kept[d].words[r][BITS == 4 ? 0 : b].x;
+#pragma unroll
+                    for (int s = 0; s < 2; ++s) {
+                        u32 a[4];
+                        decode(own + (BITS == 4 ? 2 * b + s : 2 * s), a);
+#pragma unroll
+                        for (int j = 0; j < NT; ++j) {
+                            const uint4 v = given[b][j];
+                            multiply(part[j], a, s ? v.z : v.x, s ? v.w : v.y);
+                        }
+                    }
+                    if (HALVES || b) {
+                        const uint2 by = kept[d].scale[r][HALVES ? b : 0];
+#pragma unroll
+                        for (int j = 0; j < NT; ++j)
+#pragma unroll
+                            for (int c = 0; c < 4; ++c) {
+                                all[r][j][c] += part[j][c] * __uint_as_float(c < 2 ? by.x : by.y);
+                                part[j][c] = 0.0f;
+                            }
+                    }
+                }
+            }
+            if (slab + DEPTH < end) fetch(at, slab + DEPTH, kept[d]);
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                sums[warp][(8 * j + 2 * (lane & 3) + (c & 1)) * STRIDE + 16 * r + (lane >> 2) + 8 * (c >> 1)] = all[r][j][c];
+    __syncthreads();
+    const int width = SILU ? 8 * ROWS : 16 * ROWS;
+    for (int index = threadIdx.x; index < 8 * NT * width; index += 32 * WARPS) {
+        const int n = index / width, column = index % width, token = first_token + n;
+        const int row = SILU ? 16 * (column / 8) + column % 8 : column, tile = first_tile + row / 16;
+        if (token >= tokens || tile >= tiles) continue;
+        float total = 0.0f, value = 0.0f;
+        for (int w = 0; w < WARPS; ++w) total += sums[w][n * STRIDE + row];
+        if (bias) total += wide(bias[16 * tile + row % 16]);
+        if (SILU) {
+            for (int w = 0; w < WARPS; ++w) value += sums[w][n * STRIDE + row + 8];
+            if (bias) value += wide(bias[16 * tile + row % 16 + 8]);
+            const float gate = wide(rounded(total));
+            total = wide(rounded(gate / (1.0f + expf(-gate)))) * wide(rounded(value));
+        }
+        const i64 out = (i64)token * (SILU ? 8 : 16) * tiles + (SILU ? 8 : 16) * tile + (SILU ? row % 8 : row % 16);
+        u32 stored = rounded(total);
+        if (residual) stored = rounded(wide(stored) + wide(residual[out]));
+        y[out] = (u16)stored;
+    }
+}

@@ -1,0 +1,119 @@
+"""CUDA text to a running kernel: NVRTC, which comes with torch's CUDA wheels (users have no nvcc), and the driver.
+
+A compiled kernel is half a second of NVRTC, so it is kept in a folder, by the hash of text, options and compiler
+(``XDG_CACHE_HOME/grace_vlm/cubin``, else ``~/.cache``). Two processes that compile at once write the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_vlm.errors import ConfigError
+
+
+def has_nvrtc() -> bool:
+    """Whether CUDA text can be compiled and launched here: torch's own CUDA packages, and NVIDIA's Python bindings."""
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a call of the bindings; ``ConfigError`` if it failed."""
+    status, *values = result
+    if int(status) != 0:
+        raise ConfigError(f"{what} failed: {status}; update the GPU's driver or set GRACE_KERNELS=triton")
+    return values[0] if len(values) == 1 else values
+
+
+def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> bytes:
+    """The cubin of CUDA text.
+
+    Args:
+        architecture: ``sm_90`` and the like. defines: macros.
+
+    Raises:
+        ConfigError: it does not compile, with the compiler's first lines.
+    """
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    version = _checked(nvrtc.nvrtcVersion(), "asking NVRTC for its version")
+    digest = hashlib.sha256("\n".join([text, *options, str(version)]).encode()).hexdigest()[:32]
+    path = _cache_folder() / f"{digest}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []), "NVRTC")
+    status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+    if int(status) != 0:
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC"))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        said = " ".join(log.decode(errors="replace").split())[:300]
+        raise ConfigError(f"a kernel does not compile for {architecture}: {said}; set GRACE_KERNELS=triton")
+    cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC"))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
+    nvrtc.nvrtcDestroyProgram(program)
+    _keep(path, cubin)
+    return cubin
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grace_vlm" / "cubin"
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Into the cache if it can be written; a reader never sees half of it."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+
+
+class Kernel:
+    """A function of a cubin, loaded on the current GPU."""
+
+    def __init__(self, cubin: bytes, name: str) -> None:
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream()  # makes torch's context the current one
+        self._module = _checked(driver.cuModuleLoadData(cubin), "loading a kernel")
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "loading a kernel")
+        self._launch = driver.cuLaunchKernel
+
+    def __call__(
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[torch.Tensor | int | float | None]
+    ) -> None:
+        """Queue it on the current stream. Tensors are passed as addresses (None: 0), numbers as int32 or FP32."""
+        values: list[int | float] = []
+        types: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, float):
+                values.append(argument)
+                types.append(ctypes.c_float)
+            elif isinstance(argument, int):
+                values.append(argument)
+                types.append(ctypes.c_int)
+            else:
+                values.append(0 if argument is None else argument.data_ptr())
+                types.append(ctypes.c_void_p)
+        stream = torch.cuda.current_stream().cuda_stream
+        given = (tuple(values), tuple(types))
+        _checked(self._launch(self._function, *grid, 1, threads, 1, 1, 0, stream, given, 0), "launching a kernel")
+
+
+@functools.cache
+def load_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    """The kernel of a file of this folder, compiled for a GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    return Kernel(compile_text(text, f"sm_{major}{minor}", dict(defines)), name)

@@ -1,0 +1,98 @@
+// CUDA's part of low_bit_linear.cu on a CPU: a thread for a lane, barriers for what a warp or a block does together.
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef long long i64;
+struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
+struct Index { int x, y; };
+static thread_local Index threadIdx, blockIdx;
+static std::unique_ptr<std::barrier<>> whole, warps[WARPS];
+static u32 operands[WARPS][32][6];
+static float shared_float[WARPS][32];
+#define SHARED static
+#define INLINE static inline
+#define KERNEL static void
+#define __syncthreads() whole->arrive_and_wait()
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+static inline u32 bits_of(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+static inline uint4 load_once(const uint4 *from) { return *from; }
+static inline u32 and_or(u32 a, u32 mask, u32 bits) { return (a & mask) | bits; }
+static inline u32 bytes_of(u32 a, u32 b, u32 which) {
+    const uint64_t both = ((uint64_t)b << 32) | a;
+    u32 v = 0;
+    for (int i = 0; i < 4; ++i) v |= (u32)((both >> (8 * ((which >> (4 * i)) & 7))) & 0xff) << (8 * i);
+    return v;
+}
+#if HALF
+static inline float wide(u16 a) { _Float16 h; memcpy(&h, &a, 2); return (float)h; }
+static inline u16 narrow(float f) { _Float16 h = (_Float16)f; u16 v; memcpy(&v, &h, 2); return v; }
+#else
+static inline float wide(u16 a) { return __uint_as_float((u32)a << 16); }
+static inline u16 narrow(float f) {
+    if (f != f) return 0x7fff;
+    const u32 v = bits_of(f);
+    return (u16)((v + 0x7fff + ((v >> 16) & 1)) >> 16);
+}
+#endif
+static inline u32 pair(float low, float high) { return narrow(low) | ((u32)narrow(high) << 16); }
+static inline u32 minus(u32 a, u32 b) {
+    return pair(wide(a & 0xffff) - wide(b & 0xffff), wide(a >> 16) - wide(b >> 16));
+}
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": which element each register's half is.
+static inline void multiply(float *d, const u32 *a, u32 b0, u32 b1) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    u32 *own = operands[warp][lane];
+    for (int i = 0; i < 4; ++i) own[i] = a[i];
+    own[4] = b0;
+    own[5] = b1;
+    warps[warp]->arrive_and_wait();
+    for (int c = 0; c < 4; ++c) {
+        const int row = (lane >> 2) + 8 * (c >> 1), column = 2 * (lane & 3) + (c & 1);
+        float total = 0.0f;
+        for (int k = 0; k < 16; ++k) {
+            const int holder = (k % 8) / 2, half = 16 * (k & 1), upper = k / 8;
+            const u32 weight = operands[warp][4 * (row % 8) + holder][(row >= 8) + 2 * upper] >> half;
+            const u32 input = operands[warp][4 * column + holder][4 + upper] >> half;
+            total += wide(weight & 0xffff) * wide(input & 0xffff);
+        }
+        d[c] += total;
+    }
+    warps[warp]->arrive_and_wait();
+}
+static inline float sum_of_warp(float v) {
+    const int warp = threadIdx.x >> 5;
+    shared_float[warp][threadIdx.x & 31] = v;
+    warps[warp]->arrive_and_wait();
+    float total = 0.0f;
+    for (int i = 0; i < 32; ++i) total += shared_float[warp][i];
+    warps[warp]->arrive_and_wait();
+    return total;
+}
+KERNEL low_bit_linear(const uint4 *, const u32 *, const u16 *, const u16 *, const u16 *, const u16 *, u16 *, int, int,
+                      int, float);
+extern "C" void launch(int blocks_x, int blocks_y, const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm,
+                       const u16 *bias, const u16 *residual, u16 *y, int tokens, int tiles, int in, float epsilon) {
+    for (int by = 0; by < blocks_y; ++by)
+        for (int bx = 0; bx < blocks_x; ++bx) {
+            whole = std::make_unique<std::barrier<>>(32 * WARPS);
+            for (auto &warp : warps) warp = std::make_unique<std::barrier<>>(32);
+            std::vector<std::thread> threads;
+            for (int t = 0; t < 32 * WARPS; ++t)
+                threads.emplace_back([=] {
+                    threadIdx = {t, 0};
+                    blockIdx = {bx, by};
+                    low_bit_linear(words, scale, x, norm, bias, residual, y, tokens, tiles, in, epsilon);
+                });
+            for (auto &thread : threads) thread.join();
+        }
+}

@@ -1,0 +1,36 @@
+"""Weights and inputs for the low-bit linear layers, and what is right for them."""
+
+from __future__ import annotations
+
+import torch
+
+from grace_vlm.quant.affine import dequantize
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+
+
+def weight(bits: int, out: int, inputs: int, group: int, seed: int = 0, wide: bool = False) -> QuantizedTensor:
+    """Every code occurs; scales over a factor of 20, in BF16 or in FP32 that BF16 cannot hold."""
+    scheme = QuantScheme(bits, group, "fp32" if wide else "bf16")
+    drawn = torch.Generator().manual_seed(seed)
+    codes = torch.randint(scheme.qmin, scheme.qmax + 1, (out, inputs), dtype=torch.int8, generator=drawn)
+    scale = torch.rand(out, inputs // group, generator=drawn) * 0.02 + 0.001
+    return QuantizedTensor(codes, scale if wide else scale.bfloat16(), scheme)
+
+
+def inputs_of(tokens: int, inputs: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    return torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(x: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
+    """(tokens, out) x W^T in FP64, of q s itself."""
+    return x.double() @ dequantize(tensor.codes, tensor.scale.double(), torch.float64).T
+
+
+def error(y: torch.Tensor, right: torch.Tensor) -> float:
+    return float((y.double().cpu() - right.cpu()).norm() / right.cpu().norm())
+
+
+def bound(x: torch.Tensor, tensor: QuantizedTensor) -> float:
+    """Twice the error of a BF16 layer: weights rounded to BF16, and its result to the dtype of x."""
+    rounded = dequantize(tensor.codes, tensor.scale, torch.bfloat16).double()
+    return 2 * error((x.double() @ rounded.T).to(x.dtype), exact(x, tensor))

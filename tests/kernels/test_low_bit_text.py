@@ -1,0 +1,137 @@
+"""The CUDA text itself on a CPU: a thread a lane, tensor cores as the PTX ISA draws them (emulated/emulate.h); and
+NVRTC's word that it compiles, within a GPU's registers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from low_bit_cases import bound, error, exact, inputs_of, weight
+
+from grace_vlm.errors import ConfigError
+from grace_vlm.kernels import low_bit_linear as module
+from grace_vlm.kernels.fragments import PackedLinear, pack_linear
+from grace_vlm.kernels.low_bit_linear import Norm, Setup, defines_of, interleaved, low_bit_linear, setup_of
+from grace_vlm.kernels.nvrtc import compile_text, has_nvrtc
+
+TEXT = Path(module.__file__).with_name("low_bit_linear.cu")
+EMULATED = Path(__file__).parent / "emulated"
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def run_text(
+    tmp_path: Path,
+    setup: Setup,
+    x: torch.Tensor,
+    packed: PackedLinear,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """What ``_cuda`` does, on a CPU; the result is poisoned before."""
+    defines = defines_of(packed, setup, x.dtype == torch.float16, norm is not None, silu)
+    library = tmp_path / "kernel.so"
+    options = [f"-D{name}={int(value)}" for name, value in defines.items()]
+    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DEMULATE", f"-I{EMULATED}"]
+    subprocess.run([*command, *options, "-x", "c++", str(TEXT), "-o", str(library)], check=True)
+    tokens, tiles = x.shape[0], packed.out_features // 16
+    out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
+
+    def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+    ctypes.CDLL(str(library)).launch(
+        -(-tiles // setup.rows), -(-tokens // (8 * setup.eights)),
+        at(packed.words), at(packed.scale), at(x), at(None if norm is None else norm.weight), at(bias), at(residual),
+        at(out), tokens, tiles, packed.in_features, ctypes.c_float(0.0 if norm is None else norm.epsilon),
+    )  # fmt: skip
+    return out
+
+
+CASES = [
+    (4, 32, 128, 64, 1, Setup(1, 1, 2, 2), torch.bfloat16),
+    (4, 48, 96, 32, 5, Setup(1, 2, 2, 1), torch.bfloat16),
+    (4, 16, 192, 96, 3, Setup(1, 1, 2, 2), torch.float16),
+    (4, 32, 320, 320, 11, Setup(2, 1, 2, 4), torch.float16),
+    (4, 48, 128, 128, 20, Setup(4, 2, 1, 2), torch.bfloat16),
+    (8, 32, 128, 64, 1, Setup(1, 1, 2, 2), torch.bfloat16),
+    (8, 48, 96, 32, 10, Setup(1, 2, 2, 1), torch.float16),
+    (8, 16, 224, 224, 3, Setup(1, 1, 3, 2), torch.bfloat16),
+    (8, 32, 64, 32, 40, Setup(8, 2, 1, 2), torch.bfloat16),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("bits", "out", "inputs", "group", "tokens", "setup", "dtype"), CASES)
+def test_the_text(
+    tmp_path: Path,
+    bits: int,
+    out: int,
+    inputs: int,
+    group: int,
+    tokens: int,
+    setup: Setup,
+    dtype: torch.dtype,
+    wide: bool,
+) -> None:
+    tensor, x = weight(bits, out, inputs, group, wide=wide), inputs_of(tokens, inputs, dtype)
+    y = run_text(tmp_path, setup, x, pack_linear(tensor))
+    assert error(y, exact(x, tensor)) <= bound(x, tensor)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_fused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Norm, bias, silu and residual, against the path that does them one by one."""
+    packed = pack_linear(interleaved(weight(4, 16, 128, 32, seed=2), weight(4, 16, 128, 32, seed=3)))
+    x, norm = inputs_of(5, 128, dtype), Norm(inputs_of(1, 128, dtype)[0], 1e-6)
+    bias, rest = inputs_of(1, 32, dtype, seed=4)[0], inputs_of(5, 16, dtype, seed=5)
+    found = run_text(tmp_path, Setup(1, 1, 2, 2), x, packed, bias, rest, norm, silu=True)
+    right = low_bit_linear(x, packed, bias=bias, residual=rest, norm=norm, silu=True)
+    assert error(found, right.double()) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@needs_compiler
+def test_one_token_of_eight_is_not_touched_by_the_others(tmp_path: Path) -> None:
+    """Each column of a product is a token's own: a NaN stays in its row."""
+    packed, x = pack_linear(weight(4, 16, 64, 32)), inputs_of(4, 64, torch.bfloat16)
+    x[2] = float("nan")
+    y = run_text(tmp_path, Setup(1, 1, 1, 1), x, packed)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVIDIA's compiler")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = TEXT.read_text(encoding="utf-8")
+    for bits in (4, 8):
+        packed = pack_linear(weight(bits, 16, 128, 64))
+        for tokens in (1, 16, 32, 64):
+            defines = defines_of(packed, setup_of(tokens, 64), is_half=bits == 8, norm=tokens == 1, silu=tokens == 16)
+            cubin = compile_text(text, architecture, {name: int(value) for name, value in defines.items()})
+            assert cubin.startswith(b"\x7fELF")
+            assert compile_text(text, architecture, {name: int(value) for name, value in defines.items()}) == cubin
+    assert len(list((tmp_path / "grace_vlm" / "cubin").iterdir())) == 8
+    with pytest.raises(ConfigError, match="a kernel does not compile for sm_90: "):
+        compile_text("nonsense", "sm_90", {})
+
+
+def test_the_reference_of_the_fused_forms_is_transformers() -> None:
+    """Norm as Qwen's: rounded to the inputs' dtype before its weight."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+    x, tensor = inputs_of(3, 64, torch.bfloat16), weight(8, 16, 64, 32)
+    theirs = Qwen3VLTextRMSNorm(64, eps=1e-5)
+    theirs.weight.data = inputs_of(1, 64, torch.bfloat16, seed=9)[0]
+    packed = pack_linear(tensor)
+    found = low_bit_linear(x, packed, norm=Norm(theirs.weight.data, 1e-5))
+    assert torch.equal(found, low_bit_linear(theirs(x), packed))
