@@ -12,7 +12,7 @@ from grace_vlm.kernels.low_bit_linear import Norm, interleaved, low_bit_linear, 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 SHAPES = [(4096, 2048, 128), (2048, 6144, 128), (64, 576, 64), (48, 96, 32), (80, 224, 224)]
-TOKENS = [1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130]
+TOKENS = [1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130, 1000]
 
 
 def poison() -> None:
@@ -22,7 +22,7 @@ def poison() -> None:
         del blocks
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("out", "inputs", "group"), SHAPES)
@@ -40,7 +40,7 @@ def test_every_number_of_tokens(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
 def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, bits: int, kernels: str) -> None:
     monkeypatch.setenv("GRACE_KERNELS", kernels)
     packed = pack_linear(weight(bits, 4096, 2048, 128), GPU)
@@ -52,8 +52,9 @@ def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, bits: int, ke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 5, 16, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40, 200])
 def test_fused(monkeypatch: pytest.MonkeyPatch, tokens: int, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("GRACE_KERNELS", "tiles")
     packed = pack_linear(interleaved(weight(4, 256, 512, 128, seed=2), weight(4, 256, 512, 128, seed=3)), GPU)
     x, norm = inputs_of(tokens, 512, dtype).to(GPU), Norm(inputs_of(1, 512, dtype)[0].to(GPU), 1e-6)
     bias, rest = inputs_of(1, 512, dtype, seed=4)[0].to(GPU), inputs_of(tokens, 256, dtype, seed=5).to(GPU)

@@ -117,7 +117,7 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACE_KERNELS", "fast")
     with pytest.raises(ConfigError) as caught:
         path_of(1, gpu, torch.bfloat16)
-    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected cuda, triton or torch, or leave it out"
+    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected tiles, cuda, triton or torch, or leave it out"
 
 
 def test_inputs_of_another_layer_are_refused() -> None:

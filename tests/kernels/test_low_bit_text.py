@@ -15,13 +15,37 @@ from low_bit_cases import bound, error, exact, inputs_of, weight
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels.fragments import PackedLinear, pack_linear
-from grace_vlm.kernels.low_bit_linear import Norm, Setup, defines_of, interleaved, low_bit_linear, setup_of
+from grace_vlm.kernels.low_bit_linear import (
+    Norm,
+    Setup,
+    TileSetup,
+    defines_of,
+    interleaved,
+    low_bit_linear,
+    setup_of,
+    tile_defines_of,
+    tile_setup_of,
+)
 from grace_vlm.kernels.nvrtc import compile_text, has_nvrtc
 
 TEXT = Path(module.__file__).with_name("low_bit_linear.cu")
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def compiled(tmp_path: Path, file: str, defines: dict[str, int]) -> ctypes.CDLL:
+    """A text for the CPU, and how its grid is run."""
+    library = tmp_path / f"{file}.so"
+    options = [f"-D{name}={int(value)}" for name, value in defines.items()]
+    folders = [f"-I{EMULATED}", f"-I{TEXT.parent}"]
+    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DEMULATE", *folders, *options]
+    subprocess.run([*command, str(EMULATED / file), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def run_text(
@@ -36,17 +60,10 @@ def run_text(
 ) -> torch.Tensor:
     """What ``_cuda`` does, on a CPU; the result is poisoned before."""
     defines = defines_of(packed, setup, x.dtype == torch.float16, norm is not None, silu)
-    library = tmp_path / "kernel.so"
-    options = [f"-D{name}={int(value)}" for name, value in defines.items()]
-    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DEMULATE", f"-I{EMULATED}"]
-    subprocess.run([*command, *options, "-x", "c++", str(TEXT), "-o", str(library)], check=True)
+    library = compiled(tmp_path, "linear.cpp", defines)
     tokens, tiles = x.shape[0], packed.out_features // 16
     out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
-
-    def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-    ctypes.CDLL(str(library)).launch(
+    library.launch(
         -(-tiles // setup.rows), -(-tokens // (8 * setup.eights)),
         at(packed.words), at(packed.scale), at(x), at(None if norm is None else norm.weight), at(bias), at(residual),
         at(out), tokens, tiles, packed.in_features, ctypes.c_float(0.0 if norm is None else norm.epsilon),
@@ -98,6 +115,56 @@ def test_what_is_fused(tmp_path: Path, dtype: torch.dtype) -> None:
     assert error(found, right.double()) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+def run_tiles(
+    tmp_path: Path,
+    setup: TileSetup,
+    x: torch.Tensor,
+    packed: PackedLinear,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """The text for many tokens, on a CPU; the result is poisoned before."""
+    library = compiled(tmp_path, "tiles.cpp", tile_defines_of(packed, setup, x.dtype == torch.float16, silu))
+    tokens, tiles = x.shape[0], packed.out_features // 16
+    out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
+    library.launch(
+        -(-tiles // (4 * setup.warpgroups)), -(-tokens // setup.tokens), at(packed.words), at(packed.scale), at(x),
+        at(bias), at(residual), at(out), tokens, tiles, packed.in_features,
+    )  # fmt: skip
+    return out
+
+
+TILE_CASES = [
+    (4, 80, 128, 64, 70, TileSetup(64, 1), torch.bfloat16),
+    (4, 48, 96, 32, 20, TileSetup(64, 2), torch.float16),
+    (4, 16, 320, 320, 130, TileSetup(128, 1), torch.bfloat16),
+    (8, 80, 192, 64, 40, TileSetup(64, 1), torch.float16),
+    (8, 32, 96, 32, 70, TileSetup(64, 1), torch.bfloat16),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bits", "out", "inputs", "group", "tokens", "setup", "dtype"), TILE_CASES)
+def test_the_text_for_many_tokens(
+    tmp_path: Path, bits: int, out: int, inputs: int, group: int, tokens: int, setup: TileSetup, dtype: torch.dtype
+) -> None:
+    """It multiplies by bf16(q s), as a BF16 layer does."""
+    tensor, x = weight(bits, out, inputs, group), inputs_of(tokens, inputs, dtype)
+    y = run_tiles(tmp_path, setup, x, pack_linear(tensor))
+    assert error(y, exact(x, tensor)) <= bound(x, tensor)
+
+
+@needs_compiler
+@pytest.mark.parametrize("silu", [False, True])
+def test_what_is_fused_for_many_tokens(tmp_path: Path, silu: bool) -> None:
+    packed = pack_linear(interleaved(weight(4, 16, 128, 32, seed=2), weight(4, 16, 128, 32, seed=3)))
+    x, bias = inputs_of(65, 128, torch.bfloat16), inputs_of(1, 32, torch.bfloat16, seed=4)[0]
+    rest = inputs_of(65, 16 if silu else 32, torch.bfloat16, seed=5)
+    found = run_tiles(tmp_path, TileSetup(64, 1), x, packed, bias, rest, silu)
+    assert error(found, low_bit_linear(x, packed, bias=bias, residual=rest, silu=silu).double()) < 8e-3
+
+
 @needs_compiler
 def test_one_token_of_eight_is_not_touched_by_the_others(tmp_path: Path) -> None:
     """Each column of a product is a token's own: a NaN stays in its row."""
@@ -123,6 +190,24 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architectu
     assert len(list((tmp_path / "grace_vlm" / "cubin").iterdir())) == 8
     with pytest.raises(ConfigError, match="a kernel does not compile for sm_90: "):
         compile_text("nonsense", "sm_90", {})
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVIDIA's compiler")
+def test_the_text_for_many_tokens_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = TEXT.with_name("low_bit_tiles.cu").read_text(encoding="utf-8")
+    for bits in (4, 8):
+        packed = pack_linear(weight(bits, 16, 128, 64))
+        for tokens in (65, 256, 4096):
+            defines = tile_defines_of(packed, tile_setup_of(tokens, 4096, 132), is_half=bits == 8, silu=tokens == 65)
+            assert compile_text(text, "sm_90a", {name: int(value) for name, value in defines.items()})
+
+
+def test_setups_for_many_tokens() -> None:
+    assert tile_setup_of(65, 2048, 132) == TileSetup(64, 1)
+    assert tile_setup_of(256, 12288, 132) == TileSetup(128, 2)
+    assert tile_setup_of(256, 4224 * 2, 132) == TileSetup(128, 2)
+    assert tile_setup_of(256, 4224, 132) == TileSetup(128, 1)
 
 
 def test_the_reference_of_the_fused_forms_is_transformers() -> None:

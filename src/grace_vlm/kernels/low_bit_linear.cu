@@ -9,102 +9,12 @@
 //   TAIL  in is no multiple of 64   NT ROWS WARPS DEPTH   EARLY inputs are fetched as early as weights
 //   NORM  x is first RMS-normalised (and rounded, and multiplied by the norm's weight, as Transformers does)
 //   SILU  rows g of a tile are gates and g + 8 their values: silu(gate) * value comes out, half as wide
-#ifdef EMULATE
-#include "emulate.h"
-#else
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
-#define SHARED __shared__
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS)
+#include "low_bit_common.cuh"
 
-// Weights are read once: past the first cache.
-__device__ __forceinline__ uint4 load_once(const uint4 *from) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 bits) {
-    u32 v;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
-    return v;
-}
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
-#if HALF
-__device__ __forceinline__ u32 minus(u32 a, u32 b) {
-    u32 v;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-}
-__device__ __forceinline__ float wide(u16 a) {
-    float v;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(a));
-    return v;
-}
-__device__ __forceinline__ u32 pair(float low, float high) {
-    u32 v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#else
-__device__ __forceinline__ u32 minus(u32 a, u32 b) {
-    u32 v;  // a + (-b): bf16x2 has no subtraction before sm_90
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(0x3F803F80u), "r"(b ^ 0x80008000u));
-    return v;
-}
-__device__ __forceinline__ float wide(u16 a) { return __uint_as_float((u32)a << 16); }
-__device__ __forceinline__ u32 pair(float low, float high) {
-    u32 v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#endif
-__device__ __forceinline__ void multiply(float *d, const u32 *a, u32 b0, u32 b1) {
-    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ float sum_of_warp(float v) {
-    for (int far = 16; far; far >>= 1) v += __shfl_xor_sync(~0u, v, far);
-    return v;
-}
-#define INLINE __device__ __forceinline__
-#endif
-
-#define LOADS (BITS / 4)   // 16-byte loads of a lane for 64 inputs
-#define HALVES (GROUP % 64 != 0)  // the two blocks of a slab may be of two groups
 #define STRIDE (16 * ROWS + 4)  // floats between tokens in shared memory: no two lanes meet in a bank
 
-INLINE u32 rounded(float v) { return pair(v, 0.0f) & 0xffffu; }
-
-// The four registers of a product. 4 bits: word s of a block. 8 bits: words 2s and 2s + 1.
-INLINE void decode(const u32 *w, u32 *a) {
-#if BITS == 4
-    const u32 magic = HALF ? 0x64006400u : 0x43004300u, bias = HALF ? 0x64086408u : 0x43084308u;
-    for (int i = 0; i < 4; ++i) a[i] = minus(and_or(w[0] >> (4 * i), 0x000f000fu, magic), bias);
-#else
-    for (int i = 0; i < 4; ++i) {
-        const u32 word = w[i >> 1], first = 2 * (i & 1);
-#if HALF
-        // 1024 + code, and 1152 away
-        const u32 both = bytes_of(word, 0x64646464u, 0x4040u + first + ((first + 1) << 8));
-        a[i] = minus(both, 0x64806480u);
-#else
-        // BF16 has 7 bits after the point: by way of FP32, 2^23 + code, and 2^23 + 128 away
-        const float low = __uint_as_float(bytes_of(word, 0x4B000000u, 0x7650u + first)) - 8388736.0f;
-        const float high = __uint_as_float(bytes_of(word, 0x4B000000u, 0x7650u + first + 1)) - 8388736.0f;
-        a[i] = pair(low, high);
-#endif
-    }
-#endif
-}
-
 struct Slab {
-    uint4 words[ROWS][LOADS];
-    uint2 scale[ROWS][HALVES ? 2 : 1];
+    Tile tiles[ROWS];
     uint4 given[2][EARLY ? NT : 1];
 };
 
@@ -127,22 +37,7 @@ INLINE void fetch_given(const Place &at, int slab, uint4 (*out)[NT]) {
 
 // 64 inputs of ROWS tiles, on their way.
 INLINE void fetch(const Place &at, int slab, Slab &out) {
-    for (int r = 0; r < ROWS; ++r) {
-        for (int h = 0; h < LOADS; ++h) {
-            const bool inside = BITS == 4 || !TAIL || 64 * slab + 32 * h < at.in;
-            out.words[r][h] = inside ? load_once(at.words[r] + (LOADS * slab + h) * 32) : make_uint4(0, 0, 0, 0);
-        }
-        for (int b = 0; b < (HALVES ? 2 : 1); ++b) {
-            const int first = 64 * slab + 32 * b, group = GROUP ? first / (GROUP ? GROUP : 1) : 0;
-            const bool inside = !HALVES || !TAIL || first < at.in;
-#if WIDE
-            out.scale[r][b] = inside ? *(const uint2 *)(at.scale[r] + 16 * group) : make_uint2(0, 0);
-#else
-            const u32 both = inside ? at.scale[r][8 * group] : 0;
-            out.scale[r][b] = make_uint2(both << 16, both & 0xffff0000u);
-#endif
-        }
-    }
+    for (int r = 0; r < ROWS; ++r) fetch_tile(at.words[r], at.scale[r], slab, at.in, out.tiles[r]);
 #if EARLY
     fetch_given(at, slab, out.given);
 #endif
@@ -158,7 +53,7 @@ INLINE uint4 normalised(uint4 v, uint4 by, float factor) {
     return v;
 }
 
-KERNEL low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm, const u16 *bias,
+KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm, const u16 *bias,
                       const u16 *residual, u16 *y, int tokens, int tiles, int in, float epsilon) {
     SHARED float sums[WARPS][8 * NT * STRIDE];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slabs = (in + 63) / 64;
@@ -170,9 +65,9 @@ KERNEL low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const 
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         // What is computed of a tile or a token that is not there is not stored.
-        const i64 tile = min(first_tile + r, tiles - 1);
-        at.words[r] = words + tile * (BITS == 4 ? slabs : in / 32) * 32 + lane;
-        at.scale[r] = scale + tile * (GROUP ? in / (GROUP ? GROUP : 1) : 1) * (WIDE ? 16 : 8) + (lane >> 2) * (WIDE ? 2 : 1);
+        const int tile = min(first_tile + r, tiles - 1);
+        at.words[r] = words_of(words, tile, in) + lane;
+        at.scale[r] = scale_of(scale, tile, in, lane);
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j)
@@ -223,7 +118,7 @@ KERNEL low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const 
                 float part[NT][4] = {};
 #pragma unroll
                 for (int b = 0; b < 2; ++b) {
-                    const u32 *own = &kept[d].words[r][BITS == 4 ? 0 : b].x;
+                    const u32 *own = &kept[d].tiles[r].words[BITS == 4 ? 0 : b].x;
 #pragma unroll
                     for (int s = 0; s < 2; ++s) {
                         u32 a[4];
@@ -235,7 +130,7 @@ KERNEL low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const 
                         }
                     }
                     if (HALVES || b) {
-                        const uint2 by = kept[d].scale[r][HALVES ? b : 0];
+                        const uint2 by = kept[d].tiles[r].scale[HALVES ? b : 0];
 #pragma unroll
                         for (int j = 0; j < NT; ++j)
 #pragma unroll

@@ -6,7 +6,8 @@
 What runs is chosen by tokens and device (``path_of``):
 
     up to 64 tokens, on a GPU    low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
-    more, on a GPU               torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB
+    more, on a GPU               torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB;
+                                 on a Hopper GPU with GRACE_KERNELS=tiles low_bit_tiles.cu (no GPU has run it yet)
     otherwise                    torch in FP32 on q s: the reference of the others
 
 ``GRACE_KERNELS=torch`` or ``triton`` forbids what comes before it. With ``norm`` and ``silu`` the layer's neighbours
@@ -32,7 +33,7 @@ from grace_vlm.quant.scheme import QuantizedTensor
 
 __all__ = ["PackedLinear", "interleaved", "joined", "low_bit_linear", "pack_linear", "path_of"]
 
-Path = Literal["cuda", "triton", "torch", "dense"]
+Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
 FEW_TOKENS = 64
 """Up to here weights are what a layer waits for."""
 SCRATCH_BYTES = 64 << 20
@@ -69,13 +70,14 @@ def interleaved(gate: QuantizedTensor, value: QuantizedTensor) -> QuantizedTenso
 def path_of(num_tokens: int, device: torch.device, dtype: torch.dtype) -> Path:
     """What runs a layer of so many tokens. ``GRACE_KERNELS`` can forbid it."""
     allowed = os.environ.get("GRACE_KERNELS", "cuda")
-    if allowed not in ("cuda", "triton", "torch"):
-        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected cuda, triton or torch, or leave it out")
+    if allowed not in ("tiles", "cuda", "triton", "torch"):
+        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or allowed == "torch":
         return "torch"
     if num_tokens > FEW_TOKENS:
-        return "dense"
-    if allowed == "cuda" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
+        is_hopper = torch.cuda.get_device_capability(device) == (9, 0) if allowed == "tiles" else False
+        return "tiles" if is_hopper and has_nvrtc() else "dense"
+    if allowed in ("tiles", "cuda") and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
         return "cuda"
     return "triton" if runs_triton(torch.empty(0, device=device)) else "torch"
 
@@ -134,6 +136,8 @@ def _parts(
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
         x = norm.weight.to(x.dtype) * scaled.to(x.dtype)
+    if path == "tiles" and packed.scale.dtype == torch.bfloat16 and packed.dense is None:
+        return _tiles(x.contiguous(), packed, bias, residual, silu)
     if path == "torch":
         y = F.linear(x.float(), _values(packed), None if bias is None else bias.float()).to(x.dtype)
     elif path == "triton":
@@ -197,13 +201,8 @@ def setup_of(num_tokens: int, num_slabs: int) -> Setup:
 
 def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, silu: bool) -> dict[str, int]:
     """Macros of ``low_bit_linear.cu``."""
-    is_row = packed.group_size == packed.in_features
     return {
-        "BITS": packed.num_bits,
-        "HALF": is_half,
-        "GROUP": 0 if is_row else packed.group_size,
-        "WIDE": packed.scale.dtype == torch.float32,
-        "TAIL": packed.in_features % SLAB != 0,
+        **_layout_defines(packed, is_half),
         "NT": setup.eights,
         "ROWS": setup.rows,
         "WARPS": setup.warps,
@@ -211,6 +210,44 @@ def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, si
         "EARLY": setup.eights <= 2,
         "NORM": norm,
         "SILU": silu,
+    }
+
+
+@dataclass(frozen=True)
+class TileSetup:
+    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, and warpgroups, of 64 rows each."""
+
+    tokens: int
+    warpgroups: int
+
+
+def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
+    """By rule: the largest blocks of which there are enough for every multiprocessor."""
+    for setup in (TileSetup(128, 2), TileSetup(128, 1), TileSetup(64, 1)):
+        blocks = -(-out_features // (64 * setup.warpgroups)) * -(-num_tokens // setup.tokens)
+        if blocks >= num_processors:
+            return setup
+    return TileSetup(64, 1)
+
+
+def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu: bool) -> dict[str, int]:
+    """Macros of ``low_bit_tiles.cu``."""
+    return {
+        **_layout_defines(packed, is_half),
+        "TOKENS": setup.tokens,
+        "WGS": setup.warpgroups,
+        "SILU": silu,
+    }
+
+
+def _layout_defines(packed: PackedLinear, is_half: bool) -> dict[str, int]:
+    """What both texts must know of a weight."""
+    return {
+        "BITS": packed.num_bits,
+        "HALF": is_half,
+        "GROUP": 0 if packed.group_size == packed.in_features else packed.group_size,
+        "WIDE": packed.scale.dtype == torch.float32,
+        "TAIL": packed.in_features % SLAB != 0,
     }
 
 
@@ -245,4 +282,25 @@ def _cuda(
         [packed.words, packed.scale, x, weight, added, rest, out, tokens, tiles, packed.in_features,
          0.0 if norm is None else norm.epsilon],
     )  # fmt: skip
+    return out
+
+
+def _tiles(
+    x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, residual: torch.Tensor | None, silu: bool
+) -> torch.Tensor:
+    from grace_vlm.kernels.nvrtc import load_kernel
+
+    tokens, tiles, device = x.shape[0], packed.out_features // TILE, x.get_device()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    setup = tile_setup_of(tokens, packed.out_features, processors)
+    defines = tile_defines_of(packed, setup, x.dtype == torch.float16, silu)
+    kernel = load_kernel("low_bit_tiles.cu", "low_bit_tiles", tuple((k, int(v)) for k, v in defines.items()), device)
+    out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
+    added = None if bias is None else bias.to(x.dtype).contiguous()
+    rest = None if residual is None else residual.to(x.dtype).contiguous()
+    kernel(
+        (-(-tiles // (4 * setup.warpgroups)), -(-tokens // setup.tokens)),
+        128 * setup.warpgroups,
+        [packed.words, packed.scale, x, added, rest, out, tokens, tiles, packed.in_features],
+    )
     return out

@@ -21,6 +21,8 @@ import torch
 
 from grace_vlm.errors import ConfigError
 
+FOLDER, HEADER = Path(__file__).parent, "low_bit_common.cuh"
+
 
 def has_nvrtc() -> bool:
     """Whether CUDA text can be compiled and launched here: torch's own CUDA packages, and NVIDIA's Python bindings."""
@@ -36,7 +38,7 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
 
 
 def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> bytes:
-    """The cubin of CUDA text.
+    """The cubin of CUDA text, which may include ``low_bit_common.cuh``.
 
     Args:
         architecture: ``sm_90`` and the like. defines: macros.
@@ -48,11 +50,14 @@ def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> by
 
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     version = _checked(nvrtc.nvrtcVersion(), "asking NVRTC for its version")
-    digest = hashlib.sha256("\n".join([text, *options, str(version)]).encode()).hexdigest()[:32]
+    header = (FOLDER / HEADER).read_text(encoding="utf-8")
+    digest = hashlib.sha256("\n".join([text, header, *options, str(version)]).encode()).hexdigest()[:32]
     path = _cache_folder() / f"{digest}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []), "NVRTC")
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 1, [header.encode()], [HEADER.encode()]), "NVRTC"
+    )
     status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     if int(status) != 0:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC"))
@@ -115,5 +120,7 @@ class Kernel:
 def load_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     """The kernel of a file of this folder, compiled for a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
-    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
-    return Kernel(compile_text(text, f"sm_{major}{minor}", dict(defines)), name)
+    # Warpgroup instructions are of sm_90a alone; code for it runs on every Hopper GPU.
+    suffix = "a" if (major, minor) == (9, 0) else ""
+    text = (FOLDER / file).read_text(encoding="utf-8")
+    return Kernel(compile_text(text, f"sm_{major}{minor}{suffix}", dict(defines)), name)

@@ -1,4 +1,4 @@
-// CUDA's part of low_bit_linear.cu on a CPU: a thread for a lane, barriers for what a warp or a block does together.
+// CUDA's part of the low-bit kernels on a CPU: a thread for a lane, barriers for what a warp or a block does together.
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -9,6 +9,7 @@
 typedef uint32_t u32;
 typedef uint16_t u16;
 typedef long long i64;
+typedef uint64_t u64;
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct Index { int x, y; };
@@ -18,7 +19,8 @@ static u32 operands[WARPS][32][6];
 static float shared_float[WARPS][32];
 #define SHARED static
 #define INLINE static inline
-#define KERNEL static void
+#define KERNEL(threads) static void
+#define ALIGNED __attribute__((aligned(1024)))
 #define __syncthreads() whole->arrive_and_wait()
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -78,20 +80,52 @@ static inline float sum_of_warp(float v) {
     warps[warp]->arrive_and_wait();
     return total;
 }
-KERNEL low_bit_linear(const uint4 *, const u32 *, const u16 *, const u16 *, const u16 *, const u16 *, u16 *, int, int,
-                      int, float);
-extern "C" void launch(int blocks_x, int blocks_y, const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm,
-                       const u16 *bias, const u16 *residual, u16 *y, int tokens, int tiles, int in, float epsilon) {
+#ifdef TOKENS
+// A warpgroup: its barrier, and each lane's operand A.
+static std::unique_ptr<std::barrier<>> groups[WGS];
+static void open_products() {}
+static void queue_products() {}
+static void wait_for_products() {}
+static void show_to_products() {}
+static void keep(u32 *) {}
+static inline u32 times(u32 a, u32 b) {
+    return pair(wide(a & 0xffff) * wide(b & 0xffff), wide(a >> 16) * wide(b >> 16));
+}
+// PTX ISA, "Register fragments for wgmma.mma_async.m64k16" (A: as mma's, a warp every 16 rows) and "Shared memory matrix
+// layout": rows of 128 bytes whose 16-byte pieces are exchanged by the row's place among eight.
+static inline void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int i = 0; i < 4; ++i) operands[warp][lane][i] = a[i];
+    groups[warp / 4]->arrive_and_wait();
+    for (int j = 0; j < TOKENS / 8; ++j)
+        for (int c = 0; c < 4; ++c) {
+            const int row = (lane >> 2) + 8 * (c >> 1), token = 8 * j + 2 * (lane & 3) + (c & 1);
+            float total = 0.0f;
+            for (int k = 0; k < 16; ++k) {
+                const u32 weight = operands[warp][4 * (row % 8) + (k % 8) / 2][(row >= 8) + 2 * (k / 8)] >> (16 * (k & 1));
+                const int piece = (2 * step + k / 8) ^ (token & 7);
+                total += wide(weight & 0xffff) * wide(tile[64 * token + 8 * piece + k % 8]);
+            }
+            d[4 * j + c] += total;
+        }
+    groups[warp / 4]->arrive_and_wait();
+}
+#endif
+// A grid, block after block.
+template <class Body> static void run_grid(int blocks_x, int blocks_y, Body body) {
     for (int by = 0; by < blocks_y; ++by)
         for (int bx = 0; bx < blocks_x; ++bx) {
             whole = std::make_unique<std::barrier<>>(32 * WARPS);
             for (auto &warp : warps) warp = std::make_unique<std::barrier<>>(32);
+#ifdef TOKENS
+            for (auto &group : groups) group = std::make_unique<std::barrier<>>(128);
+#endif
             std::vector<std::thread> threads;
             for (int t = 0; t < 32 * WARPS; ++t)
                 threads.emplace_back([=] {
                     threadIdx = {t, 0};
                     blockIdx = {bx, by};
-                    low_bit_linear(words, scale, x, norm, bias, residual, y, tokens, tiles, in, epsilon);
+                    body();
                 });
             for (auto &thread : threads) thread.join();
         }
