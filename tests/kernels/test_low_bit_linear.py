@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,17 +14,17 @@ from low_bit_cases import bound, error, exact, inputs_of, weight
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as module
+from grace_vlm.kernels import tuned as tuned_module
+from grace_vlm.kernels.fragments import PackedLinear
+from grace_vlm.kernels.low_bit_cuda import Setup, TileSetup, defines_of, setup_of
 from grace_vlm.kernels.low_bit_linear import (
     FEW_TOKENS,
     Norm,
-    Setup,
-    defines_of,
     interleaved,
     joined,
     low_bit_linear,
     pack_linear,
     path_of,
-    setup_of,
 )
 from grace_vlm.quant.affine import dequantize
 
@@ -107,17 +112,74 @@ def test_pieces_of_scratch_memory_make_the_same_layer(monkeypatch: pytest.Monkey
     assert error(low_bit_linear(x, packed, bias=bias), whole.double()) < 4e-3
 
 
+@dataclass(frozen=True)
+class Elsewhere(PackedLinear):
+    """A layer on a GPU that is not here."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
 def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    assert path_of(1, torch.device("cpu"), torch.bfloat16) == "torch"
-    assert path_of(1, gpu, torch.float32) == "torch"
-    assert path_of(65, gpu, torch.bfloat16) == "dense"
+    here = pack_linear(weight(4, 128, 128, 64))
+    there = Elsewhere(**{field.name: getattr(here, field.name) for field in fields(here)})
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU that nobody measured")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(module, "has_nvrtc", lambda: True)
+    monkeypatch.setattr(module, "runs_triton", lambda *_: True)
+    half = torch.float16
+    assert path_of(1, here, torch.bfloat16) == "torch"
+    assert path_of(1, there, torch.float32) == "torch"
+    assert [path_of(n, there, half) for n in (1, 64, 65, 5000)] == ["cuda", "cuda", "dense", "dense"]
+    monkeypatch.setenv("GRACE_KERNELS", "tiles")
+    assert [path_of(n, there, half) for n in (64, 65)] == ["cuda", "tiles"]
+    assert path_of(65, replace(there, dense=torch.zeros(1)), half) == "dense"
+    assert path_of(65, replace(there, scale=there.scale.float()), half) == "dense"
+    capability[0] = (8, 6)
+    assert [path_of(n, there, half) for n in (64, 65)] == ["cuda", "dense"]
+    capability[0] = (7, 5)
+    assert path_of(64, there, half) == "triton"
+    monkeypatch.setattr(module, "runs_triton", lambda *_: False)
+    assert path_of(64, there, half) == "torch"
+    monkeypatch.setenv("GRACE_KERNELS", "triton")
+    capability[0] = (9, 0)
+    assert path_of(65, there, half) == "dense"
     monkeypatch.setenv("GRACE_KERNELS", "torch")
-    assert path_of(1, gpu, torch.bfloat16) == "torch"
+    assert path_of(1, there, half) == "torch"
     monkeypatch.setenv("GRACE_KERNELS", "fast")
     with pytest.raises(ConfigError) as caught:
-        path_of(1, gpu, torch.bfloat16)
+        path_of(1, there, half)
     assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected tiles, cuda, triton or torch, or leave it out"
+
+
+def test_what_was_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = {"eights": 1, "rows": 2, "warps": 4, "depth": 2}, {"tokens": 64, "warpgroups": 2}
+    won: dict[str, dict[str, int]] = {"8": few, "64": {**few, "eights": 8}, "256": {}, "1024": many}
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"GPU": {"w4 4096x2048": won, "w8 64x64": {"8": {}}}}))
+    monkeypatch.setattr(tuned_module, "FILE", file)
+    tuned_module._measured.cache_clear()
+    tuned_module.tuned.cache_clear()
+    try:
+        assert tuned_module.tuned("GPU", 4, 4096, 2048, 5) == won["8"]
+        assert tuned_module.tuned("GPU", 4, 5000, 1500, 9) == won["64"]
+        assert [tuned_module.tuned("GPU", 4, 4096, 2048, n) for n in (65, 257, 9000)] == [{}, won["1024"], won["1024"]]
+        assert tuned_module.tuned("GPU", 4, 512, 2048, 5) is None
+        assert tuned_module.tuned("GPU", 8, 4096, 2048, 5) is None
+        assert tuned_module.tuned("another", 4, 4096, 2048, 5) is None
+    finally:
+        tuned_module._measured.cache_clear()
+        tuned_module.tuned.cache_clear()
+
+
+def test_the_data_that_ships_can_be_read() -> None:
+    for layers in json.loads(tuned_module.FILE.read_text()).values():
+        for won in layers.values():
+            for found in won.values():
+                assert not found or (Setup(**found) if "eights" in found else TileSetup(**found))
 
 
 def test_inputs_of_another_layer_are_refused() -> None:

@@ -15,17 +15,8 @@ from low_bit_cases import bound, error, exact, inputs_of, weight
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels.fragments import PackedLinear, pack_linear
-from grace_vlm.kernels.low_bit_linear import (
-    Norm,
-    Setup,
-    TileSetup,
-    defines_of,
-    interleaved,
-    low_bit_linear,
-    setup_of,
-    tile_defines_of,
-    tile_setup_of,
-)
+from grace_vlm.kernels.low_bit_cuda import Setup, TileSetup, defines_of, setup_of, tile_defines_of, tile_setup_of
+from grace_vlm.kernels.low_bit_linear import Norm, interleaved, low_bit_linear
 from grace_vlm.kernels.nvrtc import compile_text, has_nvrtc
 
 TEXT = Path(module.__file__).with_name("low_bit_linear.cu")

@@ -16,7 +16,7 @@ run inside; they round as separate layers do, so that a fused model is the unfus
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import runs_triton
-from grace_vlm.kernels.fragments import SLAB, TILE, PackedLinear, pack_linear, row_scales, unpack_codes
+from grace_vlm.kernels.fragments import TILE, PackedLinear, pack_linear, row_scales, unpack_codes
 from grace_vlm.kernels.nvrtc import has_nvrtc
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -67,19 +67,30 @@ def interleaved(gate: QuantizedTensor, value: QuantizedTensor) -> QuantizedTenso
     return QuantizedTensor(mixed(gate.codes, value.codes), mixed(gate.scale, value.scale), gate.scheme)
 
 
-def path_of(num_tokens: int, device: torch.device, dtype: torch.dtype) -> Path:
+def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     """What runs a layer of so many tokens. ``GRACE_KERNELS`` can forbid it."""
-    allowed = os.environ.get("GRACE_KERNELS", "cuda")
+    allowed, device = os.environ.get("GRACE_KERNELS", "cuda"), packed.device
     if allowed not in ("tiles", "cuda", "triton", "torch"):
         raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or allowed == "torch":
         return "torch"
+    has_text = allowed != "triton" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0)
     if num_tokens > FEW_TOKENS:
-        is_hopper = torch.cuda.get_device_capability(device) == (9, 0) if allowed == "tiles" else False
-        return "tiles" if is_hopper and has_nvrtc() else "dense"
-    if allowed in ("tiles", "cuda") and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "tiles" if has_text and _has_tiles(num_tokens, packed, allowed == "tiles") else "dense"
+    if has_text:
         return "cuda"
-    return "triton" if runs_triton(torch.empty(0, device=device)) else "torch"
+    return "triton" if runs_triton(packed.words) else "torch"
+
+
+def _has_tiles(num_tokens: int, packed: PackedLinear, by_rule: bool) -> bool:
+    """Whether ``low_bit_tiles.cu`` can run, and was measured to be the faster one (or is asked for by name)."""
+    if packed.dense is not None or packed.scale.dtype != torch.bfloat16:
+        return False
+    if torch.cuda.get_device_capability(packed.device) != (9, 0):
+        return False
+    from grace_vlm.kernels.low_bit_cuda import many_setup
+
+    return many_setup(num_tokens, packed, by_rule) is not None
 
 
 def low_bit_linear(
@@ -112,11 +123,15 @@ def low_bit_linear(
     width = packed.out_features // 2 if silu else packed.out_features
     flat = x.reshape(-1, packed.in_features)
     rest = None if residual is None else residual.reshape(-1, width)
-    path = path_of(flat.shape[0], x.device, x.dtype)
+    path = path_of(flat.shape[0], packed, x.dtype)
     if not flat.shape[0]:
         out = flat.new_empty(0, width)
     elif path == "cuda":
-        out = _cuda(flat.contiguous(), packed, bias, rest, norm, silu)
+        from grace_vlm.kernels.low_bit_cuda import few_setup, run_few
+
+        with torch.cuda.device(x.device):
+            before = None if norm is None else (norm.weight, norm.epsilon)
+            out = run_few(few_setup(len(flat), packed), _aligned(flat), packed, bias, rest, before, silu)
     else:
         out = _parts(path, flat, packed, bias, rest, norm, silu)
     return out.view(*x.shape[:-1], width)
@@ -136,20 +151,32 @@ def _parts(
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
         x = norm.weight.to(x.dtype) * scaled.to(x.dtype)
-    if path == "tiles" and packed.scale.dtype == torch.bfloat16 and packed.dense is None:
-        return _tiles(x.contiguous(), packed, bias, residual, silu)
+    if path == "tiles":
+        from grace_vlm.kernels.low_bit_cuda import many_setup, run_many
+
+        setup = many_setup(len(x), packed, by_rule=True)
+        assert setup is not None
+        with torch.cuda.device(x.device):
+            return run_many(setup, _aligned(x), packed, bias, residual, silu)
     if path == "torch":
         y = F.linear(x.float(), _values(packed), None if bias is None else bias.float()).to(x.dtype)
     elif path == "triton":
         from grace_vlm.kernels.low_bit_triton import linear
 
-        y = linear(x.contiguous(), packed, bias)
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            y = linear(_aligned(x), packed, bias)
     else:
         y = _dense(x, packed, None if bias is None else bias.to(x.dtype))
     if silu:
         pairs = y.view(y.shape[0], -1, 2, 8)
         y = (F.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(y.shape[0], -1)
     return y if residual is None else y + residual
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Without gaps, and where kernels can load 16 bytes at a time."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _values(packed: PackedLinear) -> torch.Tensor:
@@ -178,129 +205,3 @@ def _dequantize_rows(packed: PackedLinear, out: torch.Tensor, first_row: int) ->
         dequantize_rows(packed, out, first_row)
     else:
         out.copy_(_values(packed)[first_row : first_row + len(out)])
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How ``low_bit_linear.cu`` is compiled for a number of tokens: tokens of a block in eights, row tiles of a warp,
-    warps, slabs on their way."""
-
-    eights: int
-    rows: int
-    warps: int
-    depth: int
-
-
-def setup_of(num_tokens: int, num_slabs: int) -> Setup:
-    """By rule, for GPUs that nobody measured: registers for the tokens first, then as many weights on their way."""
-    eights = next(n for n in (1, 2, 4, 8) if num_tokens <= 8 * n or n == 8)
-    setup = {1: Setup(1, 1, 8, 4), 2: Setup(2, 1, 8, 4), 4: Setup(4, 2, 4, 4), 8: Setup(8, 2, 4, 2)}[eights]
-    warps = max(1, min(setup.warps, num_slabs))
-    return Setup(eights, setup.rows, warps, min(setup.depth, -(-num_slabs // warps)))
-
-
-def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, silu: bool) -> dict[str, int]:
-    """Macros of ``low_bit_linear.cu``."""
-    return {
-        **_layout_defines(packed, is_half),
-        "NT": setup.eights,
-        "ROWS": setup.rows,
-        "WARPS": setup.warps,
-        "DEPTH": setup.depth,
-        "EARLY": setup.eights <= 2,
-        "NORM": norm,
-        "SILU": silu,
-    }
-
-
-@dataclass(frozen=True)
-class TileSetup:
-    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, and warpgroups, of 64 rows each."""
-
-    tokens: int
-    warpgroups: int
-
-
-def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
-    """By rule: the largest blocks of which there are enough for every multiprocessor."""
-    for setup in (TileSetup(128, 2), TileSetup(128, 1), TileSetup(64, 1)):
-        blocks = -(-out_features // (64 * setup.warpgroups)) * -(-num_tokens // setup.tokens)
-        if blocks >= num_processors:
-            return setup
-    return TileSetup(64, 1)
-
-
-def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu: bool) -> dict[str, int]:
-    """Macros of ``low_bit_tiles.cu``."""
-    return {
-        **_layout_defines(packed, is_half),
-        "TOKENS": setup.tokens,
-        "WGS": setup.warpgroups,
-        "SILU": silu,
-    }
-
-
-def _layout_defines(packed: PackedLinear, is_half: bool) -> dict[str, int]:
-    """What both texts must know of a weight."""
-    return {
-        "BITS": packed.num_bits,
-        "HALF": is_half,
-        "GROUP": 0 if packed.group_size == packed.in_features else packed.group_size,
-        "WIDE": packed.scale.dtype == torch.float32,
-        "TAIL": packed.in_features % SLAB != 0,
-    }
-
-
-@functools.cache
-def _setup(num_tokens: int, in_features: int) -> Setup:
-    return setup_of(num_tokens, -(-in_features // SLAB))
-
-
-def _cuda(
-    x: torch.Tensor,
-    packed: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm: Norm | None,
-    silu: bool,
-) -> torch.Tensor:
-    from grace_vlm.kernels.nvrtc import load_kernel
-
-    tokens, tiles = x.shape[0], packed.out_features // TILE
-    setup = _setup(tokens, packed.in_features)
-    defines = defines_of(packed, setup, x.dtype == torch.float16, norm is not None, silu)
-    kernel = load_kernel(
-        "low_bit_linear.cu", "low_bit_linear", tuple((k, int(v)) for k, v in defines.items()), x.get_device()
-    )
-    out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
-    weight = None if norm is None else norm.weight.to(x.dtype).contiguous()
-    added = None if bias is None else bias.to(x.dtype).contiguous()
-    rest = None if residual is None else residual.to(x.dtype).contiguous()
-    kernel(
-        (-(-tiles // setup.rows), -(-tokens // (8 * setup.eights))),
-        32 * setup.warps,
-        [packed.words, packed.scale, x, weight, added, rest, out, tokens, tiles, packed.in_features,
-         0.0 if norm is None else norm.epsilon],
-    )  # fmt: skip
-    return out
-
-
-def _tiles(
-    x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, residual: torch.Tensor | None, silu: bool
-) -> torch.Tensor:
-    from grace_vlm.kernels.nvrtc import load_kernel
-
-    tokens, tiles, device = x.shape[0], packed.out_features // TILE, x.get_device()
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    setup = tile_setup_of(tokens, packed.out_features, processors)
-    defines = tile_defines_of(packed, setup, x.dtype == torch.float16, silu)
-    kernel = load_kernel("low_bit_tiles.cu", "low_bit_tiles", tuple((k, int(v)) for k, v in defines.items()), device)
-    out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
-    added = None if bias is None else bias.to(x.dtype).contiguous()
-    rest = None if residual is None else residual.to(x.dtype).contiguous()
-    kernel(
-        (-(-tiles // (4 * setup.warpgroups)), -(-tokens // setup.tokens)),
-        128 * setup.warpgroups,
-        [packed.words, packed.scale, x, added, rest, out, tokens, tiles, packed.in_features],
-    )
-    return out

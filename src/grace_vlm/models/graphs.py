@@ -120,9 +120,9 @@ class LayerGraphs:
 
         Arguments as for ``run_decoder``, but ``rotary``: what the layers take as ``position_embeddings``.
         """
-        with_gradient = torch.is_grad_enabled() and embeds.requires_grad
+        with_gradient = torch.is_grad_enabled() and self.sums is not None
+        assert embeds.requires_grad == with_gradient, "gradients of layers come with that of their input"
         assert not any(layer.requires_grad for layer in deepstack)
-        assert (self.sums is not None) or not with_gradient
         is_first = self.sums.are_empty() if with_gradient and self.sums is not None else None
         longest, tokens, lengths = room_for(segments, self._window)
         shape = Shape(tokens, len(lengths), longest, tap, recompute, len(deepstack), is_first)

@@ -1,0 +1,43 @@
+"""Setups that were measured on a GPU: data in ``tuned.json``, written by ``benchmarks/tune_low_bit.py``.
+
+    {GPU's name: {"w4 4096x2048": {"8": {"eights": 1, ...}, "128": {"tokens": 64, ...}, "256": {}}}}
+
+Under a number of tokens stands what won for up to so many: the fields of ``Setup`` or ``TileSetup``, or nothing where
+torch on bf16(q s) did. A layer that nobody measured takes what won for the nearest one, if its sides are within a
+factor of two; a GPU that nobody measured has rules (``low_bit_linear.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+FILE = Path(__file__).with_name("tuned.json")
+Fields = dict[str, int]
+
+
+@functools.cache
+def _measured(gpu: str, num_bits: int) -> list[tuple[float, float, dict[int, Fields]]]:
+    """(log2 out, log2 in, what won by tokens) of each layer that was measured."""
+    layers = json.loads(FILE.read_text(encoding="utf-8")).get(gpu, {})
+    found = []
+    for name, won in layers.items():
+        bits, shape = name.split()
+        if bits == f"w{num_bits}":
+            out, inputs = (math.log2(int(side)) for side in shape.split("x"))
+            found.append((out, inputs, {int(tokens): fields for tokens, fields in won.items()}))
+    return found
+
+
+@functools.cache
+def tuned(gpu: str, num_bits: int, out_features: int, in_features: int, num_tokens: int) -> Fields | None:
+    """What won for such a layer and so many tokens; None: nobody measured anything near."""
+    out, inputs = math.log2(out_features), math.log2(in_features)
+    near = [(max(abs(a - out), abs(b - inputs)), won) for a, b, won in _measured(gpu, num_bits)]
+    near = [(distance, won) for distance, won in near if distance <= 1 and won]
+    if not near:
+        return None
+    _, won = min(near, key=lambda one: one[0])
+    return won[min((tokens for tokens in won if tokens >= num_tokens), default=max(won))]
