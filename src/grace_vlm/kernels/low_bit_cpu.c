@@ -32,8 +32,9 @@ typedef struct {
     const float *scale, *x, *bias;
     float *y;
     int8_t *bytes;     // (tokens, padded inputs)
-    float *steps;      // (tokens, groups): what a byte of a token's group is worth
-    float *sums;       // (tokens, groups): of its inputs, quantized, times 8 (4 bits)
+    float *steps;      // (groups, tokens filled up to eights): what a byte of a token's group is worth
+    float *sums;       // likewise: of its inputs, quantized, times what was added to the codes
+    long filled;       // tokens, to a multiple of TOKENS
     long tokens, rows, inputs, slabs, groups, group;
     int bits;
 } Job;
@@ -43,6 +44,14 @@ ALWAYS float total(__m256 v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define WIDE 1
+#define ADDED(bits) ((bits) == 4 ? 8.0f : 128.0f)  // to codes, so that they are unsigned
+#else
+#define WIDE 0
+#define ADDED(bits) ((bits) == 4 ? 8.0f : 0.0f)
+#endif
 
 // Sums of four neighbouring products of unsigned and signed bytes, added to eight integers. Without VNNI two of them
 // meet in 16 bits first: at most 2 x 15 x 127 for codes of 4 bits, and 2 x 128 x 127 for magnitudes of 8.
@@ -93,71 +102,120 @@ static void quantize(const Job *job, long token) {
             _mm256_storeu_si256((__m256i *)(out + k), _mm256_permutevar8x32_epi32(mixed, in_order));
         }
         const float step = size / 127.0f + total(zero);
-        job->steps[token * job->groups + g] = step;
-        job->sums[token * job->groups + g] = job->bits == 4 ? 8.0f * total(_mm256_cvtepi32_ps(sum)) * step : 0.0f;
+        job->steps[g * job->filled + token] = step;
+        job->sums[g * job->filled + token] = ADDED(job->bits) * total(_mm256_cvtepi32_ps(sum)) * step;
     }
 }
 
-// 64 inputs of a row, 4 bits, times a token's bytes.
-ALWAYS __m256i slab4(__m256i sum, const uint8_t *codes, const int8_t *bytes) {
+// 64 inputs of a row as they are multiplied, and their products with a token's bytes.
+#if WIDE
+typedef __m512i Ints;
+typedef __m512 Floats;
+typedef __m512i Weights;
+#define NOTHING _mm512_setzero_si512()
+ALWAYS Weights weights_of(const uint8_t *codes, const int bits) {
+    if (bits == 8) return _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8((char)128));
     const __m256i both = load(codes);
-    sum = dot(sum, lower(both), load(bytes));
-    return dot(sum, upper(both), load(bytes + 32));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lower(both)), upper(both), 1);
+}
+ALWAYS Ints products(Ints sum, Weights w, const int8_t *bytes, const int bits) {
+    (void)bits;
+    return _mm512_dpbusd_epi32(sum, w, _mm512_loadu_si512(bytes));
+}
+ALWAYS Floats scaled(Floats all, Ints sum, const float *by) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(*by), all);
+}
+ALWAYS float total_of(Floats v) {
+    return total(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+}
+#else
+typedef __m256i Ints;
+typedef __m256 Floats;
+typedef struct {
+    __m256i first, second;
+} Weights;
+#define NOTHING _mm256_setzero_si256()
+ALWAYS Weights weights_of(const uint8_t *codes, const int bits) {
+    if (bits == 8) return (Weights){load(codes), load(codes + 32)};
+    const __m256i both = load(codes);
+    return (Weights){lower(both), upper(both)};
+}
+// 8 bits: the sign goes to the other factor: |w| is unsigned, and -128 is 128.
+ALWAYS Ints products(Ints sum, Weights w, const int8_t *bytes, const int bits) {
+    if (bits == 4) return dot(dot(sum, w.first, load(bytes)), w.second, load(bytes + 32));
+    sum = dot(sum, _mm256_abs_epi8(w.first), _mm256_sign_epi8(load(bytes), w.first));
+    return dot(sum, _mm256_abs_epi8(w.second), _mm256_sign_epi8(load(bytes + 32), w.second));
+}
+ALWAYS Floats scaled(Floats all, Ints sum, const float *by) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_broadcast_ss(by), all);
+}
+ALWAYS float total_of(Floats v) { return total(v); }
+#endif
+
+// 32 inputs of a row with a token's bytes, where groups are halves of slabs.
+ALWAYS __m256i half_products(const uint8_t *codes, int half, const int8_t *bytes, const int bits) {
+    const __m256i zero = _mm256_setzero_si256(), b = load(bytes + 32 * half);
+    if (bits == 4) return dot(zero, half ? upper(load(codes)) : lower(load(codes)), b);
+    const __m256i w = load(codes + 32 * half);
+    if (WIDE) return dot(zero, _mm256_xor_si256(w, _mm256_set1_epi8((char)128)), b);
+    return dot(zero, _mm256_abs_epi8(w), _mm256_sign_epi8(b, w));
 }
 
-// 32 inputs of a row, 8 bits. The sign goes to the other factor: |w| is unsigned, and -128 is 128.
-ALWAYS __m256i half8(__m256i sum, const uint8_t *codes, const int8_t *bytes) {
-    const __m256i w = load(codes);
-    return dot(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(load(bytes), w));
-}
-
-// A panel for ``count`` tokens (a constant where it is inlined). Groups are a multiple of 64, or of 32 (``halves``).
-ALWAYS void panel_quantized(const Job *job, long panel, long token, const int count, const int bits, const int halves) {
-    const long width = bits * 8, part = halves ? 32 : SLAB, parts = job->group / part;
+// A panel for ``count`` tokens (a constant where it is inlined), row by row.
+ALWAYS void panel_quantized(const Job *job, long panel, long token, const int count, const int bits) {
+    const long width = bits * 8, parts = job->group / SLAB, stride = job->slabs * SLAB;
     const float *scale = job->scale + panel * job->groups * ROWS;
-    const uint8_t *codes = job->codes + panel * job->slabs * ROWS * width;
     for (int r = 0; r < ROWS && panel * ROWS + r < job->rows; ++r) {
-        __m256 all[TOKENS];
-        float less[TOKENS];
-        for (int t = 0; t < count; ++t) all[t] = _mm256_setzero_ps(), less[t] = 0.0f;
+        const uint8_t *own = job->codes + (panel * job->slabs * ROWS + r) * width;
+        const int8_t *bytes = job->bytes + token * stride;
+        Floats all[TOKENS];
+        __m256 less = _mm256_setzero_ps();
+        for (int t = 0; t < count; ++t) all[t] = (Floats){0};
         for (long g = 0; g < job->groups; ++g) {
-            __m256i sum[TOKENS];
-            for (int t = 0; t < count; ++t) sum[t] = _mm256_setzero_si256();
-            for (long p = g * parts; p < (g + 1) * parts; ++p) {
-                const long slab = halves ? p / 2 : p, half = halves ? p % 2 : 0;
-                const uint8_t *own = codes + (slab * ROWS + r) * width;
-                if (bits == 4) {
-                    const __m256i both = load(own), low = lower(both), high = upper(both);
-                    for (int t = 0; t < count; ++t) {
-                        const int8_t *bytes = job->bytes + (token + t) * job->slabs * SLAB + slab * SLAB;
-                        if (halves) {
-                            sum[t] = dot(sum[t], half ? high : low, load(bytes + 32 * half));
-                        } else {
-                            sum[t] = dot(sum[t], low, load(bytes));
-                            sum[t] = dot(sum[t], high, load(bytes + 32));
-                        }
-                    }
-                } else {
-                    for (int h = halves ? half : 0; h < (halves ? half + 1 : 2); ++h) {
-                        const __m256i w = load(own + 32 * h), size = _mm256_abs_epi8(w);
-                        for (int t = 0; t < count; ++t) {
-                            const int8_t *bytes = job->bytes + (token + t) * job->slabs * SLAB + slab * SLAB + 32 * h;
-                            sum[t] = dot(sum[t], size, _mm256_sign_epi8(load(bytes), w));
-                        }
-                    }
-                }
+            Ints sum[TOKENS];
+            for (int t = 0; t < count; ++t) sum[t] = NOTHING;
+            for (long p = 0; p < parts; ++p, own += ROWS * width, bytes += SLAB) {
+                const Weights w = weights_of(own, bits);
+                for (int t = 0; t < count; ++t) sum[t] = products(sum[t], w, bytes + t * stride, bits);
             }
-            const float own = scale[g * ROWS + r];
-            for (int t = 0; t < count; ++t) {
-                const long at = (token + t) * job->groups + g;
-                const __m256 by = _mm256_set1_ps(own * job->steps[at]);
-                all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), by, all[t]);
-                less[t] += own * job->sums[at];
-            }
+            const __m256 by = _mm256_set1_ps(scale[g * ROWS + r]);
+            const long at = g * job->filled + token;
+            float worth[TOKENS];
+            _mm256_storeu_ps(worth, _mm256_mul_ps(by, _mm256_loadu_ps(job->steps + at)));
+            less = _mm256_fmadd_ps(by, _mm256_loadu_ps(job->sums + at), less);
+            for (int t = 0; t < count; ++t) all[t] = scaled(all[t], sum[t], worth + t);
         }
         const long row = panel * ROWS + r;
+        float minus[TOKENS];
+        _mm256_storeu_ps(minus, less);
         for (int t = 0; t < count; ++t)
-            job->y[(token + t) * job->rows + row] = total(all[t]) - less[t] + (job->bias ? job->bias[row] : 0.0f);
+            job->y[(token + t) * job->rows + row] = total_of(all[t]) - minus[t] + (job->bias ? job->bias[row] : 0.0f);
+    }
+}
+
+// The same where a slab is of two groups; rare, and not hurried.
+static void panel_of_halves(const Job *job, long panel, long token, const int count, const int bits) {
+    const long width = bits * 8, parts = job->group / 32;
+    const float *scale = job->scale + panel * job->groups * ROWS;
+    for (int r = 0; r < ROWS && panel * ROWS + r < job->rows; ++r) {
+        const uint8_t *codes = job->codes + (panel * job->slabs * ROWS + r) * width;
+        const long row = panel * ROWS + r;
+        for (long t = token; t < token + count; ++t) {
+            __m256 all = _mm256_setzero_ps();
+            float less = 0.0f;
+            for (long g = 0; g < job->groups; ++g) {
+                __m256i sum = _mm256_setzero_si256();
+                for (long p = g * parts; p < (g + 1) * parts; ++p) {
+                    const int8_t *bytes = job->bytes + (t * job->slabs + p / 2) * SLAB;
+                    sum = _mm256_add_epi32(sum, half_products(codes + p / 2 * ROWS * width, p % 2, bytes, bits));
+                }
+                const float own = scale[g * ROWS + r];
+                const __m256 by = _mm256_set1_ps(own * job->steps[g * job->filled + t]);
+                all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), by, all);
+                less += own * job->sums[g * job->filled + t];
+            }
+            job->y[t * job->rows + row] = total(all) - less + (job->bias ? job->bias[row] : 0.0f);
+        }
     }
 }
 
@@ -167,36 +225,28 @@ ALWAYS void panel_one(const Job *job, long panel, const int bits) {
     const float *scale = job->scale + panel * job->groups * ROWS;
     const uint8_t *own = job->codes + panel * job->slabs * ROWS * width;
     const int8_t *bytes = job->bytes;
-    __m256 all[ROWS];
+    Floats all[ROWS];
     __m128 less = _mm_setzero_ps();
-    for (int r = 0; r < ROWS; ++r) all[r] = _mm256_setzero_ps();
+    for (int r = 0; r < ROWS; ++r) all[r] = (Floats){0};
     for (long g = 0; g < job->groups; ++g) {
-        __m256i sum[ROWS];
-        for (int r = 0; r < ROWS; ++r) sum[r] = _mm256_setzero_si256();
+        Ints sum[ROWS];
+        for (int r = 0; r < ROWS; ++r) sum[r] = NOTHING;
         for (long p = 0; p < parts; ++p, own += ROWS * width, bytes += SLAB) {
             _mm_prefetch((const char *)own + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char *)own + AHEAD + 64, _MM_HINT_T0);
-            for (int r = 0; r < ROWS; ++r) {
-                if (bits == 4) {
-                    sum[r] = slab4(sum[r], own + r * width, bytes);
-                } else {
-                    sum[r] = half8(sum[r], own + r * width, bytes);
-                    sum[r] = half8(sum[r], own + r * width + 32, bytes + 32);
-                }
-            }
+            for (int r = 0; r < ROWS; ++r) sum[r] = products(sum[r], weights_of(own + r * width, bits), bytes, bits);
         }
         const __m128 scales = _mm_loadu_ps(scale + g * ROWS);
-        less = _mm_fmadd_ps(scales, _mm_set1_ps(job->sums[g]), less);
+        less = _mm_fmadd_ps(scales, _mm_set1_ps(job->sums[g * job->filled]), less);
         float by[ROWS];
-        _mm_storeu_ps(by, _mm_mul_ps(scales, _mm_set1_ps(job->steps[g])));
-        for (int r = 0; r < ROWS; ++r)
-            all[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), _mm256_broadcast_ss(by + r), all[r]);
+        _mm_storeu_ps(by, _mm_mul_ps(scales, _mm_set1_ps(job->steps[g * job->filled])));
+        for (int r = 0; r < ROWS; ++r) all[r] = scaled(all[r], sum[r], by + r);
     }
     float minus[ROWS];
     _mm_storeu_ps(minus, less);
     for (int r = 0; r < ROWS && panel * ROWS + r < job->rows; ++r) {
         const long row = panel * ROWS + r;
-        job->y[row] = total(all[r]) - minus[r] + (job->bias ? job->bias[row] : 0.0f);
+        job->y[row] = total_of(all[r]) - minus[r] + (job->bias ? job->bias[row] : 0.0f);
     }
 }
 
@@ -211,12 +261,13 @@ static void quantized(const Job *job, long panel) {
     }
     for (long token = 0; token < job->tokens; token += TOKENS) {
         const long count = job->tokens - token < TOKENS ? job->tokens - token : TOKENS;
-#define CASE(n)                                                                                        \
-    case n:                                                                                            \
-        if (job->bits == 4)                                                                            \
-            halves ? panel_quantized(job, panel, token, n, 4, 1) : panel_quantized(job, panel, token, n, 4, 0); \
-        else                                                                                           \
-            halves ? panel_quantized(job, panel, token, n, 8, 1) : panel_quantized(job, panel, token, n, 8, 0); \
+        if (halves) {
+            panel_of_halves(job, panel, token, (int)count, job->bits);
+            continue;
+        }
+#define CASE(n)                                                                                                    \
+    case n:                                                                                                        \
+        job->bits == 4 ? panel_quantized(job, panel, token, n, 4) : panel_quantized(job, panel, token, n, 8);      \
         break;
         switch (count) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -363,17 +414,19 @@ static void run(const Job *job, void (*part)(const Job *, long), long panels, lo
 int low_bit_linear(const uint8_t *codes, const float *scale, const float *x, const float *bias, float *y, long tokens,
                    long rows, long inputs, long group, int bits, int is_exact, long num_threads) {
     if (tokens <= 0 || rows <= 0) return 0;
-    Job job = {codes, scale, x, bias, y, 0, 0, 0, tokens, rows, inputs, (inputs + SLAB - 1) / SLAB, inputs / group, group, bits};
+    const long filled = (tokens + TOKENS - 1) / TOKENS * TOKENS;
+    Job job = {codes, scale, x, bias, y, 0, 0, 0, filled, tokens, rows, inputs, (inputs + SLAB - 1) / SLAB, inputs / group, group, bits};
     const long panels = (rows + ROWS - 1) / ROWS;
     if (is_exact) {
         run(&job, exact, panels, num_threads);
         return 0;
     }
-    const size_t bytes = (size_t)tokens * job.slabs * SLAB, numbers = (size_t)tokens * job.groups;
+    const size_t bytes = (size_t)tokens * job.slabs * SLAB, numbers = (size_t)filled * job.groups;
     job.bytes = malloc(bytes + 2 * numbers * sizeof(float) + 64);
     if (!job.bytes) return 1;
     job.steps = (float *)(job.bytes + (bytes + 63) / 64 * 64);
     job.sums = job.steps + numbers;
+    memset(job.steps, 0, 2 * numbers * sizeof(float));
     for (long token = 0; token < tokens; ++token) quantize(&job, token);
     run(&job, quantized, panels, num_threads);
     free(job.bytes);
