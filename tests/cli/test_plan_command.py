@@ -232,13 +232,43 @@ def test_a_teacher_on_a_gpu_of_its_own_is_counted_there(grace: Any) -> None:
     text = grace("train", recipe, "--dry-run", "model.teacher_device=cuda:1")[0]
     assert "memory of cuda:1" in text
     assert " hours on two h100" in text
-    # Both GPUs must fit: it is the teacher's that a 16 GB card is too small for.
+    # Both GPUs must fit: it is the teacher's that an 8 GB card is too small for.
     tiny = ("optim.moments=8bit", "model.student=random:Qwen/Qwen3-VL-2B-Instruct:1", "data.micro_batch_size=1")
     refused = grace("train", recipe, "--dry-run", "--fit", "8GB", "model.teacher_device=cuda:1", *tiny)[1]
     assert refused.startswith("no set-up of this recipe fits 8 GiB: the smallest needs ")
     assert "(teacher weights " in refused
-    cached = grace("train", recipe, "--dry-run", "--json", "model.teacher_device=cuda:1", "method=qat")
-    assert "teacher_memory_bytes" not in document(cached)
+    without = grace("train", recipe, "--dry-run", "--json", "model.teacher_device=cuda:1", "method=qat")
+    assert "teacher_memory_bytes" not in document(without)
+    # What frees nothing where memory is short is not changed: FP8 for a student that is too large, and the reverse.
+    said = grace("train", recipe, "--dry-run", "--fit", "32GB", "--json", "model.teacher_device=cuda:1")[1]
+    assert "optim.moments=8bit" in said
+    assert "teacher_precision" not in said
+    assert "micro_batch_size" not in said
+    said = grace("train", recipe, "--dry-run", "--fit", "18GB", "--json", "model.teacher_device=cuda:1", *tiny)[1]
+    assert "teacher_precision=fp8" in said
+    assert "loss_workspace" not in said
+
+
+def test_devices_are_read_where_the_recipe_is(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    for override in ("model.teacher_device=banana", "model.teacher_device=auto", "runtime.device=gpu"):
+        said = grace("train", recipe, "--dry-run", override)[1]
+        assert said.startswith(f"{override.split('=')[0]} in ")
+        assert "should match pattern" in said
+    same = ("runtime.device=cuda:0", "model.teacher_device=cuda")
+    assert "teacher_memory_bytes" not in document(grace("train", recipe, "--dry-run", "--json", *same))
+    other = ("runtime.device=cuda:1", "model.teacher_device=cuda")
+    assert "memory of cuda:0" in grace("train", recipe, "--dry-run", *other)[0]
+    kept = ("model.teacher_device=cuda:1", "data.pixel_cache_gib=1", "data.workers=0")
+    assert grace("train", recipe, "--dry-run", *kept)[1].startswith(
+        "data.pixel_cache_gib keeps pixels on the student's"
+    )
+    plain, graphs = (
+        document(grace("train", recipe, "--dry-run", "--json", f"runtime.cuda_graphs={on}"))["memory_bytes"]
+        for on in ("false", "true")
+    )
+    assert "graphs" not in plain
+    assert graphs["graphs"] > plain["activations"]
 
 
 def test_fit_cuts_only_what_stays_the_same(grace: Any) -> None:

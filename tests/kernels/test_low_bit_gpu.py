@@ -11,6 +11,7 @@ from grace_vlm.kernels.low_bit_linear import Norm, interleaved, low_bit_linear, 
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHAPES = [(4096, 2048, 128), (2048, 6144, 128), (64, 576, 64), (48, 96, 32), (80, 224, 224)]
 TOKENS = [1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130, 1000]
 
@@ -35,6 +36,9 @@ def test_every_number_of_tokens(
     for tokens in TOKENS:
         x = inputs_of(tokens, inputs, dtype)
         poison()
+        wanted = "dense" if tokens > 64 else kernels if kernels == "triton" else "cuda"
+        is_many = kernels == "tiles" and tokens > 64 and packed.scale.dtype == torch.bfloat16
+        assert module.path_of(tokens, packed, dtype) == ("tiles" if is_many and HOPPER else wanted)
         y = low_bit_linear(x.to(GPU), packed)
         assert error(y, exact(x, tensor)) <= bound(x, tensor), tokens
 

@@ -182,6 +182,20 @@ def test_the_data_that_ships_can_be_read() -> None:
                 assert not found or (Setup(**found) if "eights" in found else TileSetup(**found))
 
 
+def test_what_stands_around_must_fit() -> None:
+    packed, x = pack_linear(weight(4, 48, 128, 32), DEVICE), inputs_of(3, 128, torch.bfloat16).to(DEVICE)
+    with pytest.raises(ConfigError) as caught:
+        low_bit_linear(x, packed, bias=torch.zeros(1, device=DEVICE))
+    assert str(caught.value) == f"low_bit_linear was given bias (1,) on {x.device}; expected (48,) on {x.device}"
+    with pytest.raises(ConfigError, match=r"residual \(1, 48\) on .*; expected \(3, 24\) on"):
+        low_bit_linear(x, packed, residual=torch.zeros(1, 48, device=DEVICE), silu=True)
+    with pytest.raises(ConfigError, match=r"norm.weight \(127,\) on .*; expected \(128,\) on"):
+        low_bit_linear(x, packed, norm=Norm(torch.zeros(127, device=DEVICE), 1e-6))
+    y = low_bit_linear(x.float().requires_grad_().to(x.dtype), packed, residual=torch.zeros(3, 48, device=DEVICE))
+    assert y.dtype == torch.bfloat16
+    assert not y.requires_grad
+
+
 def test_inputs_of_another_layer_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"was given \(2, 64\) on cpu for a layer of 128 inputs on cpu; expected \("):
         low_bit_linear(torch.zeros(2, 64), pack_linear(weight(4, 16, 128, 32)))

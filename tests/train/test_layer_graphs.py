@@ -169,3 +169,16 @@ def test_every_family(world: Path, tmp_path: Path, size: str) -> None:
         losses.append([run.stepper.run(step, batches).loss for step in range(4)])
     assert graphs_of(run).num_graphs >= 1
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+
+
+def test_what_a_recording_would_keep_is_only_asked_of_bf16() -> None:
+    """FP32 on a GPU attends segment by segment, by lengths that Python knows: such a pack has no graph."""
+    from types import SimpleNamespace
+
+    language = SimpleNamespace(layers=torch.nn.ModuleList([torch.nn.Linear(4, 4)]), config=SimpleNamespace())
+    graphs = LayerGraphs(language)
+    embeds = SimpleNamespace(is_cuda=True, dtype=torch.float32, requires_grad=False, device=torch.device("cuda"))
+    rotary = (torch.zeros(1, 8, 2), torch.zeros(1, 8, 2))
+    for _ in range(3):
+        assert graphs.run(embeds, rotary, (3, 5), torch.zeros(0), None, 0, ()) is None  # type: ignore[arg-type]
+    assert graphs.num_graphs == 0

@@ -6,11 +6,23 @@ Triton is imported when a kernel is first asked for, never before.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``XDG_CACHE_HOME`` or ``~/.cache``; without a home the temporary folder."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user whom the system does not know
+        home = Path(tempfile.gettempdir())
+    return home / "grace_vlm"
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels import cache_folder
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -103,7 +104,7 @@ def library() -> ctypes.CDLL:
     """
     if reason := why_not():
         raise ConfigError(f"no INT4 kernel on this CPU: {reason}")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grace_vlm" / "cpu"
+    folder = cache_folder() / "cpu"
     said = [TEXT.read_text(encoding="utf-8"), *FLAGS, str(_compiler()), _processor()]
     path = folder / f"{hashlib.sha256(chr(10).join(said).encode()).hexdigest()[:32]}.so"
     return ctypes.CDLL(str(path if path.is_file() else _compile(path)))

@@ -98,7 +98,7 @@ def _few_setup(num_tokens: int, num_bits: int, out: int, inputs: int, device: to
 
 
 def many_setup(num_tokens: int, packed: PackedLinear, by_rule: bool) -> TileSetup | None:
-    """For more tokens than that; None where torch is faster, or nobody measured and no rule is wanted."""
+    """For more tokens than that, as measured, else by rule if one is wanted; None: torch is to do it."""
     return _many_setup(num_tokens, packed.num_bits, packed.out_features, packed.in_features, packed.device, by_rule)
 
 
@@ -107,8 +107,8 @@ def _many_setup(
     num_tokens: int, num_bits: int, out: int, inputs: int, device: torch.device, by_rule: bool
 ) -> TileSetup | None:
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
-    if fields is not None:
-        return TileSetup(**fields) if "tokens" in fields else None
+    if fields and "tokens" in fields:
+        return TileSetup(**fields)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return tile_setup_of(num_tokens, out, processors) if by_rule else None
 

@@ -7,7 +7,8 @@ What runs is chosen by tokens and device (``path_of``):
 
     up to 64 tokens, on a GPU    low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
     more, on a GPU               torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB;
-                                 on a Hopper GPU with GRACE_KERNELS=tiles low_bit_tiles.cu (no GPU has run it yet)
+                                 low_bit_tiles.cu on a Hopper GPU where it was measured to be faster (tuned.json), or
+                                 with GRACE_KERNELS=tiles
     otherwise                    torch in FP32 on q s: the reference of the others
 
 ``GRACE_KERNELS=torch`` or ``triton`` forbids what comes before it. With ``norm`` and ``silu`` the layer's neighbours
@@ -31,7 +32,7 @@ from grace_vlm.kernels.nvrtc import has_nvrtc
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.scheme import QuantizedTensor
 
-__all__ = ["PackedLinear", "interleaved", "joined", "low_bit_linear", "pack_linear", "path_of"]
+__all__ = ["Norm", "PackedLinear", "interleaved", "joined", "low_bit_linear", "pack_linear", "path_of"]
 
 Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
 FEW_TOKENS = 64
@@ -110,7 +111,7 @@ def low_bit_linear(
         norm: of x, before. silu: the layer is ``interleaved``; silu(gate) times value comes out, and out' = out / 2.
 
     Returns:
-        (..., out') in the dtype of x.
+        (..., out') in the dtype of x, without a graph: nothing here is trained.
 
     Raises:
         ConfigError: shapes or dtypes that do not belong together.
@@ -121,20 +122,32 @@ def low_bit_linear(
             f"{packed.device}; expected (..., {packed.in_features}) there"
         )
     width = packed.out_features // 2 if silu else packed.out_features
-    flat = x.reshape(-1, packed.in_features)
-    rest = None if residual is None else residual.reshape(-1, width)
+    _require("bias", bias, (packed.out_features,), x)
+    _require("residual", residual, (*x.shape[:-1], width), x)
+    _require("norm.weight", None if norm is None else norm.weight, (packed.in_features,), x)
+    flat = x.detach().reshape(-1, packed.in_features)
+    rest = None if residual is None else residual.reshape(-1, width).to(x.dtype)
     path = path_of(flat.shape[0], packed, x.dtype)
-    if not flat.shape[0]:
-        out = flat.new_empty(0, width)
-    elif path == "cuda":
-        from grace_vlm.kernels.low_bit_cuda import few_setup, run_few
+    # Kernels go to the current GPU, whichever their tensors are on.
+    with torch.no_grad(), torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if not flat.shape[0]:
+            out = flat.new_empty(0, width)
+        elif path == "cuda":
+            from grace_vlm.kernels.low_bit_cuda import few_setup, run_few
 
-        with torch.cuda.device(x.device):
-            before = None if norm is None else (norm.weight, norm.epsilon)
+            before = None if norm is None else (_aligned(norm.weight.to(x.dtype)), norm.epsilon)
             out = run_few(few_setup(len(flat), packed), _aligned(flat), packed, bias, rest, before, silu)
-    else:
-        out = _parts(path, flat, packed, bias, rest, norm, silu)
+        else:
+            out = _parts(path, flat, packed, bias, rest, norm, silu)
     return out.view(*x.shape[:-1], width)
+
+
+def _require(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    """``ConfigError`` unless it is of that shape and beside x: a kernel would read on behind its end."""
+    if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
+        raise ConfigError(
+            f"low_bit_linear was given {name} {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
+        )
 
 
 def _parts(
@@ -156,15 +169,13 @@ def _parts(
 
         setup = many_setup(len(x), packed, by_rule=True)
         assert setup is not None
-        with torch.cuda.device(x.device):
-            return run_many(setup, _aligned(x), packed, bias, residual, silu)
+        return run_many(setup, _aligned(x), packed, bias, residual, silu)
     if path == "torch":
         y = F.linear(x.float(), _values(packed), None if bias is None else bias.float()).to(x.dtype)
     elif path == "triton":
         from grace_vlm.kernels.low_bit_triton import linear
 
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            y = linear(_aligned(x), packed, bias)
+        y = linear(_aligned(x), packed, bias)
     else:
         y = _dense(x, packed, None if bias is None else bias.to(x.dtype))
     if silu:

@@ -3,7 +3,7 @@
 // The layout of fragments.py is what a warpgroup's operand A is, four tiles high; codes become bf16(q s) on their way, so
 // the result is that of a BF16 layer on the same grid. Tokens are operand B: 64 inputs of each lie in shared memory, 128
 // bytes a row in the hardware's swizzle, inputs in the order that the weights have. While tensor cores read one half of
-// it, threads bring the next slab's inputs to the other and decode the next weights. Two blocks share a multiprocessor.
+// it, threads bring the next slab's inputs to the other and decode the next weights.
 //
 // Compiled for (and what low_bit_common.cuh names):  TOKENS 64 128   WGS warpgroups of a block   SILU as in the other text
 #define WARPS (4 * WGS)
@@ -31,6 +31,11 @@ INLINE u32 times(u32 a, u32 b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
 #endif
     return v;
+}
+// And sums are what they are from here on.
+INLINE void settle(float *d) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // d[4 j + c]: row g (+ 8 if c > 1), token 8 j + 2 t (+ 1 if c is odd). ``tile``: (TOKENS, 64), 1024-byte aligned; its
 // descriptor: address, eight rows to the next 1024 bytes, swizzle of 128 bytes; 16 inputs are 32 bytes.
@@ -157,6 +162,7 @@ KERNEL(THREADS) low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x
             for (int i = 0; i < 4; ++i) a[step][i] = later[step][i];
     }
 
+    settle(all);
     if (tile >= tiles) return;
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; ++j)

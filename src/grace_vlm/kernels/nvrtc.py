@@ -20,13 +20,22 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels import cache_folder
 
 FOLDER, HEADER = Path(__file__).parent, "low_bit_common.cuh"
 
 
+@functools.cache
 def has_nvrtc() -> bool:
     """Whether CUDA text can be compiled and launched here: torch's own CUDA packages, and NVIDIA's Python bindings."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return False
+    try:
+        from cuda.bindings import nvrtc
+
+        return int(nvrtc.nvrtcVersion()[0]) == 0
+    except (ImportError, RuntimeError):  # no library, or one that the bindings do not know
+        return False
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:
@@ -54,7 +63,9 @@ def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> by
     digest = hashlib.sha256("\n".join([text, header, *options, str(version)]).encode()).hexdigest()[:32]
     path = _cache_folder() / f"{digest}.cubin"
     with contextlib.suppress(OSError):
-        return path.read_bytes()
+        kept = path.read_bytes()
+        if kept.startswith(b"\x7fELF"):
+            return kept
     program = _checked(
         nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 1, [header.encode()], [HEADER.encode()]), "NVRTC"
     )
@@ -62,7 +73,7 @@ def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> by
     if int(status) != 0:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC"))
         nvrtc.nvrtcGetProgramLog(program, log)
-        said = " ".join(log.decode(errors="replace").split())[:300]
+        said = " ".join(log.decode(errors="replace").strip("\0 \n").split())[:300]
         raise ConfigError(f"a kernel does not compile for {architecture}: {said}; set GRACE_KERNELS=triton")
     cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC"))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
@@ -72,16 +83,17 @@ def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> by
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grace_vlm" / "cubin"
+    return cache_folder() / "cubin"
 
 
 def _keep(path: Path, cubin: bytes) -> None:
     """Into the cache if it can be written; a reader never sees half of it."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            made.write_bytes(cubin)
+            os.replace(made, path)
 
 
 class Kernel:
@@ -90,7 +102,7 @@ class Kernel:
     def __init__(self, cubin: bytes, name: str) -> None:
         from cuda.bindings import driver
 
-        torch.cuda.current_stream()  # makes torch's context the current one
+        _take_context()
         self._module = _checked(driver.cuModuleLoadData(cubin), "loading a kernel")
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "loading a kernel")
         self._launch = driver.cuLaunchKernel
@@ -114,6 +126,18 @@ class Kernel:
         stream = torch.cuda.current_stream().cuda_stream
         given = (tuple(values), tuple(types))
         _checked(self._launch(self._function, *grid, 1, threads, 1, 1, 0, stream, given, 0), "launching a kernel")
+
+
+def _take_context() -> None:
+    """Make torch's context the current one: in a thread that has not used the GPU yet there is none."""
+    from cuda.bindings import driver
+
+    torch.cuda.init()
+    if int(_checked(driver.cuCtxGetCurrent(), "asking for the GPU's context")) == 0:
+        device = _checked(driver.cuDeviceGet(torch.cuda.current_device()), "asking for the GPU")
+        _checked(
+            driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(device), "taking the GPU")), "taking it"
+        )
 
 
 @functools.cache

@@ -4,7 +4,7 @@
 
 Under a number of tokens stands what won for up to so many: the fields of ``Setup`` or ``TileSetup``, or nothing where
 torch on bf16(q s) did. A layer that nobody measured takes what won for the nearest one, if its sides are within a
-factor of two; a GPU that nobody measured has rules (``low_bit_linear.py``).
+factor of two; a GPU that nobody measured has rules (``low_bit_cuda.py``).
 """
 
 from __future__ import annotations

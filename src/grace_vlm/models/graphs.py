@@ -116,7 +116,7 @@ class LayerGraphs:
         recompute: int,
         deepstack: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """((1, S, d) after the last layer, (n_visual, d) input of layer ``tap``); None for a shape without a graph.
+        """((1, S, d) after the last layer, (n_visual, d) input of layer ``tap``); None for what has no graph.
 
         Arguments as for ``run_decoder``, but ``rotary``: what the layers take as ``position_embeddings``.
         """
@@ -124,6 +124,8 @@ class LayerGraphs:
         assert embeds.requires_grad == with_gradient, "gradients of layers come with that of their input"
         assert not any(layer.requires_grad for layer in deepstack)
         is_first = self.sums.are_empty() if with_gradient and self.sums is not None else None
+        if embeds.is_cuda and "borders" not in segment_arguments((1,), embeds):
+            return None  # FP32: attention goes segment by segment, and a recording would keep the first pack's
         longest, tokens, lengths = room_for(segments, self._window)
         shape = Shape(tokens, len(lengths), longest, tap, recompute, len(deepstack), is_first)
         graph = self._graph_of(shape, lengths, embeds, rotary)

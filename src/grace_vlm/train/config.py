@@ -41,6 +41,7 @@ class ModelConfig(_Section):
     )
     teacher_device: str | None = Field(
         None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
         description="cuda:1, say: the teacher on a GPU of its own, beside the student's step; null: on runtime.device",
     )
     teacher_cache: str | None = Field(
@@ -154,7 +155,7 @@ class OptimConfig(_Section):
 
 
 class RuntimeConfig(_Section):
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1")
     seed: int = Field(0, description="order of the rows, and a toy's random start")
     gradient_checkpointing: bool = Field(False, description="recompute activations of the decoder layers")
     kept_layers: int = Field(
@@ -165,8 +166,8 @@ class RuntimeConfig(_Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="on a GPU, ask for all decoder layers of a packed micro-batch at once instead of kernel by kernel: "
-        "where the host is what a step waits for",
+        description="on a GPU in BF16, ask for all decoder layers of a packed micro-batch at once instead of kernel by "
+        "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
     loss_workspace_mib: int | None = Field(
         None,
@@ -239,6 +240,11 @@ class Recipe(_Section):
             raise ConfigError("runtime.cuda_graphs is for packed rows; set data.packing=true or leave it out")
         if self.runtime.cuda_graphs and self.model.train == "all":
             raise ConfigError("runtime.cuda_graphs trains no vision tower; set model.train=default or leave it out")
+        if self.has_teacher_elsewhere and data.pixel_cache_gib:
+            raise ConfigError(
+                "data.pixel_cache_gib keeps pixels on the student's GPU, where a teacher on model.teacher_device would "
+                "wait for them; set one of the two to null or 0"
+            )
         kept = (data.pixel_cache_gib, data.samples_kept, self.runtime.tower_cache_gib)
         if data.workers and any(kept):
             raise ConfigError(
@@ -249,15 +255,14 @@ class Recipe(_Section):
     @property
     def teacher_device(self) -> str:
         """Where an online teacher is to be, as ``models.load.pick_device`` takes it."""
-        return self.model.teacher_device or self.runtime.device
+        return _numbered(self.model.teacher_device or "") if self.has_teacher_elsewhere else self.runtime.device
 
     @property
     def has_teacher_elsewhere(self) -> bool:
         """Whether an online teacher is on another device than the student."""
-        first = {"auto": "cuda:0", "cuda": "cuda:0"}
-        student, teacher = self.runtime.device, self.teacher_device
+        teacher = self.model.teacher_device
         is_asked = self.objective().needs_teacher and self.model.teacher_cache is None
-        return is_asked and first.get(teacher, teacher) != first.get(student, student)
+        return is_asked and teacher is not None and _numbered(teacher) != _numbered(self.runtime.device)
 
     def part_schemes(self) -> dict[Part, str]:
         """Schemes of the parts beside the language model that have one."""
@@ -282,6 +287,11 @@ class Recipe(_Section):
             implementation=loss.implementation,
             workspace_bytes=self.runtime.workspace_bytes,
         )
+
+
+def _numbered(device: str) -> str:
+    """A GPU by its number: the first where none is said."""
+    return "cuda:0" if device in ("auto", "cuda") else device
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -119,6 +119,7 @@ class Estimate:
         if self.teacher_memory:
             # Side by side: the slower of the two.
             teacher = sum(value for part, value in self.flop_by_part.items() if part.startswith("teacher"))
+            teacher -= self.flop_by_part.get("teacher head", 0.0) / 2  # for the loss, where the student is
             flop = max(teacher, flop - teacher)
         return flop / (GPUS[gpu] * ACHIEVED_FRACTION) + self.layer_passes * LAUNCH_SECONDS[self.is_compiled]
 
@@ -304,6 +305,8 @@ def _memory(
         # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding.
         "scales": 28 * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
+        # What graphs keep for themselves beside a micro-batch of a shape that has none, and their buffers.
+        **({"graphs": int(kept) + 10 * tokens * own.hidden * 2} if recipe.runtime.cuda_graphs else {}),
         "loss": _loss_bytes(recipe, supervised, own.vocabulary, own.hidden, _head_of(teacher)),
     }
     num_towers = 1 + (isinstance(teacher, tuple) and not recipe.has_teacher_elsewhere)

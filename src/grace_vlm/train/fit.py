@@ -86,6 +86,28 @@ def _same_rows_in_smaller_parts(recipe: Recipe) -> bool:
     return recipe.loss.normalization == "global" and not data.group_by_length and data.max_batch_tokens is None
 
 
+def _without_idle(
+    recipe: Recipe,
+    candidate: Recipe,
+    changes: list[str],
+    num_bytes: int,
+    estimate: Callable[[Recipe], Estimate],
+) -> tuple[Recipe, list[str]]:
+    """The set-up without changes that free nothing where memory was short: with two GPUs, one side's do nothing for the
+    other. What changes what is learned is taken back first."""
+    kept = list(changes)
+    for change in reversed(changes):
+        tree = candidate.model_dump(mode="json")
+        for setting in change.split(": ")[0].split(" "):
+            section, key = setting.split("=")[0].split(".")
+            tree[section][key] = recipe.model_dump(mode="json")[section][key]
+        without = Recipe.model_validate(tree)
+        if estimate(without).largest_bytes + RESERVED_BYTES <= num_bytes:
+            candidate = without
+            kept.remove(change)
+    return candidate, kept
+
+
 def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) -> tuple[Recipe, list[str]]:
     """The first set-up whose estimate fits, and what it changes.
 
@@ -100,6 +122,8 @@ def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) 
     for candidate, changes in _setups(recipe):
         smallest = estimate(candidate)
         if smallest.largest_bytes + RESERVED_BYTES <= num_bytes:
+            if recipe.has_teacher_elsewhere:
+                return _without_idle(recipe, candidate, changes, num_bytes, estimate)
             return candidate, changes
     assert smallest is not None
     is_student = smallest.peak_bytes == smallest.largest_bytes

@@ -48,6 +48,7 @@ from grace_vlm.train.open import (
     open_rows,
     open_student,
     open_teacher,
+    pick_teacher_device,
     plan_for,
 )
 from grace_vlm.train.optim import Optimizer
@@ -68,6 +69,10 @@ class Run:
         self.recipe, self.out, self.notify = recipe, out, notify
         chosen = use_device(recipe.runtime.device)
         self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        if recipe.has_teacher_elsewhere:
+            pick_teacher_device(recipe)
+            if self.accelerator.num_processes > 1:
+                raise ConfigError("model.teacher_device is one GPU for one process; leave it out with several")
         torch.manual_seed(recipe.runtime.seed)
         rows = open_rows(recipe)
         self.student = open_student(recipe, rows)

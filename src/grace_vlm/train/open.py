@@ -203,7 +203,7 @@ def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
     name = recipe.model.teacher
     if name is None or not recipe.objective().needs_teacher:
         return None
-    device = _pick_teacher_device(recipe)
+    device = pick_teacher_device(recipe)
     if name.startswith((TOY, RANDOM)):
         teacher = _random_teacher(recipe, name, student, device)
     else:
@@ -217,13 +217,13 @@ def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
     return teacher
 
 
-def _pick_teacher_device(recipe: Recipe) -> torch.device:
-    """``ConfigError`` for a CPU beside a GPU: the two compute in different precisions."""
+def pick_teacher_device(recipe: Recipe) -> torch.device:
+    """``ConfigError`` for one that is not there, and for a CPU beside a GPU: they compute in different precisions."""
     device, where = pick_device(recipe.teacher_device), pick_device(recipe.runtime.device)
     if device.type != where.type:
         raise ConfigError(
-            f"model.teacher_device is {recipe.teacher_device} and the student computes on {where}; expected another "
-            "GPU, or null for the same device"
+            f"model.teacher_device is {recipe.model.teacher_device} and the student computes on {where}; "
+            "expected another GPU, or null for the same device"
         )
     return device
 

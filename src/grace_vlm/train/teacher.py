@@ -1,8 +1,9 @@
 """Teachers: what turns micro-batches into ``TeacherSignal``s. Here the online one, a frozen model in BF16 or FP8.
 
-It may be on another device than the student (``model.teacher_device``). Then the two run side by side: the host has
-queued the next step, and with it the teacher's part of it, before the student has finished this one, and the teacher
-takes what it needs from the host, not from the student's device, where it would have to wait.
+It may be on another device than the student (``model.teacher_device``). Then the two can run side by side: the host
+queues the next step, and with it the teacher's part of it, before the student has finished this one, and the teacher
+takes what it needs from the host, not from the student's device, where it would have to wait. How far the host is ahead
+is what it can launch while the student works.
 
 The other is ``teacher_cache.py``: what a teacher said before, read from a disk. The step knows neither from the other.
 """
@@ -96,14 +97,24 @@ class OnlineTeacher:
         Neighbours share a forward pass of up to ``max_tokens``: the student's small micro-batches would leave a GPU
         waiting for its host 36 layers long.
         """
-        found: list[TeacherSignal] = []
-        for group in grouped(batches, max_tokens):
-            found += split_signal(self.signal(merge(group)), group)
-        return found
+        groups = grouped(batches, max_tokens)
+        # All of them before the first leaves: a copy to the student's GPU waits for what is queued there.
+        said = [self._said(merge(group)) for group in groups]
+        parts = [split_signal(self._sent(signal), group) for signal, group in zip(said, groups, strict=True)]
+        return [signal for part in parts for signal in part]
 
-    @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
         """What the teacher says about a batch, on the student's device."""
+        return self._sent(self._said(batch))
+
+    def _sent(self, signal: TeacherSignal) -> TeacherSignal:
+        """From the teacher's device to the student's."""
+        assert isinstance(signal.relational, torch.Tensor)
+        hidden, gate, relational = (upload(x, self.where) for x in (signal.hidden, signal.gate, signal.relational))
+        return TeacherSignal(hidden, gate, relational, signal.image_lengths)
+
+    @torch.no_grad()
+    def _said(self, batch: Batch) -> TeacherSignal:
         # Triton launches on the current device, wherever its tensors are.
         current = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with current:
@@ -120,7 +131,6 @@ class OnlineTeacher:
             hidden = states.last.flatten(0, 1).index_select(0, local.supervised)
             gate = self.objective.gate_of(hidden, self._own_head)
             relational = hidden.new_zeros(0, hidden.shape[-1]) if states.relational is None else states.relational
-            hidden, gate, relational = (upload(x, self.where) for x in (hidden, gate, relational))
         return TeacherSignal(hidden, gate, relational, batch.image_lengths)
 
 

@@ -88,6 +88,7 @@ static void queue_products() {}
 static void wait_for_products() {}
 static void show_to_products() {}
 static void keep(u32 *) {}
+static void settle(float *) {}
 static inline u32 times(u32 a, u32 b) {
     return pair(wide(a & 0xffff) * wide(b & 0xffff), wide(a >> 16) * wide(b >> 16));
 }
