@@ -72,6 +72,8 @@ CASES = [
     (8, 48, 96, 32, 10, Setup(1, 2, 2, 1), torch.float16),
     (8, 16, 224, 224, 3, Setup(1, 1, 3, 2), torch.bfloat16),
     (8, 32, 64, 32, 40, Setup(8, 2, 1, 2), torch.bfloat16),
+    (4, 80, 512, 128, 2, Setup(1, 4, 4, 2), torch.bfloat16),
+    (8, 16, 1024, 128, 9, Setup(2, 4, 2, 8), torch.float16),
 ]
 
 
