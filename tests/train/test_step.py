@@ -252,3 +252,24 @@ def test_a_micro_batch_finds_nothing_left_of_the_one_before(
     for step in range(2):
         run.stepper.run(step, [run.loader.next() for _ in range(3)])
     assert len(totals) == 6
+
+
+def test_a_teacher_says_everything_before_any_of_it_leaves(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy to another GPU waits for what is queued there, and the teacher's next words would wait behind it."""
+    from grace_vlm.train.teacher import OnlineTeacher
+
+    order: list[str] = []
+    for name in ("signal", "_sent"):
+        original = getattr(OnlineTeacher, name)
+
+        def noted(self: OnlineTeacher, given: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(self, given)
+
+        monkeypatch.setattr(OnlineTeacher, name, noted)
+    run = Run(recipe(world), tmp_path / "run")
+    assert run.teacher is not None
+    run.teacher.signals([run.loader.next() for _ in range(3)], 1)
+    assert order == ["signal"] * 3 + ["_sent"] * 3

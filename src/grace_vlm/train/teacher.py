@@ -99,13 +99,9 @@ class OnlineTeacher:
         """
         groups = grouped(batches, max_tokens)
         # All of them before the first leaves: a copy to the student's GPU waits for what is queued there.
-        said = [self._said(merge(group)) for group in groups]
+        said = [self.signal(merge(group)) for group in groups]
         parts = [split_signal(self._sent(signal), group) for signal, group in zip(said, groups, strict=True)]
         return [signal for part in parts for signal in part]
-
-    def signal(self, batch: Batch) -> TeacherSignal:
-        """What the teacher says about a batch, on the student's device."""
-        return self._sent(self._said(batch))
 
     def _sent(self, signal: TeacherSignal) -> TeacherSignal:
         """From the teacher's device to the student's."""
@@ -114,7 +110,8 @@ class OnlineTeacher:
         return TeacherSignal(hidden, gate, relational, signal.image_lengths)
 
     @torch.no_grad()
-    def _said(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """What the teacher says about a batch, on its own device."""
         # Triton launches on the current device, wherever its tensors are.
         current = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with current:
