@@ -55,7 +55,7 @@ def run_text(
     tokens, tiles = x.shape[0], packed.out_features // 16
     out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
     library.launch(
-        -(-tiles // setup.rows), -(-tokens // (8 * setup.eights)),
+        *setup.grid(tokens, tiles),
         at(packed.words), at(packed.scale), at(x), at(None if norm is None else norm.weight), at(bias), at(residual),
         at(out), tokens, tiles, packed.in_features, ctypes.c_float(0.0 if norm is None else norm.epsilon),
     )  # fmt: skip
@@ -122,7 +122,7 @@ def run_tiles(
     tokens, tiles = x.shape[0], packed.out_features // 16
     out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
     library.launch(
-        -(-tiles // (4 * setup.warpgroups)), -(-tokens // setup.tokens), at(packed.words), at(packed.scale), at(x),
+        *setup.grid(tokens, tiles), at(packed.words), at(packed.scale), at(x),
         at(bias), at(residual), at(out), tokens, tiles, packed.in_features,
     )  # fmt: skip
     return out

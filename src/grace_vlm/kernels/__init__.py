@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,15 @@ def cache_folder() -> Path:
     except RuntimeError:  # a user whom the system does not know
         home = Path(tempfile.gettempdir())
     return home / "grace_vlm"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to make a file of the cache, which is then at ``path`` at once: a reader never sees half of it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        yield made
+        os.replace(made, path)
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:

@@ -37,6 +37,11 @@ BLOCK = 32
 _ELEMENTS = 1 << 26
 SLAB = 64
 """Inputs that a lane's 16 bytes reach over, with 4 bits."""
+_SHIFTS = {
+    4: torch.tensor([[[4 * (2 * p + r) + 16 * e for e in (0, 1)] for r in (0, 1)] for p in (0, 1)]),
+    8: torch.tensor([[8 * (2 * r + e) for e in (0, 1)] for r in (0, 1)]),
+}
+"""By bits: where in a word a code of (p, r, e), or of (r, e), begins."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +104,14 @@ def _words4(codes: torch.Tensor) -> torch.Tensor:
     stored = torch.nn.functional.pad(codes, (0, missing)).to(torch.int32) + 8
     # tile r g | slab b t s p e -> tile slab g t b s | p r e
     parts = stored.view(codes.shape[0] // TILE, 2, 8, -1, 2, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1, 8)
-    shift = torch.tensor([[[4 * (2 * p + r) + 16 * e for e in (0, 1)] for r in (0, 1)] for p in (0, 1)])
-    return _joined(parts, shift)
+    return _joined(parts, _SHIFTS[4])
 
 
 def _words8(codes: torch.Tensor) -> torch.Tensor:
     stored = codes.to(torch.int32) + 128
     # tile r g | block t s p e -> tile block g t s p | r e
     parts = stored.view(codes.shape[0] // TILE, 2, 8, -1, 4, 2, 2, 2).permute(0, 3, 2, 4, 5, 6, 1, 7)
-    return _joined(parts, torch.tensor([[8 * (2 * r + e) for e in (0, 1)] for r in (0, 1)]))
+    return _joined(parts, _SHIFTS[8])
 
 
 def _joined(parts: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -121,14 +125,13 @@ def _joined(parts: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 def unpack_codes(packed: PackedLinear) -> torch.Tensor:
     """(out, in) int8: the neutral codes again."""
     words, tiles, lanes = packed.words, packed.out_features // TILE, (8, 4)
+    shift = _SHIFTS[packed.num_bits].to(words.device)
     if packed.num_bits == 4:
-        shift = torch.tensor([[[4 * (2 * p + r) + 16 * e for e in (0, 1)] for r in (0, 1)] for p in (0, 1)])
-        stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1, 1) >> shift.to(words.device)) & 15
+        stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1, 1) >> shift) & 15
         # tile slab g t b s p r e -> tile r g slab b t s p e
         codes = stored.permute(0, 7, 2, 1, 4, 3, 5, 6, 8) - 8
     else:
-        shift = torch.tensor([[8 * (2 * r + e) for e in (0, 1)] for r in (0, 1)])
-        stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1) >> shift.to(words.device)) & 255
+        stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1) >> shift) & 255
         # tile block g t s p r e -> tile r g block t s p e
         codes = stored.permute(0, 6, 2, 1, 3, 4, 5, 7) - 128
     return codes.reshape(packed.out_features, -1)[:, : packed.in_features].to(torch.int8)

@@ -45,7 +45,7 @@ ALWAYS float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define WIDE 1
 #define ADDED(bits) ((bits) == 4 ? 8.0f : 128.0f)  // to codes, so that they are unsigned
 #else
@@ -72,7 +72,7 @@ ALWAYS __m256i upper(__m256i v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4
 
 // ---- quantized activations
 
-// Of one token: bytes, what they are worth, and 8 times their sum, group by group. What is not finite makes its group's
+// Of one token: bytes, what they are worth, and their sum times what was added to codes, group by group. What is not finite makes its group's
 // worth NaN, and so every output of the token.
 static void quantize(const Job *job, long token) {
     const float *x = job->x + token * job->inputs;

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import cache_folder
+from grace_vlm.kernels import cache_folder, replacing
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -124,13 +124,11 @@ def _compile(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         path = Path(tempfile.mkdtemp()) / path.name
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with replacing(path) as made:
         command = [str(_compiler()), *FLAGS, str(TEXT), "-o", str(made)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise ConfigError(f"no INT4 kernel on this CPU: {' '.join(result.stderr.split())[:300]}")
-        os.replace(made, path)
     return path
 
 

@@ -25,6 +25,10 @@ class Setup:
     warps: int
     depth: int
 
+    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
+        """Blocks along rows and tokens."""
+        return -(-num_tiles // self.rows), -(-num_tokens // (8 * self.eights))
+
 
 def setup_of(num_tokens: int, num_slabs: int) -> Setup:
     """By rule, for GPUs that nobody measured: registers for the tokens first, then as many weights on their way."""
@@ -54,6 +58,10 @@ class TileSetup:
 
     tokens: int
     warpgroups: int
+
+    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
+        """Blocks along rows and tokens."""
+        return -(-num_tiles // (4 * self.warpgroups)), -(-num_tokens // self.tokens)
 
 
 def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
@@ -130,7 +138,7 @@ def run_few(
     weight, epsilon = (None, 0.0) if norm is None else norm
     others = [_like(tensor, x) for tensor in (weight, bias, residual)]
     kernel(
-        (-(-tiles // setup.rows), -(-tokens // (8 * setup.eights))),
+        setup.grid(tokens, tiles),
         32 * setup.warps,
         [packed.words, packed.scale, x, *others, out, tokens, tiles, packed.in_features, epsilon],
     )
@@ -153,7 +161,7 @@ def run_many(
     out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
     others = [_like(tensor, x) for tensor in (bias, residual)]
     kernel(
-        (-(-tiles // (4 * setup.warpgroups)), -(-tokens // setup.tokens)),
+        setup.grid(tokens, tiles),
         128 * setup.warpgroups,
         [packed.words, packed.scale, x, *others, out, tokens, tiles, packed.in_features],
     )

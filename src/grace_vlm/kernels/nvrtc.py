@@ -10,8 +10,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import cache_folder
+from grace_vlm.kernels import cache_folder, replacing
 
 FOLDER, HEADER = Path(__file__).parent, "low_bit_common.cuh"
 
@@ -87,13 +85,11 @@ def _cache_folder() -> Path:
 
 
 def _keep(path: Path, cubin: bytes) -> None:
-    """Into the cache if it can be written; a reader never sees half of it."""
+    """Into the cache if it can be written."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        with replacing(path) as made:
             made.write_bytes(cubin)
-            os.replace(made, path)
 
 
 class Kernel:

@@ -107,6 +107,11 @@ def attend_varlen(
     return out.unsqueeze(0)
 
 
+def has_varlen(x: torch.Tensor) -> bool:
+    """Whether ``attend_varlen`` can take such tensors."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 @functools.cache
 def _causal() -> dict[str, Any]:
     """How ``varlen_attn`` is told to be causal; it changed between torch 2.11 and 2.14."""
@@ -158,15 +163,14 @@ def run_decoder(
     # hidden_states[-2] is what enters the last layer, with any DeepStack addition already made.
     tapped_layer = None if tap is None else num_layers + 1 + tap if tap < 0 else tap
     if attention_mask is None and cache is None:
-        how = segment_arguments(segments, embeds)
+        rotary, graphs = language.rotary_emb(embeds, position_ids), getattr(language, GRAPHS, None)
         with attention(language, _SEGMENTS, attend_segments):
-            graphs = getattr(language, GRAPHS, None)
             if graphs is not None and segments is not None:
-                rotary = language.rotary_emb(embeds, position_ids)
                 found = graphs.run(embeds, rotary, segments, visual, tapped_layer, recompute, deepstack)
                 if found is not None:
                     return DecoderStates(language.norm(found[0]), found[1])
-            return _run_layers(language, embeds, position_ids, visual, tapped_layer, recompute, deepstack, how)
+            how = segment_arguments(segments, embeds)
+            return _run_layers(language, embeds, rotary, visual, tapped_layer, recompute, deepstack, how)
     assert segments is None, "packed rows have neither mask nor cache"
     with attention(language, "sdpa"):
         return _run_stock(language, embeds, position_ids, visual, tapped_layer, deepstack, attention_mask, cache)
@@ -175,15 +179,14 @@ def run_decoder(
 def _run_layers(
     language: Any,
     embeds: torch.Tensor,
-    position_ids: torch.Tensor,
+    rotary: Any,
     visual: torch.Tensor,
     tapped_layer: int | None,
     recompute: int,
     deepstack: Sequence[torch.Tensor],
     how: dict[str, Any],
 ) -> DecoderStates:
-    """Layer by layer; ``how``: arguments of every layer."""
-    rotary = language.rotary_emb(embeds, position_ids)
+    """Layer by layer; ``rotary``: what every layer turns by, ``how``: its other arguments."""
     hidden, tapped = embeds, None
     for number, layer in enumerate(language.layers):
         if number == tapped_layer:
@@ -238,7 +241,7 @@ def _run_stock(
 def segment_arguments(segments: tuple[int, ...] | None, embeds: torch.Tensor) -> dict[str, Any]:
     """What the layers are told of the segments: their borders on the device if one kernel does them all."""
     arguments: dict[str, Any] = {"attention_mask": None}
-    if segments is not None and embeds.is_cuda and embeds.dtype in (torch.bfloat16, torch.float16):
+    if segments is not None and has_varlen(embeds):
         arguments |= {"borders": borders_of(segments, embeds.device), "longest": max(segments), "causal": _causal()}
     elif segments is not None:
         arguments["segments"] = segments

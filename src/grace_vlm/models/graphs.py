@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from grace_vlm.models.decoder import GRAPHS, segment_arguments
+from grace_vlm.models.decoder import GRAPHS, has_varlen, segment_arguments
 
 MAX_GRAPHS = 16
 """Of one model. Each holds some ten thousand launches, tens of megabytes of the GPU."""
@@ -124,7 +124,7 @@ class LayerGraphs:
         assert embeds.requires_grad == with_gradient, "gradients of layers come with that of their input"
         assert not any(layer.requires_grad for layer in deepstack)
         is_first = self.sums.are_empty() if with_gradient and self.sums is not None else None
-        if embeds.is_cuda and "borders" not in segment_arguments((1,), embeds):
+        if embeds.is_cuda and not has_varlen(embeds):
             return None  # FP32: attention goes segment by segment, and a recording would keep the first pack's
         longest, tokens, lengths = room_for(segments, self._window)
         shape = Shape(tokens, len(lengths), longest, tap, recompute, len(deepstack), is_first)

@@ -19,7 +19,7 @@ from torch import nn
 
 from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import Grid, TowerOutput
-from grace_vlm.models.decoder import attend_varlen, attention, borders_of
+from grace_vlm.models.decoder import attend_varlen, attention, borders_of, has_varlen
 
 _FRAMES = "grace_frames"
 Tables = dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def run_grids(
 
 def _together(grids: Sequence[Grid], weight: torch.Tensor) -> list[list[int]]:
     """Pictures, by their place, that one call takes: all, or where no kernel knows borders those of one grid."""
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen(weight):
         return [list(range(len(grids)))]
     return [[i for i, other in enumerate(grids) if other == grid] for grid in sorted(set(grids))]
 
