@@ -71,16 +71,16 @@ class Case:
 
 
 CASES = {
-    "grace_8x512_online": Case((*EIGHT, "runtime.kept_layers=4")),
+    "grace_8x512_online": Case(EIGHT),
     "grace_8x512_fp8_adam8": Case((*EIGHT, *SMALL, "model.teacher_precision=fp8")),
     "grace_8x512_cached": Case((*EIGHT, "runtime.gradient_checkpointing=false"), cached=True),
     "grace_8x512_cached_adam8": Case((*EIGHT, *SMALL), cached=True),
     "grace_2x512_online": Case(TWO),
-    "sft_8x512": Case((*EIGHT, "method=sft", "scheme=bf16", "runtime.kept_layers=4")),
+    "sft_8x512": Case((*EIGHT, "method=sft", "scheme=bf16")),
     "grace_packed_real": Case((*PACKS, "data.max_batch_tokens=4096", "data.max_tokens=4096"), rows="real"),
     "grace_packed_8192_kept": Case((*PACKS, "runtime.gradient_checkpointing=false")),
     "grace_fit_24gb_cached": Case(("data.micro_batch_size=8", "data.accumulation=1"), cached=True, fit="24GB"),
-    "grace_8x512_teacher_gpu": Case((*EIGHT, "runtime.kept_layers=4", "model.teacher_device=cuda:1")),
+    "grace_8x512_teacher_gpu": Case((*EIGHT, "model.teacher_device=cuda:1")),
     "llava_7b_from_13b_cached_adam8": Case(
         (*EIGHT, "optim.moments=8bit", "runtime.gradient_checkpointing=false"), cached=True, models=LLAVA
     ),
@@ -226,7 +226,7 @@ def main() -> None:
         "--official", nargs="*", default=list(OFFICIAL), choices=list(OFFICIAL), help="of the official step"
     )
     made.add_argument("--steps", type=int, default=24, help="timed; a third of them where a step is 16 micro-batches")
-    made.add_argument("--graphs", action="store_true", help="decoder layers as CUDA graphs; impl is then ours_graphs")
+    made.add_argument("--no-graphs", action="store_true", help="decoders launch by launch; impl is then ours_launches")
     made.add_argument("--num-rows", type=int, default=384)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
@@ -256,7 +256,7 @@ def main() -> None:
         for name in args.cases:
             case = CASES[name]
             more = (f"model.teacher_cache={caches[case.models]}",) if case.cached else ()
-            more += ("runtime.cuda_graphs=true",) if args.graphs else ()
+            more += () if args.no_graphs else ("runtime.cuda_graphs=true",)
             recipe = recipe_of(rows[case.rows], (*case.overrides, *more), case.models)
             if case.fit is not None:
                 recipe, changes = fit(recipe, gpu_bytes(case.fit), Described(recipe, None, None, None).estimate)
@@ -264,7 +264,7 @@ def main() -> None:
             count = args.steps // 3 if recipe.data.accumulation > 1 else args.steps
             with clean_gpu(case.fit):
                 measured = measure_ours(recipe, folder / name, count)
-            keep(name, "ours_graphs" if args.graphs else "ours", measured, recipe.data.accumulation)
+            keep(name, "ours_launches" if args.no_graphs else "ours", measured, recipe.data.accumulation)
 
 
 if __name__ == "__main__":
