@@ -74,7 +74,7 @@ CASES = {
     "grace_8x512_online": Case(EIGHT),
     "grace_8x512_fp8_adam8": Case((*EIGHT, *SMALL, "model.teacher_precision=fp8")),
     "grace_8x512_cached": Case((*EIGHT, "runtime.gradient_checkpointing=false"), cached=True),
-    "grace_8x512_cached_adam8": Case((*EIGHT, *SMALL), cached=True),
+    "grace_8x512_cached_adam8": Case((*EIGHT, "optim.moments=8bit", "runtime.loss_workspace_mib=128"), cached=True),
     "grace_2x512_online": Case(TWO),
     "sft_8x512": Case((*EIGHT, "method=sft", "scheme=bf16")),
     "grace_packed_real": Case((*PACKS, "data.max_batch_tokens=4096", "data.max_tokens=4096"), rows="real"),
@@ -196,8 +196,8 @@ def measure_official(mode: str, micro_batch_size: int, rows: Path, out: Path, nu
     from official_step import OfficialStep
 
     accumulation = 16 if micro_batch_size == 2 else 1
-    overrides = (f"data.micro_batch_size={micro_batch_size}", f"data.accumulation={accumulation}", "data.packing=false")
-    recipe = recipe_of(rows, overrides)
+    rows_a_step = (f"data.micro_batch_size={micro_batch_size}", f"data.accumulation={accumulation}")
+    recipe = recipe_of(rows, (*rows_a_step, "data.packing=false", "runtime.cuda_graphs=false"))
     file = open_rows(recipe)
     student = open_student(recipe, file)
     teacher = open_teacher(recipe, student) if mode == "grace" else None
@@ -256,7 +256,7 @@ def main() -> None:
         for name in args.cases:
             case = CASES[name]
             more = (f"model.teacher_cache={caches[case.models]}",) if case.cached else ()
-            more += () if args.no_graphs else ("runtime.cuda_graphs=true",)
+            more += ("runtime.cuda_graphs=false",) if args.no_graphs else ()
             recipe = recipe_of(rows[case.rows], (*case.overrides, *more), case.models)
             if case.fit is not None:
                 recipe, changes = fit(recipe, gpu_bytes(case.fit), Described(recipe, None, None, None).estimate)

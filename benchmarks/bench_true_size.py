@@ -168,7 +168,13 @@ def published_recipe(name: str, student: str, teacher: str, rows: Path, override
 
 
 def bench_memory(case: Case, rows: Path, out: Path, pair: tuple[str, str], num_steps: int) -> dict[str, Any]:
-    settings = ("data.packing=false", "data.workers=0", f"optim.num_steps={num_steps}", *case.overrides)
+    settings = (
+        "data.packing=false",
+        "runtime.cuda_graphs=false",
+        "data.workers=0",
+        f"optim.num_steps={num_steps}",
+        *case.overrides,
+    )
     recipe = published_recipe("qwen3_vl_2b_grace_w4g128", *pair, rows, settings)
     run = Run(recipe, out)
     if torch.cuda.is_available():

@@ -3,9 +3,9 @@
     python benchmarks/tune_low_bit.py                          # -> src/grace_vlm/kernels/tuned.json, this GPU's entry
     python benchmarks/tune_low_bit.py --bits 4 --shapes 4096x2048 --tokens 8,64
 
-For every layer and number of tokens: all setups of ``low_bit_linear.cu`` (up to 64 tokens), or of ``low_bit_tiles.cu``
-and torch on bf16(q s) (more). Each is compared with FP64 first; a wrong one ends the program. Weights rotate as in
-``bench_w4linear.py``; the shortest median wins. Texts are compiled ahead by all processors.
+For every layer and number of tokens: setups of ``low_bit_linear.cu`` (up to 64 tokens) or torch on bf16(q s) (more),
+and of ``low_bit_tiles.cu`` (more than 8). Each is compared with FP64 first; a wrong one ends the program. Weights rotate
+as in ``bench_w4linear.py``; the shortest median wins. Texts are compiled ahead by all processors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from record import percentiles, time_interleaved
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as operator
 from grace_vlm.kernels.fragments import SLAB, PackedLinear, pack_linear
-from grace_vlm.kernels.low_bit_cuda import Setup, TileSetup, defines_of, run_few, run_many, tile_defines_of
+from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, defines_of, run_few, run_many, tile_defines_of
 from grace_vlm.kernels.nvrtc import FOLDER, compile_text
 from grace_vlm.kernels.tuned import FILE
 from grace_vlm.quant.affine import dequantize
@@ -46,18 +46,27 @@ Candidate = Setup | TileSetup | None
 def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
     """All that fit: shared memory for the sums of all warps, and no warp without work."""
     eights = next(n for n in (1, 2, 4, 8) if num_tokens <= 8 * n)
-    for rows, warps, depth in itertools.product((1, 2, 4), (2, 4, 8, 16), (1, 2, 4, 8)):
+    for rows, warps, depth in itertools.product((1, 2), (4, 8, 16), (2, 4, 8)):
         fits = 4 * warps * 8 * eights * (16 * rows + 4) <= SHARED_BYTES
-        if fits and rows * eights <= 16 and warps * depth <= max(num_slabs, 2):
+        if fits and rows * eights <= 16 and warps * depth <= max(num_slabs, 2) and eights * depth <= 16:
             yield Setup(eights, rows, warps, depth)
 
 
+def tile_setups(num_tokens: int, num_bits: int) -> Iterator[TileSetup]:
+    """Blocks of up to twice the tokens, by one to three warpgroups."""
+    for tokens in (32, 64, 128):
+        if tokens < 2 * num_tokens or tokens == 32:
+            yield from (TileSetup(tokens, *rest) for rest in ((1, 1, 1), (1, 2, 1), (1, 1, 2)))
+            if tokens < 128:
+                yield TileSetup(tokens, 1, 1, 3)
+            if num_tokens >= 128 and num_bits == 4:
+                yield TileSetup(tokens, 2, 2)
+
+
 def candidates(num_tokens: int, packed: PackedLinear) -> list[Candidate]:
-    if num_tokens <= operator.FEW_TOKENS:
-        return list(few_setups(num_tokens, -(-packed.in_features // SLAB)))
+    few = list(few_setups(num_tokens, -(-packed.in_features // SLAB))) if num_tokens <= FEW_TOKENS else [None]
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    tiles = [TileSetup(*one) for one in itertools.product((64, 128), (1, 2))] if is_hopper else []
-    return [None, *tiles]
+    return [*few, *(tile_setups(num_tokens, packed.num_bits) if is_hopper and num_tokens > 8 else ())]
 
 
 def text_of(packed: PackedLinear, setup: Candidate) -> tuple[str, dict[str, int]] | None:

@@ -115,6 +115,7 @@ def test_every_published_recipe_says_what_it_costs(grace: Any, name: str) -> Non
         "moments",
         "scales",
         "activations",
+        "graphs",
         "loss",
         "teacher weights",
         "teacher signals",

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from low_bit_cases import bound, error, exact, inputs_of, weight
 
 from grace_vlm.kernels import low_bit_linear as module
+from grace_vlm.kernels.low_bit_cuda import (
+    FEW_TOKENS,
+    Setup,
+    TileSetup,
+    run_few,
+    run_many,
+    setup_of,
+    tile_setup_of,
+)
 from grace_vlm.kernels.low_bit_linear import Norm, interleaved, low_bit_linear, pack_linear
+from grace_vlm.kernels.tuned import FILE
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHAPES = [(4096, 2048, 128), (2048, 6144, 128), (64, 576, 64), (48, 96, 32), (80, 224, 224)]
 TOKENS = [1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130, 1000]
+TILES = [
+    TileSetup(tokens, *rest)
+    for tokens in (32, 64, 128)
+    for rest in ((1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 1, 3))
+]
 
 
 def poison() -> None:
@@ -23,7 +40,7 @@ def poison() -> None:
         del blocks
 
 
-@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("out", "inputs", "group"), SHAPES)
@@ -36,18 +53,62 @@ def test_every_number_of_tokens(
     for tokens in TOKENS:
         x = inputs_of(tokens, inputs, dtype)
         poison()
-        wanted = "dense" if tokens > 64 else kernels if kernels == "triton" else "cuda"
-        is_many = kernels == "tiles" and tokens > 64 and packed.scale.dtype == torch.bfloat16
-        assert module.path_of(tokens, packed, dtype) == ("tiles" if is_many and HOPPER else wanted)
         y = low_bit_linear(x.to(GPU), packed)
         assert error(y, exact(x, tensor)) <= bound(x, tensor), tokens
 
 
+def pickable(num_bits: int) -> list[tuple[int, Setup | TileSetup]]:
+    """(tokens, setup): every one that rules and what was measured can choose here."""
+    found: dict[Setup | TileSetup, int] = {}
+    for out in (2048, 4096, 12288, 22016):
+        for tokens in (1, 8, 9, 16, 17, 31, 33, 64, 65, 130, 300, 1024):
+            if tokens <= FEW_TOKENS:
+                found.setdefault(setup_of(tokens, 32), tokens)
+            if HOPPER and tokens > 16:
+                found.setdefault(tile_setup_of(tokens, out, 132), tokens)
+    for name, won in json.loads(FILE.read_text()).get(torch.cuda.get_device_name(), {}).items():
+        for measured, fields in won.items():
+            if fields and name.startswith(f"w{num_bits} "):
+                setup = Setup(**fields) if "eights" in fields else TileSetup(**fields)
+                found.setdefault(setup, int(measured) - (int(measured) > 4))
+    return [(tokens, setup) for setup, tokens in found.items()]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
-def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, bits: int, kernels: str) -> None:
+def test_every_setup_is_right_and_the_same_every_time(bits: int) -> None:
+    tensor = weight(bits, 4096, 2048, 128)
+    packed = pack_linear(tensor, GPU)
+    for tokens, setup in pickable(bits):
+        x = inputs_of(tokens, 2048, torch.bfloat16)
+        run = run_few if isinstance(setup, Setup) else run_many
+        poison()
+        first = run(setup, x.to(GPU), packed)  # type: ignore[operator]
+        assert error(first, exact(x, tensor)) <= bound(x, tensor), (tokens, setup)
+        for _ in range(100):
+            assert torch.equal(run(setup, x.to(GPU), packed), first), (tokens, setup)  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "inputs", "group"), [(4096, 2048, 128), (80, 576, 64), (48, 96, 32), (16, 352, 352)])
+def test_tiles_of_every_shape(bits: int, out: int, inputs: int, group: int) -> None:
+    """Odd numbers of tokens and tiles, tails and groups, with what is fused."""
+    tensor = weight(bits, out, inputs, group)
+    packed = pack_linear(tensor, GPU)
+    for setup in TILES:
+        for tokens in (1, setup.tokens, setup.tokens + 37, 3 * setup.tokens - 1):
+            x, rest = inputs_of(tokens, inputs, torch.bfloat16), inputs_of(tokens, out, torch.bfloat16, seed=5)
+            poison()
+            y = run_many(setup, x.to(GPU), packed)
+            assert error(y, exact(x, tensor)) <= bound(x, tensor), (tokens, setup)
+            more = run_many(setup, x.to(GPU), packed, residual=rest.to(GPU))
+            assert torch.equal(more, y + rest.to(GPU))
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     monkeypatch.setenv("GRACE_KERNELS", kernels)
-    packed = pack_linear(weight(bits, 4096, 2048, 128), GPU)
+    packed = pack_linear(weight(4, 4096, 2048, 128), GPU)
     for tokens in TOKENS:
         x = inputs_of(tokens, 2048, torch.bfloat16).to(GPU)
         first = low_bit_linear(x, packed)
@@ -58,7 +119,6 @@ def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, bits: int, ke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 40, 200])
 def test_fused(monkeypatch: pytest.MonkeyPatch, tokens: int, dtype: torch.dtype) -> None:
-    monkeypatch.setenv("GRACE_KERNELS", "tiles")
     packed = pack_linear(interleaved(weight(4, 256, 512, 128, seed=2), weight(4, 256, 512, 128, seed=3)), GPU)
     x, norm = inputs_of(tokens, 512, dtype).to(GPU), Norm(inputs_of(1, 512, dtype)[0].to(GPU), 1e-6)
     bias, rest = inputs_of(1, 512, dtype, seed=4)[0].to(GPU), inputs_of(tokens, 256, dtype, seed=5).to(GPU)

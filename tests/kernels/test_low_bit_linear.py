@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from low_bit_cases import bound, error, exact, inputs_of, weight
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels import low_bit_cuda
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels import tuned as tuned_module
 from grace_vlm.kernels.fragments import PackedLinear
-from grace_vlm.kernels.low_bit_cuda import Setup, TileSetup, defines_of, setup_of
+from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, defines_of, setup_of
 from grace_vlm.kernels.low_bit_linear import (
-    FEW_TOKENS,
     Norm,
     interleaved,
     joined,
@@ -124,7 +124,8 @@ class Elsewhere(PackedLinear):
 def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     here = pack_linear(weight(4, 128, 128, 64))
     there = Elsewhere(**{field.name: getattr(here, field.name) for field in fields(here)})
-    capability = [(9, 0)]
+    capability, forget = [(9, 0)], low_bit_cuda._setup_for.cache_clear
+    forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU that nobody measured")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
@@ -133,12 +134,14 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.float16
     assert path_of(1, here, torch.bfloat16) == "torch"
     assert path_of(1, there, torch.float32) == "torch"
-    assert [path_of(n, there, half) for n in (1, 64, 65, 5000)] == ["cuda", "cuda", "dense", "dense"]
-    monkeypatch.setenv("GRACE_KERNELS", "tiles")
-    assert [path_of(n, there, half) for n in (64, 65)] == ["cuda", "tiles"]
-    assert path_of(65, replace(there, dense=torch.zeros(1)), half) == "dense"
-    assert path_of(65, replace(there, scale=there.scale.float()), half) == "dense"
+    assert [path_of(n, there, half) for n in (1, 16, 17, 64, 65, 5000)] == ["cuda"] * 2 + ["tiles"] * 4
+    kept = replace(there, dense=torch.zeros(1))
+    assert [path_of(n, kept, torch.bfloat16) for n in (64, 65)] == ["tiles", "dense"]
+    assert path_of(65, kept, half) == "tiles"
+    wide = replace(there, scale=there.scale.float())
+    assert [path_of(n, wide, half) for n in (1, 64, 65)] == ["cuda", "cuda", "dense"]
     capability[0] = (8, 6)
+    forget()
     assert [path_of(n, there, half) for n in (64, 65)] == ["cuda", "dense"]
     capability[0] = (7, 5)
     assert path_of(64, there, half) == "triton"
@@ -152,11 +155,11 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACE_KERNELS", "fast")
     with pytest.raises(ConfigError) as caught:
         path_of(1, there, half)
-    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected tiles, cuda, triton or torch, or leave it out"
+    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected cuda, triton or torch, or leave it out"
 
 
 def test_what_was_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = {"eights": 1, "rows": 2, "warps": 4, "depth": 2}, {"tokens": 64, "warpgroups": 2}
+    few, many = {"eights": 1, "rows": 2, "warps": 4, "depth": 2}, {"tokens": 64, "tall": 2}
     won: dict[str, dict[str, int]] = {"8": few, "64": {**few, "eights": 8}, "256": {}, "1024": many}
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"GPU": {"w4 4096x2048": won, "w8 64x64": {"8": {}}}}))

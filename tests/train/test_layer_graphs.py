@@ -14,7 +14,8 @@ from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.decoder import GRAPHS
-from grace_vlm.models.graphs import LayerGraphs, graph_layers, room_for
+from grace_vlm.models.graphs import GraphMemory, LayerGraphs, graph_layers, room_for
+from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.train.config import recipe_from
 from grace_vlm.train.loop import Run
 
@@ -58,9 +59,9 @@ def run_of(world: Path, out: Path, graphs: bool, **overrides: Any) -> Run:
 
 
 def add_graphs(run: Run) -> None:
-    graph_layers(run.student.model, run.masters.sums_of(run.student.model.model.language_model.layers))
+    memory = graph_layers(run.student.model, run.masters.sums_of(run.student.model.model.language_model.layers))
     if run.teacher is not None:
-        run.teacher.graph_layers()
+        run.teacher.graph_layers(memory)
 
 
 def graphs_of(run: Run) -> LayerGraphs:
@@ -95,6 +96,15 @@ def test_the_same_steps(world: Path, tmp_path: Path, overrides: dict[str, Any]) 
     assert graphs_of(runs[1]).num_graphs >= 1
     for (name, plain), (_, graphed) in zip(runs[0].masters.masters(), runs[1].masters.masters(), strict=True):
         assert torch.allclose(plain, graphed, rtol=0, atol=3e-5), name
+
+
+def test_look_ups_that_are_summed_give_the_same_steps(world: Path, tmp_path: Path) -> None:
+    runs = [run_of(world, tmp_path / str(summed), graphs=False, data__accumulation=3) for summed in (False, True)]
+    sum_look_ups(runs[1].student.model, runs[1].masters.accumulator)
+    for step in range(3):
+        plain, summed = (run.stepper.run(step, [run.loader.next() for _ in range(3)]) for run in runs)
+        assert summed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+        assert summed.loss == pytest.approx(plain.loss, rel=1e-5)
 
 
 def test_gradients_of_one_micro_batch(world: Path, tmp_path: Path) -> None:
@@ -148,10 +158,13 @@ def test_two_forwards_before_a_backward_are_refused(world: Path, tmp_path: Path)
 
 def test_where_there_are_no_graphs(world: Path) -> None:
     for overrides, said in (
-        ({"data__packing": False}, "runtime.cuda_graphs is for packed rows; set data.packing=true or leave it out"),
+        (
+            {"data__packing": False},
+            "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false",
+        ),
         (
             {"data__packing": True, "model__train": "all"},
-            "runtime.cuda_graphs trains no vision tower; set model.train=default or leave it out",
+            "runtime.cuda_graphs trains no vision tower; set model.train=default or runtime.cuda_graphs=false",
         ),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -176,7 +189,7 @@ def test_what_a_recording_would_keep_is_only_asked_of_bf16() -> None:
     from types import SimpleNamespace
 
     language = SimpleNamespace(layers=torch.nn.ModuleList([torch.nn.Linear(4, 4)]), config=SimpleNamespace())
-    graphs = LayerGraphs(language)
+    graphs = LayerGraphs(language, GraphMemory(torch.device("cpu")))
     embeds = SimpleNamespace(is_cuda=True, dtype=torch.float32, requires_grad=False, device=torch.device("cuda"))
     rotary = (torch.zeros(1, 8, 2), torch.zeros(1, 8, 2))
     for _ in range(3):

@@ -39,3 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton can take these: contiguous in their last dimension, on a GPU, and Triton is installed (Linux)."""
     return all(x.is_cuda and (x.ndim == 0 or x.stride(-1) == 1) for x in tensors) and find_spec("triton") is not None
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Without gaps, and where kernels can load 16 bytes at a time."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

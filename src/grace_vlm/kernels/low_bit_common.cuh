@@ -11,8 +11,7 @@ typedef unsigned short u16;
 typedef long long i64;
 typedef unsigned long long u64;
 #define SHARED __shared__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
-#define ALIGNED __align__(1024)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks at least
 
 // Weights are read once: past the first cache.
 __device__ __forceinline__ uint4 load_once(const uint4 *from) {

@@ -6,13 +6,19 @@ A setup is what was measured for the GPU, the layer and the number of tokens (``
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from grace_vlm.kernels import aligned
 from grace_vlm.kernels.fragments import SLAB, TILE, PackedLinear
 from grace_vlm.kernels.nvrtc import load_kernel
-from grace_vlm.kernels.tuned import tuned
+from grace_vlm.kernels.tuned import Fields, tuned
+
+FEW_TOKENS = 64
+"""Up to here weights are what a layer waits for."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +60,41 @@ def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, si
 
 @dataclass(frozen=True)
 class TileSetup:
-    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, and warpgroups, of 64 rows each."""
+    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, pieces of 64 rows of a warpgroup, warpgroups that share
+    rows, and warpgroups that share inputs."""
 
     tokens: int
-    warpgroups: int
+    tall: int = 1
+    groups: int = 1
+    split: int = 1
+
+    STAGES: ClassVar = 4
+    """Slabs of tokens in shared memory."""
 
     def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
         """Blocks along rows and tokens."""
-        return -(-num_tiles // (4 * self.warpgroups)), -(-num_tokens // self.tokens)
+        return -(-num_tiles // (4 * self.tall * self.groups)), -(-num_tokens // self.tokens)
+
+    @property
+    def threads(self) -> int:
+        """Of a block: one more warpgroup brings the tokens."""
+        return 128 * (1 + self.groups * self.split)
+
+    def shared_bytes(self, silu: bool) -> int:
+        """Of a block, as the text counts them, and what it takes to begin at a multiple of 1,024."""
+        sums = 4 * (self.split - 1) * self.groups * self.tall * 64 * self.tokens
+        lines = 2 * self.groups * self.tokens * ((32 if silu else 64) * self.tall + 8)
+        return max(2 * self.STAGES * 64 * self.tokens, sums + lines) + 1024
 
 
 def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
     """By rule: the largest blocks of which there are enough for every multiprocessor."""
-    for setup in (TileSetup(128, 2), TileSetup(128, 1), TileSetup(64, 1)):
-        blocks = -(-out_features // (64 * setup.warpgroups)) * -(-num_tokens // setup.tokens)
-        if blocks >= num_processors:
+    large = (TileSetup(128, 2, 2), TileSetup(128, 1, 2), TileSetup(128, 1, 1, 2))
+    for setup in large if num_tokens > 64 else ():
+        blocks = math.prod(setup.grid(num_tokens, out_features // TILE))
+        if blocks >= num_processors * 7 // 8:
             return setup
-    return TileSetup(64, 1)
+    return TileSetup(32 if num_tokens <= 32 else 64, 1, 1, 2)
 
 
 def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu: bool) -> dict[str, int]:
@@ -78,7 +102,13 @@ def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu:
     return {
         **_layout_defines(packed, is_half),
         "TOKENS": setup.tokens,
-        "WGS": setup.warpgroups,
+        "TALL": setup.tall,
+        "WGS": setup.groups,
+        "SPLIT": setup.split,
+        "STAGES": setup.STAGES,
+        "DEPTH": 4 if setup.tall == 1 and packed.num_bits == 4 else 2,
+        # Registers for two where both their tokens' sums fit.
+        "BLOCKS": 2 if setup.threads == 256 and setup.tokens <= 64 and setup.tall == 1 else 1,
         "SILU": silu,
     }
 
@@ -94,31 +124,35 @@ def _layout_defines(packed: PackedLinear, is_half: bool) -> dict[str, int]:
     }
 
 
-def few_setup(num_tokens: int, packed: PackedLinear) -> Setup:
-    """For up to 64 tokens at a time."""
-    return _few_setup(num_tokens, packed.num_bits, packed.out_features, packed.in_features, packed.device)
+def setup_for(num_tokens: int, packed: PackedLinear) -> Setup | TileSetup | None:
+    """What was measured for this GPU, such a layer and so many tokens, else what a rule says; None: torch is to do it.
+
+    Rules: tensor cores by warpgroups where the GPU has them and tokens are more than a few; else by warps up to
+    ``FEW_TOKENS``, and torch beyond.
+    """
+    is_exact = packed.scale.dtype == torch.bfloat16
+    return _setup_for(num_tokens, packed.num_bits, packed.out_features, packed.in_features, is_exact, packed.device)
 
 
 @functools.cache
-def _few_setup(num_tokens: int, num_bits: int, out: int, inputs: int, device: torch.device) -> Setup:
+def _setup_for(
+    num_tokens: int, num_bits: int, out: int, inputs: int, is_exact: bool, device: torch.device
+) -> Setup | TileSetup | None:
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
-    return Setup(**fields) if fields and "eights" in fields else setup_of(num_tokens, -(-inputs // SLAB))
+    has_tiles = is_exact and torch.cuda.get_device_capability(device) == (9, 0)
+    if fields is not None and ("tokens" not in fields or has_tiles):
+        return _read(fields)
+    if has_tiles and num_tokens > 16:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return tile_setup_of(num_tokens, out, processors)
+    return setup_of(num_tokens, -(-inputs // SLAB)) if num_tokens <= FEW_TOKENS else None
 
 
-def many_setup(num_tokens: int, packed: PackedLinear, by_rule: bool) -> TileSetup | None:
-    """For more tokens than that, as measured, else by rule if one is wanted; None: torch is to do it."""
-    return _many_setup(num_tokens, packed.num_bits, packed.out_features, packed.in_features, packed.device, by_rule)
-
-
-@functools.cache
-def _many_setup(
-    num_tokens: int, num_bits: int, out: int, inputs: int, device: torch.device, by_rule: bool
-) -> TileSetup | None:
-    fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
-    if fields and "tokens" in fields:
-        return TileSetup(**fields)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return tile_setup_of(num_tokens, out, processors) if by_rule else None
+def _read(fields: Fields) -> Setup | TileSetup | None:
+    """A setup as ``tuned.json`` has it."""
+    if not fields:
+        return None
+    return Setup(**fields) if "eights" in fields else TileSetup(**fields)
 
 
 def run_few(
@@ -162,8 +196,9 @@ def run_many(
     others = [_like(tensor, x) for tensor in (bias, residual)]
     kernel(
         setup.grid(tokens, tiles),
-        128 * setup.warpgroups,
+        setup.threads,
         [packed.words, packed.scale, x, *others, out, tokens, tiles, packed.in_features],
+        setup.shared_bytes(silu),
     )
     return out
 
@@ -173,5 +208,5 @@ def _hashable(defines: dict[str, int]) -> tuple[tuple[str, int], ...]:
 
 
 def _like(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """As the kernel reads it: in the dtype of x, without gaps."""
-    return None if tensor is None else tensor.to(x.dtype).contiguous()
+    """As the kernel reads it: in the dtype of x."""
+    return None if tensor is None else aligned(tensor.to(x.dtype))

@@ -5,12 +5,13 @@
 
 What runs is chosen by tokens and device (``path_of``):
 
-    up to 64 tokens, on a GPU    low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
-    more, on a GPU               torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB;
-                                 low_bit_tiles.cu on a Hopper GPU where it was measured to be faster (tuned.json), or
-                                 with GRACE_KERNELS=tiles
+    few tokens, on a GPU         low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
+    many, on a Hopper GPU        low_bit_tiles.cu, by NVRTC
+    more than 64, on others      torch on bf16(q s), made anew in pieces of 64 MB
+    more than 64                 torch on the BF16 copy if it was kept
     otherwise                    torch in FP32 on q s: the reference of the others
 
+What few and many are, and how a kernel is compiled, was measured for some GPUs (tuned.json) and is a rule elsewhere.
 ``GRACE_KERNELS=torch`` or ``triton`` forbids what comes before it. With ``norm`` and ``silu`` the layer's neighbours
 run inside; they round as separate layers do, so that a fused model is the unfused one up to the order of sums.
 """
@@ -26,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels import aligned, runs_triton
 from grace_vlm.kernels.fragments import TILE, PackedLinear, pack_linear, row_scales, unpack_codes
+from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, run_few, run_many, setup_for
 from grace_vlm.kernels.nvrtc import has_nvrtc
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -35,8 +37,6 @@ from grace_vlm.quant.scheme import QuantizedTensor
 __all__ = ["Norm", "PackedLinear", "interleaved", "joined", "low_bit_linear", "pack_linear", "path_of"]
 
 Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
-FEW_TOKENS = 64
-"""Up to here weights are what a layer waits for."""
 SCRATCH_BYTES = 64 << 20
 """Of bf16(q s) at a time."""
 
@@ -71,27 +71,19 @@ def interleaved(gate: QuantizedTensor, value: QuantizedTensor) -> QuantizedTenso
 def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     """What runs a layer of so many tokens. ``GRACE_KERNELS`` can forbid it."""
     allowed, device = os.environ.get("GRACE_KERNELS", "cuda"), packed.device
-    if allowed not in ("tiles", "cuda", "triton", "torch"):
-        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
+    if allowed not in ("cuda", "triton", "torch"):
+        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected cuda, triton or torch, or leave it out")
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or allowed == "torch":
         return "torch"
-    has_text = allowed != "triton" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0)
+    if num_tokens > FEW_TOKENS and packed.dense is not None and dtype == torch.bfloat16:
+        return "dense"
+    if allowed != "triton" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
+        setup = setup_for(num_tokens, packed)
+        if setup is not None:
+            return "cuda" if isinstance(setup, Setup) else "tiles"
     if num_tokens > FEW_TOKENS:
-        return "tiles" if has_text and _has_tiles(num_tokens, packed, allowed == "tiles") else "dense"
-    if has_text:
-        return "cuda"
+        return "dense"
     return "triton" if runs_triton(packed.words) else "torch"
-
-
-def _has_tiles(num_tokens: int, packed: PackedLinear, by_rule: bool) -> bool:
-    """Whether ``low_bit_tiles.cu`` can run, and was measured to be the faster one (or is asked for by name)."""
-    if packed.dense is not None or packed.scale.dtype != torch.bfloat16:
-        return False
-    if torch.cuda.get_device_capability(packed.device) != (9, 0):
-        return False
-    from grace_vlm.kernels.low_bit_cuda import many_setup
-
-    return many_setup(num_tokens, packed, by_rule) is not None
 
 
 def low_bit_linear(
@@ -133,10 +125,10 @@ def low_bit_linear(
         if not flat.shape[0]:
             out = flat.new_empty(0, width)
         elif path == "cuda":
-            from grace_vlm.kernels.low_bit_cuda import few_setup, run_few
-
-            before = None if norm is None else (_aligned(norm.weight.to(x.dtype)), norm.epsilon)
-            out = run_few(few_setup(len(flat), packed), _aligned(flat), packed, bias, rest, before, silu)
+            before = None if norm is None else (aligned(norm.weight.to(x.dtype)), norm.epsilon)
+            setup = setup_for(len(flat), packed)
+            assert isinstance(setup, Setup)
+            out = run_few(setup, aligned(flat), packed, bias, rest, before, silu)
         else:
             out = _parts(path, flat, packed, bias, rest, norm, silu)
     return out.view(*x.shape[:-1], width)
@@ -165,29 +157,21 @@ def _parts(
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
         x = norm.weight.to(x.dtype) * scaled.to(x.dtype)
     if path == "tiles":
-        from grace_vlm.kernels.low_bit_cuda import many_setup, run_many
-
-        setup = many_setup(len(x), packed, by_rule=True)
-        assert setup is not None
-        return run_many(setup, _aligned(x), packed, bias, residual, silu)
+        setup = setup_for(len(x), packed)
+        assert isinstance(setup, TileSetup)
+        return run_many(setup, aligned(x), packed, bias, residual, silu)
     if path == "torch":
         y = F.linear(x.float(), _values(packed), None if bias is None else bias.float()).to(x.dtype)
     elif path == "triton":
         from grace_vlm.kernels.low_bit_triton import linear
 
-        y = linear(_aligned(x), packed, bias)
+        y = linear(aligned(x), packed, bias)
     else:
         y = _dense(x, packed, None if bias is None else bias.to(x.dtype))
     if silu:
         pairs = y.view(y.shape[0], -1, 2, 8)
         y = (F.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(y.shape[0], -1)
     return y if residual is None else y + residual
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Without gaps, and where kernels can load 16 bytes at a time."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _values(packed: PackedLinear) -> torch.Tensor:

@@ -2,12 +2,23 @@
 //
 // The layout of fragments.py is what a warpgroup's operand A is, four tiles high; codes become bf16(q s) on their way, so
 // the result is that of a BF16 layer on the same grid. Tokens are operand B: 64 inputs of each lie in shared memory, 128
-// bytes a row in the hardware's swizzle, inputs in the order that the weights have. While tensor cores read one half of
-// it, threads bring the next slab's inputs to the other and decode the next weights.
+// bytes a row in the hardware's swizzle, inputs in the order that the weights have.
 //
-// Compiled for (and what low_bit_common.cuh names):  TOKENS 64 128   WGS warpgroups of a block   SILU as in the other text
-#define WARPS (4 * WGS)
+// One warpgroup of a block only brings tokens, STAGES slabs ahead of the others; the others decode the next weights while
+// the tensor cores multiply the last. TALL: a warpgroup has so many pieces of 64 rows, WGS: so many warpgroups share the
+// rows of a block, SPLIT: so many share its inputs, slab by slab in turn; their sums meet in a fixed order.
+//
+// Compiled for (and what low_bit_common.cuh names):  TOKENS 32 64 128   TALL 1 2   WGS   SPLIT   STAGES   DEPTH slabs of
+// weights on their way (even)   SILU as in the other text
+#define CONSUMERS (WGS * SPLIT)
+#define WARPS (4 * (CONSUMERS + 1))
 #define THREADS (32 * WARPS)
+#define WIDTH (SILU ? 32 * TALL : 64 * TALL)  // numbers of a token that a warpgroup stores
+#define LINE (WIDTH + 8)                      // their distance in shared memory: 16 bytes more, against conflicts
+#define PARTS (2 * (SPLIT - 1) * WGS * TALL * 64 * TOKENS)  // u16 of other warpgroups' FP32 sums
+#define STAGED (STAGES * 64 * TOKENS)
+#define STORED (PARTS + WGS * TOKENS * LINE)
+#define SHARED_WORDS (STAGED > STORED ? STAGED : STORED)  // u16
 #include "low_bit_common.cuh"
 
 #ifndef EMULATE
@@ -19,10 +30,27 @@
 // Registers and shared memory, as they are written now, are what the next product reads.
 INLINE void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 INLINE void queue_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-INLINE void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// All but the last ``left`` groups of products are done.
+#define wait_for_products(left) asm volatile("wgmma.wait_group.sync.aligned " #left ";" ::: "memory")
 INLINE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Named barriers: ``count`` threads come, of which some do not wait.
+INLINE void sync_at(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
+INLINE void arrive_at(int barrier, int count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+#if TALL == 2 && CONSUMERS == 2
+// Of 65,536 registers the three warpgroups have 168 a thread; those that multiply need more.
+#define TAKE_REGISTERS asm volatile("setmaxnreg.inc.sync.aligned.u32 216;")
+#define GIVE_REGISTERS asm volatile("setmaxnreg.dec.sync.aligned.u32 72;")
+#else
+#define TAKE_REGISTERS
+#define GIVE_REGISTERS
+#endif
 // Products read registers after they are queued: these stay what they are until here.
-INLINE void keep(u32 *a) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])); }
+INLINE void keep(u32 (*a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+}
 INLINE u32 times(u32 a, u32 b) {
     u32 v;
 #if HALF
@@ -37,21 +65,31 @@ INLINE void settle(float *d) {
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+INLINE u16 *shared_memory() {
+    extern SHARED u16 raw[];
+    const u32 address = (u32)__cvta_generic_to_shared(raw);
+    return raw + (((address + 1023) & ~1023u) - address) / 2;
+}
+#define SUMS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define GIVEN "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at)
 // d[4 j + c]: row g (+ 8 if c > 1), token 8 j + 2 t (+ 1 if c is odd). ``tile``: (TOKENS, 64), 1024-byte aligned; its
 // descriptor: address, eight rows to the next 1024 bytes, swizzle of 128 bytes; 16 inputs are 32 bytes.
 INLINE void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
     const u64 address = (u64)__cvta_generic_to_shared(tile) + 32 * step;
     const u64 at = ((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-#if TOKENS == 64
+#if TOKENS == 32
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                 "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+                 : SUMS(0), SUMS(8)
+                 : GIVEN);
+#elif TOKENS == 64
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at));
+                 : SUMS(0), SUMS(8), SUMS(16), SUMS(24)
+                 : GIVEN);
 #else
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -59,50 +97,92 @@ INLINE void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at));
+                 : SUMS(0), SUMS(8), SUMS(16), SUMS(24), SUMS(32), SUMS(40), SUMS(48), SUMS(56)
+                 : GIVEN);
 #endif
 }
 #endif
 
-#define UNITS (TOKENS * 8 / THREADS)  // 16-byte pieces of a slab's inputs that a thread brings
+// Barriers: tokens of a stage are there, have been read; all products are done; a warpgroup's numbers are in place.
+#define FULL(stage) (1 + (stage))
+#define EMPTY(stage) (1 + STAGES + (stage))
+#define DONE (1 + 2 * STAGES)
+#define IN_PLACE (2 + 2 * STAGES)
 
-INLINE void fetch_inputs(const u16 *x, int first_token, int tokens, int in, int slab, uint4 *held) {
+#define UNITS (TOKENS / 16)                           // 16-byte pieces of a slab's inputs that a thread brings
+#define AHEAD ((TALL == 2 ? 8 : 16) / UNITS)          // slabs of them that it waits for at a time
+
+// All tokens of a block, slab after slab, by 128 threads: thread / 8 is a token of sixteen, thread % 8 its 16 bytes.
+INLINE void bring_tokens(const u16 *x, u16 *stages, int thread, int first_token, int tokens, int in) {
+    const int slabs = (in + 63) / 64, piece = thread & 7, row = thread >> 3;
+    const u16 *from = x + (i64)first_token * in + 8 * piece;
+    int offset[UNITS];
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-        const int unit = threadIdx.x + i * THREADS, token = min(first_token + unit / 8, tokens - 1);
-        const int k = 64 * slab + 8 * (unit % 8);
-        held[i] = k < in ? *(const uint4 *)(x + (i64)token * in + k) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < UNITS; ++i) offset[i] = min(row + 16 * i, tokens - 1 - first_token) * in;
+
+    uint4 held[AHEAD][UNITS];
+    auto fetch = [&](int slab, uint4 *out) {
+#pragma unroll
+        for (int i = 0; i < UNITS; ++i)
+            out[i] = !TAIL || 64 * slab + 8 * piece < in ? *(const uint4 *)(from + offset[i] + 64 * slab)
+                                                         : make_uint4(0, 0, 0, 0);
+    };
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a)
+        if (a < slabs) fetch(a, held[a]);
+    for (int start = 0; start < slabs; start += AHEAD) {
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+            const int slab = start + a, stage = slab % STAGES;
+            if (slab >= slabs) break;
+            if (slab >= STAGES) sync_at(EMPTY(stage), 128 * (1 + WGS));
+            u16 *tile = stages + stage * 64 * TOKENS + 64 * row + 2 * (piece & 3);
+            // Eight inputs go to four places: the pairs of both products of their block.
+#pragma unroll
+            for (int i = 0; i < UNITS; ++i) {
+                const u32 *pairs = &held[a][i].x;
+#pragma unroll
+                for (int pair = 0; pair < 4; ++pair)
+                    *(u32 *)(tile + 1024 * i + 8 * ((4 * (piece >> 2) + pair) ^ (row & 7))) = pairs[pair];
+            }
+            if (slab + AHEAD < slabs) fetch(slab + AHEAD, held[a]);
+            show_to_products();
+            arrive_at(FULL(stage), 128 * (1 + WGS));
+        }
     }
 }
 
-// Eight inputs go to four places: the pairs of both products of their block.
-INLINE void lay_inputs(const uint4 *held, u16 *tile) {
+// 64 inputs of a row tile as a lane has them: codes, and BF16 scales of rows g (low half) and g + 8.
+struct Piece {
+    uint4 words[LOADS];
+    u32 scale[HALVES ? 2 : 1];
+};
+
+INLINE void fetch_piece(const uint4 *words, const u32 *scale, int slab, int in, Piece &out) {
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-        const int unit = threadIdx.x + i * THREADS, token = unit / 8, block = unit % 8 / 4, t = unit % 4;
-        const u32 *pairs = &held[i].x;
+    for (int h = 0; h < LOADS; ++h) {
+        const bool inside = BITS == 4 || !TAIL || 64 * slab + 32 * h < in;
+        out.words[h] = inside ? load_once(words + (LOADS * slab + h) * 32) : make_uint4(0, 0, 0, 0);
+    }
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair)
-            *(u32 *)(tile + 64 * token + 8 * ((4 * block + pair) ^ (token & 7)) + 2 * t) = pairs[pair];
+    for (int b = 0; b < (HALVES ? 2 : 1); ++b) {
+        const int first = 64 * slab + 32 * b, group = GROUP ? first / (GROUP ? GROUP : 1) : 0;
+        out.scale[b] = !HALVES || !TAIL || first < in ? scale[8 * group] : 0;
     }
 }
 
 // bf16(q s) of a slab: four products' registers.
-INLINE void decode_tile(const Tile &tile, u32 (*a)[4]) {
+INLINE void decode_piece(const Piece &piece, u32 (*a)[4]) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        const uint2 by = tile.scale[HALVES ? b : 0];
-        const float near = __uint_as_float(by.x), far = __uint_as_float(by.y);
+        const u32 both = piece.scale[HALVES ? b : 0];
+#if HALF
+        const float near = __uint_as_float(both << 16), far = __uint_as_float(both & 0xffff0000u);
         const u32 scale[2] = {pair(near, near), pair(far, far)};
-        const u32 *own = &tile.words[BITS == 4 ? 0 : b].x;
+#else
+        const u32 scale[2] = {bytes_of(both, both, 0x1010), bytes_of(both, both, 0x3232)};
+#endif
+        const u32 *own = &piece.words[BITS == 4 ? 0 : b].x;
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             decode(own + (BITS == 4 ? 2 * b + s : 2 * s), a[2 * b + s]);
@@ -112,73 +192,132 @@ INLINE void decode_tile(const Tile &tile, u32 (*a)[4]) {
     }
 }
 
-KERNEL(THREADS) low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias, const u16 *residual,
-                              u16 *y, int tokens, int tiles, int in) {
-    SHARED ALIGNED u16 inputs[2][64 * TOKENS];
-    const int lane = threadIdx.x & 31, tile = blockIdx.x * WARPS + (threadIdx.x >> 5), slabs = (in + 63) / 64;
-    const int first_token = blockIdx.y * TOKENS, there = min(tile, tiles - 1);
-    const uint4 *own_words = words_of(words, there, in) + lane;
-    const u32 *own_scale = scale_of(scale, there, in, lane);
-
-    Tile next;
-    uint4 held[UNITS];
-    u32 a[4][4];
-    fetch_tile(own_words, own_scale, 0, in, next);
-    fetch_inputs(x, first_token, tokens, in, 0, held);
-    lay_inputs(held, inputs[0]);
-    decode_tile(next, a);
-    if (1 < slabs) {
-        fetch_tile(own_words, own_scale, 1, in, next);
-        fetch_inputs(x, first_token, tokens, in, 1, held);
+KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias,
+                                      const u16 *residual, u16 *y, int tokens, int tiles, int in) {
+    u16 *shared = shared_memory();
+    const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
+    const int first_token = blockIdx.y * TOKENS, slabs = (in + 63) / 64;
+    if (group == CONSUMERS) {
+        GIVE_REGISTERS;
+        bring_tokens(x, shared, thread, first_token, tokens, in);
+        return;
     }
-    show_to_products();
-    __syncthreads();
-
-    float all[TOKENS / 2] = {};
-    for (int slab = 0; slab < slabs; ++slab) {
-        const u16 *current = inputs[slab & 1];
-        open_products();
+    TAKE_REGISTERS;
+    const int rows = group % WGS, turn = group / WGS, mine = (slabs - turn + SPLIT - 1) / SPLIT;
+    const int first_tile = (blockIdx.x * WGS + rows) * 4 * TALL;
+    const uint4 *own_words[TALL];
+    const u32 *own_scale[TALL];
 #pragma unroll
-        for (int step = 0; step < 4; ++step) multiply_group(all, a[step], current, step);
-        queue_products();
-        u32 later[4][4];
-        if (slab + 1 < slabs) {
-            // Its last readers were waited for before the last barrier.
-            lay_inputs(held, inputs[(slab + 1) & 1]);
-            decode_tile(next, later);
-        }
-        if (slab + 2 < slabs) {
-            fetch_tile(own_words, own_scale, slab + 2, in, next);
-            fetch_inputs(x, first_token, tokens, in, slab + 2, held);
-        }
-        show_to_products();
-        wait_for_products();
-        __syncthreads();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) keep(a[step]);
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[step][i] = later[step][i];
+    for (int h = 0; h < TALL; ++h) {
+        // What is computed of a tile that is not there is not stored.
+        const int tile = min(first_tile + 4 * h + warp, tiles - 1);
+        own_words[h] = words_of(words, tile, in) + lane;
+        own_scale[h] = scale_of(scale, tile, in, lane);
     }
 
-    settle(all);
-    if (tile >= tiles) return;
+    Piece ahead[DEPTH][TALL];
+    u32 a[2][4][4];
+    float all[TALL][TOKENS / 2] = {};
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j)
+    for (int d = 0; d < DEPTH; ++d)
 #pragma unroll
-        for (int c = 0; c < (SILU ? 2 : 4); ++c) {
-            const int token = first_token + 8 * j + 2 * (lane & 3) + (c & 1), row = (lane >> 2) + 8 * (c >> 1);
-            if (token >= tokens) continue;
-            float total = all[4 * j + c] + (bias ? wide(bias[16 * tile + row]) : 0.0f);
-            if (SILU) {
-                const float gate = wide(rounded(total));
-                const float value = all[4 * j + c + 2] + (bias ? wide(bias[16 * tile + row + 8]) : 0.0f);
-                total = wide(rounded(gate / (1.0f + expf(-gate)))) * wide(rounded(value));
+        for (int h = 0; h < TALL; ++h)
+            if (d < mine) fetch_piece(own_words[h], own_scale[h], turn + SPLIT * d, in, ahead[d][h]);
+    if (0 < mine) decode_piece(ahead[0][0], a[0]);
+    for (int start = 0; start < mine; start += DEPTH) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int i = start + d, slab = turn + SPLIT * i, stage = slab % STAGES;
+            if (i >= mine) break;
+            sync_at(FULL(stage), 128 * (1 + WGS));
+#pragma unroll
+            for (int h = 0; h < TALL; ++h) {
+                const int now = TALL == 2 ? h : d & 1;
+                open_products();
+#pragma unroll
+                for (int step = 0; step < 4; ++step)
+                    multiply_group(all[h], a[now][step], shared + stage * 64 * TOKENS, step);
+                queue_products();
+                // The products before these are done: their registers are free, and their slab after its last piece.
+                wait_for_products(1);
+                keep(a[now ^ 1]);
+                if (h == 0 && i > 0 && slab - SPLIT + STAGES < slabs)
+                    arrive_at(EMPTY((slab - SPLIT) % STAGES), 128 * (1 + WGS));
+                if (h + 1 < TALL) {
+                    decode_piece(ahead[d][TALL - 1], a[now ^ 1]);
+                    continue;
+                }
+                if (i + 1 < mine) decode_piece(ahead[(d + 1) % DEPTH][0], a[now ^ 1]);
+                if (i + DEPTH < mine)
+#pragma unroll
+                    for (int one = 0; one < TALL; ++one)
+                        fetch_piece(own_words[one], own_scale[one], slab + SPLIT * DEPTH, in, ahead[d][one]);
             }
-            const i64 out = (i64)token * (SILU ? 8 : 16) * tiles + (SILU ? 8 : 16) * tile + row;
-            u32 stored = rounded(total);
-            if (residual) stored = rounded(wide(stored) + wide(residual[out]));
-            y[out] = (u16)stored;
         }
+    }
+    wait_for_products(0);
+    keep(a[0]);
+    keep(a[1]);
+#pragma unroll
+    for (int h = 0; h < TALL; ++h) settle(all[h]);
+
+    // Tokens are no longer needed: their memory takes sums, and numbers on their way to full lines of y.
+    sync_at(DONE, 128 * CONSUMERS);
+#if SPLIT > 1
+    float *parts = (float *)shared + rows * TALL * 64 * TOKENS + thread;
+    if (turn) {
+#pragma unroll
+        for (int h = 0; h < TALL; ++h)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i)
+                parts[((turn - 1) * WGS * TALL + h) * 64 * TOKENS + 128 * i] = all[h][i];
+    }
+    sync_at(DONE, 128 * CONSUMERS);
+    if (turn) return;
+#pragma unroll
+    for (int other = 0; other < SPLIT - 1; ++other)
+#pragma unroll
+        for (int h = 0; h < TALL; ++h)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i)
+                all[h][i] += parts[(other * WGS * TALL + h) * 64 * TOKENS + 128 * i];
+#endif
+    u16 *lines = shared + PARTS + rows * TOKENS * LINE;
+#pragma unroll
+    for (int h = 0; h < TALL; ++h) {
+        const int first_row = 16 * min(first_tile + 4 * h + warp, tiles - 1) + (lane >> 2);
+        const float near = bias ? wide(bias[first_row]) : 0.0f, far = bias ? wide(bias[first_row + 8]) : 0.0f;
+        u16 *line = lines + 2 * (lane & 3) * LINE + (SILU ? 8 : 16) * (4 * h + warp) + (lane >> 2);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const u32 low = rounded(all[h][4 * j + c] + near), high = rounded(all[h][4 * j + c + 2] + far);
+                u16 *at = line + (8 * j + c) * LINE;
+                if (SILU) {
+                    const float gate = wide(low);
+                    at[0] = (u16)rounded(wide(rounded(gate / (1.0f + expf(-gate)))) * wide(high));
+                } else {
+                    at[0] = (u16)low;
+                    at[8] = (u16)high;
+                }
+            }
+    }
+    sync_at(IN_PLACE + rows, 128);
+    const int out = (SILU ? 8 : 16) * tiles, first_column = (SILU ? 8 : 16) * first_tile;
+    for (int index = thread; index < TOKENS * (WIDTH / 8); index += 128) {
+        const int token = index / (WIDTH / 8), column = 8 * (index % (WIDTH / 8));
+        if (first_token + token >= tokens || first_column + column >= out) continue;
+        const i64 to = (i64)(first_token + token) * out + first_column + column;
+        uint4 v = *(const uint4 *)(lines + token * LINE + column);
+        if (residual) {
+            const uint4 more = *(const uint4 *)(residual + to);
+            const u32 *b = &more.x;
+            u32 *a = &v.x;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                a[i] = pair(wide(a[i] & 0xffff) + wide(b[i] & 0xffff), wide(a[i] >> 16) + wide(b[i] >> 16));
+        }
+        *(uint4 *)(y + to) = v;
+    }
 }

@@ -102,11 +102,17 @@ class Kernel:
         self._module = _checked(driver.cuModuleLoadData(cubin), "loading a kernel")
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "loading a kernel")
         self._launch = driver.cuLaunchKernel
+        self._shared_bytes = 48 << 10
 
     def __call__(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[torch.Tensor | int | float | None]
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[torch.Tensor | int | float | None],
+        shared_bytes: int = 0,
     ) -> None:
-        """Queue it on the current stream. Tensors are passed as addresses (None: 0), numbers as int32 or FP32."""
+        """Queue it on the current stream. Tensors are passed as addresses (None: 0), numbers as int32 or FP32;
+        ``shared_bytes``: of a block, beside those that the text declares."""
         values: list[int | float] = []
         types: list[Any] = []
         for argument in arguments:
@@ -119,9 +125,22 @@ class Kernel:
             else:
                 values.append(0 if argument is None else argument.data_ptr())
                 types.append(ctypes.c_void_p)
+        if shared_bytes > self._shared_bytes:
+            self._allow(shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
         given = (tuple(values), tuple(types))
-        _checked(self._launch(self._function, *grid, 1, threads, 1, 1, 0, stream, given, 0), "launching a kernel")
+        launched = self._launch(self._function, *grid, 1, threads, 1, 1, shared_bytes, stream, given, 0)
+        _checked(launched, "launching a kernel")
+
+    def _allow(self, shared_bytes: int) -> None:
+        """More than every GPU has must be asked for, once."""
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(
+            (*driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), None), "asking for shared memory"
+        )
+        self._shared_bytes = shared_bytes
 
 
 def _take_context() -> None:

@@ -7,8 +7,9 @@ token sees. A shape gets its graph when it comes the second time; rare ones run 
 
 The backward pass is written down layer by layer, with autograd inside a layer only: gradients of weights go straight to
 where they are summed (``Sums``), and a layer that keeps no activations is computed again right before it is needed.
-Activations live in memory that all graphs of a model share, from a forward to its backward; between the two no other
-forward may run. The loss, the towers and everything with a size that only the data knows stay outside.
+Activations live in memory that all graphs of a GPU share, student's and teacher's, from a forward to its backward;
+between the two no other forward may run. The loss, the towers and everything with a size that only the data knows stay
+outside.
 """
 
 from __future__ import annotations
@@ -83,22 +84,42 @@ def room_for(lengths: Sequence[int], window: int | None = None) -> tuple[int, in
     return longest, tokens, (*lengths, *added, *(0 for _ in range(empty)))
 
 
+class GraphMemory:
+    """What the graphs of one GPU share: activations, and buffers by name. One forward uses it at a time.
+
+    A recording leaves nothing alive in it, so the next one begins where that began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        is_cuda = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self.stream = torch.cuda.Stream(device) if is_cuda else None
+        self.is_open = False
+        """From a forward to its backward."""
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def buffer(self, name: str, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(..., tokens, d) of zeros or of what another graph left there: one piece of memory for all, under a name."""
+        shape = (*like.shape[:-2], tokens, like.shape[-1])
+        num_bytes = math.prod(shape) * like.element_size()
+        if name not in self._buffers or self._buffers[name].numel() < num_bytes:
+            # Graphs that were made before keep the smaller one.
+            self._buffers[name] = torch.zeros(num_bytes, dtype=torch.uint8, device=like.device)
+        return self._buffers[name][:num_bytes].view(like.dtype).view(shape)
+
+
 class LayerGraphs:
     """The graphs of one decoder.
 
     Args:
         language: as for ``run_decoder``. sums: of its layers' trained weights; None for a decoder that is only asked.
+        memory: of the GPU that it is on.
     """
 
-    def __init__(self, language: Any, sums: Sums | None = None) -> None:
-        self.language, self.sums = language, sums
-        weight = next(language.layers.parameters())
-        self.device = weight.device
-        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
-        self.stream = torch.cuda.Stream(self.device) if weight.is_cuda else None
+    def __init__(self, language: Any, memory: GraphMemory, sums: Sums | None = None) -> None:
+        self.language, self.memory, self.sums = language, memory, sums
         self._graphs: dict[Shape, _Graph | None] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._open: _Graph | None = None
         uses_window = getattr(language.config, "use_sliding_window", False)
         self._window = getattr(language.config, "sliding_window", None) if uses_window else None
 
@@ -126,16 +147,16 @@ class LayerGraphs:
         is_first = self.sums.are_empty() if with_gradient and self.sums is not None else None
         if embeds.is_cuda and not has_varlen(embeds):
             return None  # FP32: attention goes segment by segment, and a recording would keep the first pack's
+        assert not self.memory.is_open, "a forward before the backward of the one before"
         longest, tokens, lengths = room_for(segments, self._window)
         shape = Shape(tokens, len(lengths), longest, tap, recompute, len(deepstack), is_first)
         graph = self._graph_of(shape, lengths, embeds, rotary)
         if graph is None:
             return None
-        assert self._open is None, "a forward before the backward of the one before"
         graph.load(embeds, rotary, lengths, visual, deepstack)
         if with_gradient:
-            self._open = graph
-            hidden, tapped = _Replay.apply(embeds, graph, self)
+            self.memory.is_open = True
+            hidden, tapped = _Replay.apply(embeds, graph, self.memory)
         else:
             hidden, tapped = graph.replayed(embeds.shape[1])
         return hidden, None if tapped is None else tapped.flatten(0, 1).index_select(0, visual)
@@ -154,24 +175,22 @@ class LayerGraphs:
             self._graphs[shape] = _Graph(self, shape, lengths, embeds, rotary)
         return self._graphs[shape]
 
-    def buffer(self, name: str, like: torch.Tensor, tokens: int) -> torch.Tensor:
-        """(..., tokens, d) of zeros or of what another graph left there: one piece of memory for all, under a name."""
-        shape = (*like.shape[:-2], tokens, like.shape[-1])
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            # Graphs that were made before keep the smaller one.
-            self._buffers[name] = like.new_zeros(size)
-        return self._buffers[name][:size].view(shape)
 
-    def closed(self) -> None:
-        """The backward of the open forward is queued."""
-        self._open = None
+def graph_layers(model: Any, sums: Sums | None = None, memory: GraphMemory | None = None) -> GraphMemory:
+    """Let the decoder layers of a vision-language model run as graphs; they are made when they are wanted.
 
+    Args:
+        memory: of another model's graphs, used where that is on the same device.
 
-def graph_layers(model: Any, sums: Sums | None = None) -> None:
-    """Let the decoder layers of a vision-language model run as graphs; they are made when they are wanted."""
+    Returns:
+        the memory of this model's.
+    """
     language = model.model.language_model
-    setattr(language, GRAPHS, LayerGraphs(language, sums))
+    device = next(language.layers.parameters()).device
+    if memory is None or memory.device != device:
+        memory = GraphMemory(device)
+    setattr(language, GRAPHS, LayerGraphs(language, memory, sums))
+    return memory
 
 
 class _Graph:
@@ -188,7 +207,7 @@ class _Graph:
         self.layers, self.shape, self.sums = list(owner.language.layers), shape, owner.sums
 
         def buffer(name: str, like: torch.Tensor = embeds.detach()) -> torch.Tensor:
-            return owner.buffer(name, like, shape.tokens)
+            return owner.memory.buffer(name, like, shape.tokens)
 
         self.has_backward, has_tap = shape.is_first is not None, shape.tap is not None
         self.embeds, self.last = buffer("embeds"), buffer("last")
@@ -201,8 +220,8 @@ class _Graph:
         self.how = self._arguments(lengths)
         self._kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._play: list[Callable[[], None]] = [self._forward, self._backward]
-        if owner.stream is not None:
-            self._capture(owner.stream, owner.pool)
+        if owner.memory.stream is not None:
+            self._capture(owner.memory.stream, owner.memory.pool)
 
     def _capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         parts = [self._forward, self._backward][: 1 + self.has_backward]
@@ -275,17 +294,19 @@ class _Graph:
     def _forward(self) -> None:
         hidden = self.embeds
         self._kept = []
-        with torch.set_grad_enabled(self.has_backward):
-            for number in range(len(self.layers)):
-                into = hidden.detach().requires_grad_(self.has_backward)
-                if self.tapped is not None and number == self.shape.tap:
-                    self.tapped.copy_(into.detach())
+        for number in range(len(self.layers)):
+            into = hidden.detach().requires_grad_(self.has_backward)
+            if self.tapped is not None and number == self.shape.tap:
+                self.tapped.copy_(into.detach())
+            keeps = self.has_backward and number >= self.shape.recompute
+            with torch.set_grad_enabled(keeps):
                 out = self._layer(number, into)
-                if self.has_backward:
-                    self._kept.append((into, None if number < self.shape.recompute else out))
-                hidden = out.detach()
-                if number < self.shape.deepstack:
-                    hidden = hidden + self.deepstack[number]
+            if self.has_backward:
+                self._kept.append((into, out if keeps else None))
+            hidden = out.detach()
+            del out  # and what hangs on it, before the next layer needs as much
+            if number < self.shape.deepstack:
+                hidden = hidden + self.deepstack[number]
         self.last.copy_(hidden)
 
     def _backward(self) -> None:
@@ -320,11 +341,11 @@ class _Replay(torch.autograd.Function):
     """The layers as one step of autograd: (embeds) -> (last, tapped)."""
 
     @staticmethod
-    def forward(ctx: Any, embeds: torch.Tensor, graph: _Graph, owner: LayerGraphs) -> Any:
-        ctx.graph, ctx.owner = graph, owner
+    def forward(ctx: Any, embeds: torch.Tensor, graph: _Graph, memory: GraphMemory) -> Any:
+        ctx.graph, ctx.memory = graph, memory
         return graph.replayed(embeds.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad_last: torch.Tensor, grad_tapped: torch.Tensor | None) -> Any:
-        ctx.owner.closed()
+        ctx.memory.is_open = False
         return ctx.graph.replayed_backward(grad_last, grad_tapped), None, None

@@ -16,6 +16,7 @@ from torch import nn
 from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
+from grace_vlm.models.look_up import look_up
 from grace_vlm.quant.plan import Part
 
 
@@ -86,7 +87,7 @@ class LlavaAdapter:
     ) -> DecoderStates:
         language = model.model.language_model
         merged = model.model.multi_modal_projector(torch.cat([p.hidden for p in vision])) if vision else None
-        embeds = language.embed_tokens(input_ids)
+        embeds = look_up(language.embed_tokens, input_ids)
         embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(
             language,

@@ -18,6 +18,7 @@ from torch import nn
 from grace_vlm.kernels.upload import upload
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
+from grace_vlm.models.look_up import look_up
 from grace_vlm.models.qwen_vision import Tables, mrope_positions, patchify_grids, run_grids
 from grace_vlm.quant.plan import Part
 
@@ -80,7 +81,7 @@ class Qwen2VLAdapter:
     ) -> DecoderStates:
         language = model.model.language_model
         merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision])) if vision else None
-        embeds = language.embed_tokens(input_ids)
+        embeds = look_up(language.embed_tokens, input_ids)
         embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(
             language,

@@ -237,9 +237,13 @@ class Recipe(_Section):
         if data.packing and data.group_by_length:
             raise ConfigError("data.group_by_length saves padding and packing has none; choose one of them")
         if self.runtime.cuda_graphs and not data.packing:
-            raise ConfigError("runtime.cuda_graphs is for packed rows; set data.packing=true or leave it out")
+            raise ConfigError(
+                "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false"
+            )
         if self.runtime.cuda_graphs and self.model.train == "all":
-            raise ConfigError("runtime.cuda_graphs trains no vision tower; set model.train=default or leave it out")
+            raise ConfigError(
+                "runtime.cuda_graphs trains no vision tower; set model.train=default or runtime.cuda_graphs=false"
+            )
         if self.has_teacher_elsewhere and data.pixel_cache_gib:
             raise ConfigError(
                 "data.pixel_cache_gib keeps pixels on the student's GPU, where a teacher on model.teacher_device would "

@@ -69,6 +69,10 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         tree["runtime"]["loss_workspace_mib"] = SMALL_WORKSPACE_MIB
         changes.append(f"runtime.loss_workspace_mib={SMALL_WORKSPACE_MIB}: the loss in smaller parts, a little slower")
         yield now()
+    if recipe.runtime.cuda_graphs:
+        tree["runtime"]["cuda_graphs"] = False
+        changes.append("runtime.cuda_graphs=false: layers kernel by kernel, at the pace of the host")
+        yield now()
     is_asked = recipe.objective().needs_teacher and recipe.model.teacher_cache is None
     if is_asked and recipe.model.teacher_precision == "bf16":
         tree["model"]["teacher_precision"] = "fp8"

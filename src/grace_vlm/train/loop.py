@@ -36,6 +36,7 @@ from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.graphs import graph_layers
 from grace_vlm.models.load import use_device
+from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.cache_identity import FILE as CACHE_FILE
 from grace_vlm.train.card import model_card
@@ -114,6 +115,9 @@ class Run:
             self.adaptive,
             self.accelerator,
         )
+        if self.accelerator.device.type == "cuda":
+            # A whole BF16 gradient of a table of words is what a small GPU runs out at.
+            sum_look_ups(self.student.model, self.masters.accumulator)
         if recipe.runtime.gradient_checkpointing and trained_tower:
             recompute_tower(self.student.model)
         if recipe.runtime.compile and self.accelerator.device.type == "cuda":
@@ -121,9 +125,10 @@ class Run:
             if self.teacher is not None:
                 self.teacher.compile_layers()
         if recipe.runtime.cuda_graphs and self.accelerator.device.type == "cuda":
-            graph_layers(self.student.model, self.masters.sums_of(self.student.model.model.language_model.layers))
+            sums = self.masters.sums_of(self.student.model.model.language_model.layers)
+            memory = graph_layers(self.student.model, sums)
             if self.teacher is not None:
-                self.teacher.graph_layers()
+                self.teacher.graph_layers(memory)
 
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))

@@ -22,7 +22,7 @@ from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import TeacherSignal
 from grace_vlm.models.adapter import plain_head
 from grace_vlm.models.compiled import compile_layers
-from grace_vlm.models.graphs import graph_layers
+from grace_vlm.models.graphs import GraphMemory, graph_layers
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.vision import VisionFeatures
 
@@ -46,8 +46,8 @@ class Teacher(Protocol):
         """Compile what it has to compute."""
         ...
 
-    def graph_layers(self) -> None:
-        """Ask for what it has to compute as CUDA graphs."""
+    def graph_layers(self, memory: GraphMemory) -> None:
+        """Ask for what it has to compute as CUDA graphs, in the student's memory if it is on the same GPU."""
         ...
 
 
@@ -87,9 +87,9 @@ class OnlineTeacher:
         """Compile the decoder's layers."""
         compile_layers(self.model)
 
-    def graph_layers(self) -> None:
+    def graph_layers(self, memory: GraphMemory) -> None:
         """Run the decoder's layers as CUDA graphs."""
-        graph_layers(self.model)
+        graph_layers(self.model, memory=memory)
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:
         """What the teacher says about each batch, on the student's device.

@@ -25,6 +25,7 @@ from grace_vlm.errors import CheckpointError, DataError
 from grace_vlm.kernels.upload import upload
 from grace_vlm.losses.objective import Objective
 from grace_vlm.losses.signal import Grams, TeacherSignal
+from grace_vlm.models.graphs import GraphMemory
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.train.cache_identity import read_info, require_made_for
 from grace_vlm.train.cache_shards import DamagedEntry, Entry, EntryStore, load_head, raw, remedy
@@ -62,7 +63,7 @@ class CachedTeacher:
     def compile_layers(self) -> None:
         """There are none."""
 
-    def graph_layers(self) -> None:
+    def graph_layers(self, memory: GraphMemory) -> None:
         """There are none."""
 
     def signals(self, batches: Sequence[Batch], max_tokens: int) -> list[TeacherSignal]:

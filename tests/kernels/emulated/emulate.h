@@ -1,9 +1,11 @@
 // CUDA's part of the low-bit kernels on a CPU: a thread for a lane, barriers for what a warp or a block does together.
 #include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 typedef uint32_t u32;
@@ -19,8 +21,7 @@ static u32 operands[WARPS][32][6];
 static float shared_float[WARPS][32];
 #define SHARED static
 #define INLINE static inline
-#define KERNEL(threads) static void
-#define ALIGNED __attribute__((aligned(1024)))
+#define KERNEL(...) static void
 #define __syncthreads() whole->arrive_and_wait()
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -82,12 +83,37 @@ static inline float sum_of_warp(float v) {
 }
 #ifdef TOKENS
 // A warpgroup: its barrier, and each lane's operand A.
-static std::unique_ptr<std::barrier<>> groups[WGS];
+static std::unique_ptr<std::barrier<>> groups[CONSUMERS];
 static void open_products() {}
 static void queue_products() {}
-static void wait_for_products() {}
+#define wait_for_products(left)
+#define TAKE_REGISTERS
+#define GIVE_REGISTERS
 static void show_to_products() {}
-static void keep(u32 *) {}
+static void keep(u32 (*)[4]) {}
+static u16 *shared_memory() {
+    alignas(1024) static u16 memory[SHARED_WORDS];
+    return memory;
+}
+// PTX ISA, "barrier": sixteen of them; who syncs waits until so many have come, who arrives does not.
+static struct Named {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    int here = 0, times = 0;
+} named[16];
+static void come_to(int barrier, int count, bool waits) {
+    Named &own = named[barrier];
+    std::unique_lock<std::mutex> lock(own.mutex);
+    const int now = own.times;
+    if (++own.here == count) {
+        own.here = 0;
+        ++own.times;
+        own.all_here.notify_all();
+    } else if (waits)
+        own.all_here.wait(lock, [&] { return own.times != now; });
+}
+static void sync_at(int barrier, int count) { come_to(barrier, count, true); }
+static void arrive_at(int barrier, int count) { come_to(barrier, count, false); }
 static void settle(float *) {}
 static inline u32 times(u32 a, u32 b) {
     return pair(wide(a & 0xffff) * wide(b & 0xffff), wide(a >> 16) * wide(b >> 16));
