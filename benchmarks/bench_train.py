@@ -50,7 +50,7 @@ LLAVA = ("random:llava-hf/llava-1.5-7b-hf", "random:llava-hf/llava-1.5-13b-hf", 
 """Student, teacher, recipe."""
 EIGHT = ("data.micro_batch_size=8", "data.accumulation=1")
 TWO = ("data.micro_batch_size=2", "data.accumulation=16", "runtime.gradient_checkpointing=false")
-SMALL = ("optim.moments=8bit", "runtime.loss_workspace_mib=512")
+SMALL = ("optim.moments=8bit", "runtime.loss_workspace_mib=128")
 PACKS = ("data.micro_batch_size=256", "data.accumulation=1", "data.max_batch_tokens=8192", "data.max_tokens=8192")
 
 
@@ -74,7 +74,7 @@ CASES = {
     "grace_8x512_online": Case(EIGHT),
     "grace_8x512_fp8_adam8": Case((*EIGHT, *SMALL, "model.teacher_precision=fp8")),
     "grace_8x512_cached": Case((*EIGHT, "runtime.gradient_checkpointing=false"), cached=True),
-    "grace_8x512_cached_adam8": Case((*EIGHT, "optim.moments=8bit", "runtime.loss_workspace_mib=128"), cached=True),
+    "grace_8x512_cached_adam8": Case((*EIGHT, *SMALL), cached=True),
     "grace_2x512_online": Case(TWO),
     "sft_8x512": Case((*EIGHT, "method=sft", "scheme=bf16")),
     "grace_packed_real": Case((*PACKS, "data.max_batch_tokens=4096", "data.max_tokens=4096"), rows="real"),

@@ -3,9 +3,9 @@
     python benchmarks/tune_low_bit.py                          # -> src/grace_vlm/kernels/tuned.json, this GPU's entry
     python benchmarks/tune_low_bit.py --bits 4 --shapes 4096x2048 --tokens 8,64
 
-For every layer and number of tokens: setups of ``low_bit_linear.cu`` (up to 64 tokens) or torch on bf16(q s) (more),
-and of ``low_bit_tiles.cu`` (more than 8). Each is compared with FP64 first; a wrong one ends the program. Weights rotate
-as in ``bench_w4linear.py``; the shortest median wins. Texts are compiled ahead by all processors.
+For every layer and number of tokens: setups of ``low_bit_linear.cu`` (up to 64 tokens), or torch on bf16(q s) (more),
+and of ``low_bit_tiles.cu`` (more than 8). Each is compared with FP64 first; a wrong one ends the program. Weights
+rotate as in ``bench_w4linear.py``; the shortest median wins. Texts are compiled ahead by all processors.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
 
 
 def tile_setups(num_tokens: int, num_bits: int) -> Iterator[TileSetup]:
-    """Blocks of up to twice the tokens, by one to three warpgroups."""
+    """Blocks of up to twice the tokens, by one to four warpgroups."""
     for tokens in (32, 64, 128):
         if tokens < 2 * num_tokens or tokens == 32:
             yield from (TileSetup(tokens, *rest) for rest in ((1, 1, 1), (1, 2, 1), (1, 1, 2)))
             if tokens < 128:
-                yield TileSetup(tokens, 1, 1, 3)
+                yield TileSetup(tokens, 1, 1, 4)
             if num_tokens >= 128 and num_bits == 4:
                 yield TileSetup(tokens, 2, 2)
 

@@ -209,7 +209,7 @@ def test_the_estimate_counts_what_the_recipe_asks_for(grace: Any) -> None:
     # A limit on tokens that the rows cannot reach changes nothing.
     assert cost("data.max_batch_tokens=8192")["peak_bytes"] == plain["peak_bytes"]
     assert cost("data.max_batch_tokens=8192", "data.micro_batch_size=64")["tokens_per_step"] == 8192 * 256
-    trained = cost("model.train=all")
+    trained = cost("model.train=all", "runtime.cuda_graphs=false")
     assert trained["memory_bytes"]["activations"] > plain["memory_bytes"]["activations"]
     assert trained["flop_by_part"]["student tower"] == 4 * plain["flop_by_part"]["student tower"]
 
@@ -274,12 +274,27 @@ def test_devices_are_read_where_the_recipe_is(grace: Any) -> None:
 
 def test_fit_cuts_only_what_stays_the_same(grace: Any) -> None:
     recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
-    large = ("data.micro_batch_size=6", "data.accumulation=80", "--dry-run", "--fit", "51GB", "--json")
+    plain = "runtime.cuda_graphs=false"
+    large = (plain, "data.micro_batch_size=6", "data.accumulation=80", "--dry-run", "--fit", "51GB", "--json")
     assert "data.micro_batch_size=2 data.accumulation=240" in grace("train", recipe, *large)[1]
     for override in (["loss.normalization=microbatch"], ["data.packing=false", "data.group_by_length=true"]):
         found = grace("train", recipe, *override, *large)
         assert "data.micro_batch_size" not in found[1]
         assert "runtime.loss_workspace_mib=128: " in found[1]
     packs = ("data.max_batch_tokens=32768", "data.micro_batch_size=999", "data.accumulation=4", "data.max_tokens=4096")
-    found = grace("train", recipe, *packs, "--dry-run", "--json", "--fit", "53GB")[1]
+    found = grace("train", recipe, plain, *packs, "--dry-run", "--json", "--fit", "53GB")[1]
     assert "data.max_batch_tokens=8192 data.accumulation=16: smaller packs, about the same rows a step" in found
+
+
+def test_fit_gives_up_graphs_before_what_is_learned(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    packs = ("data.max_batch_tokens=8192", "data.micro_batch_size=999", "data.accumulation=8")
+    cost = {
+        graphs: document(grace("train", recipe, *packs, f"runtime.cuda_graphs={graphs}", "--dry-run", "--json"))
+        for graphs in ("true", "false")
+    }
+    small = {"runtime.loss_workspace_mib=128", "--dry-run", "--json"}
+    between = (cost["true"]["peak_bytes"] + cost["false"]["peak_bytes"]) // 2 // 2**30 + 2
+    found = grace("train", recipe, *packs, *small, "--fit", f"{between}GiB")[1]
+    assert "runtime.cuda_graphs=false: layers kernel by kernel, at the pace of the host" in found
+    assert "moments" not in found

@@ -135,7 +135,7 @@ TILE_CASES = [
     (4, 144, 704, 64, 33, TileSetup(32, 1, 2), torch.bfloat16),
     (4, 272, 448, 64, 33, TileSetup(32, 2, 2), torch.bfloat16),
     (4, 32, 576, 64, 66, TileSetup(64, 1, 1, 2), torch.bfloat16),
-    (4, 16, 64, 32, 33, TileSetup(32, 1, 1, 3), torch.bfloat16),
+    (4, 16, 704, 352, 33, TileSetup(32, 1, 1, 4), torch.bfloat16),
     (8, 80, 192, 64, 40, TileSetup(64), torch.float16),
     (8, 32, 96, 32, 70, TileSetup(64, 1, 1, 2), torch.bfloat16),
     (8, 32, 480, 480, 30, TileSetup(32, 2), torch.bfloat16),

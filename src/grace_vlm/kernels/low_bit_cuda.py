@@ -71,6 +71,10 @@ class TileSetup:
     STAGES: ClassVar = 4
     """Slabs of tokens in shared memory."""
 
+    def __post_init__(self) -> None:
+        # Each place in shared memory is then one warpgroup's; two could otherwise wait for different slabs in it.
+        assert self.STAGES % self.split == 0
+
     def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
         """Blocks along rows and tokens."""
         return -(-num_tiles // (4 * self.tall * self.groups)), -(-num_tokens // self.tokens)
@@ -106,7 +110,7 @@ def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu:
         "WGS": setup.groups,
         "SPLIT": setup.split,
         "STAGES": setup.STAGES,
-        "DEPTH": 4 if setup.tall == 1 and packed.num_bits == 4 else 2,
+        "DEPTH": 4 if setup.tall == 1 and setup.split < 4 and packed.num_bits == 4 else 2,
         # Registers for two where both their tokens' sums fit.
         "BLOCKS": 2 if setup.threads == 256 and setup.tokens <= 64 and setup.tall == 1 else 1,
         "SILU": silu,
