@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +29,7 @@ from record import percentiles, time_interleaved
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as operator
-from grace_vlm.kernels.fragments import SLAB, PackedLinear, pack_linear
+from grace_vlm.kernels.fragments import SLAB, TILE, PackedLinear, pack_linear
 from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, defines_of, run_few, run_many, tile_defines_of
 from grace_vlm.kernels.nvrtc import FOLDER, compile_text
 from grace_vlm.kernels.tuned import FILE
@@ -52,21 +54,24 @@ def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
             yield Setup(eights, rows, warps, depth)
 
 
-def tile_setups(num_tokens: int, num_bits: int) -> Iterator[TileSetup]:
-    """Blocks of up to twice the tokens, by one to four warpgroups."""
-    for tokens in (32, 64, 128):
-        if tokens < 2 * num_tokens or tokens == 32:
-            yield from (TileSetup(tokens, *rest) for rest in ((1, 1, 1), (1, 2, 1), (1, 1, 2)))
-            if tokens < 128:
-                yield TileSetup(tokens, 1, 1, 4)
-            if num_tokens >= 128 and num_bits == 4:
-                yield TileSetup(tokens, 2, 2)
+def tile_setups(num_tokens: int, packed: PackedLinear) -> Iterator[TileSetup]:
+    """Blocks of up to twice the tokens; their inputs shared by as many as still keep all multiprocessors at work."""
+    num_tiles = packed.out_features // TILE
+    for tokens, groups, split in itertools.product((32, 64, 128), (1, 2), (1, 2)):
+        if (tokens >= 2 * num_tokens and tokens > 32) or (tokens, groups, split) == (128, 2, 2):
+            continue  # the last does not fit in registers
+        for spread in (1, 2, 4):
+            setup = TileSetup(tokens, 1, groups, split, spread)
+            if spread == 1 or math.prod(setup.grid(num_tokens, num_tiles)) <= 300:
+                yield setup
+    if num_tokens >= 128 and packed.num_bits == 4:
+        yield from (TileSetup(tokens, 2, 2) for tokens in (64, 128))
 
 
 def candidates(num_tokens: int, packed: PackedLinear) -> list[Candidate]:
     few = list(few_setups(num_tokens, -(-packed.in_features // SLAB))) if num_tokens <= FEW_TOKENS else [None]
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    return [*few, *(tile_setups(num_tokens, packed.num_bits) if is_hopper and num_tokens > 8 else ())]
+    return [*few, *(tile_setups(num_tokens, packed) if is_hopper and num_tokens > 8 else ())]
 
 
 def text_of(packed: PackedLinear, setup: Candidate) -> tuple[str, dict[str, int]] | None:
@@ -93,7 +98,9 @@ def compile_one(architecture: str, job: tuple[str, dict[str, int]]) -> str | Non
 def compile_all(jobs: Sequence[tuple[str, dict[str, int]]]) -> None:
     major, minor = torch.cuda.get_device_capability()
     architecture = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
-    with ProcessPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+    # New processes: a copy of one that uses a GPU may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(32, os.cpu_count() or 1), mp_context=context) as pool:
         for said in pool.map(partial(compile_one, architecture), jobs):
             if said:
                 say(said)

@@ -135,7 +135,9 @@ TILE_CASES = [
     (4, 144, 704, 64, 33, TileSetup(32, 1, 2), torch.bfloat16),
     (4, 272, 448, 64, 33, TileSetup(32, 2, 2), torch.bfloat16),
     (4, 32, 576, 64, 66, TileSetup(64, 1, 1, 2), torch.bfloat16),
-    (4, 16, 704, 352, 33, TileSetup(32, 1, 1, 4), torch.bfloat16),
+    (4, 80, 704, 352, 70, TileSetup(32, 1, 1, 2, 4), torch.bfloat16),
+    (4, 272, 192, 64, 60, TileSetup(64, 1, 2, 1, 2), torch.bfloat16),
+    (4, 16, 64, 64, 30, TileSetup(32, 1, 1, 2, 2), torch.bfloat16),
     (8, 80, 192, 64, 40, TileSetup(64), torch.float16),
     (8, 32, 96, 32, 70, TileSetup(64, 1, 1, 2), torch.bfloat16),
     (8, 32, 480, 480, 30, TileSetup(32, 2), torch.bfloat16),
@@ -159,7 +161,7 @@ def test_what_is_fused_for_many_tokens(tmp_path: Path, silu: bool) -> None:
     packed = pack_linear(interleaved(weight(4, 16, 128, 32, seed=2), weight(4, 16, 128, 32, seed=3)))
     x, bias = inputs_of(65, 128, torch.bfloat16), inputs_of(1, 32, torch.bfloat16, seed=4)[0]
     rest = inputs_of(65, 16 if silu else 32, torch.bfloat16, seed=5)
-    found = run_tiles(tmp_path, TileSetup(64, 1, 1, 2), x, packed, bias, rest, silu)
+    found = run_tiles(tmp_path, TileSetup(64, 1, 1, 2, 4), x, packed, bias, rest, silu)
     assert error(found, low_bit_linear(x, packed, bias=bias, residual=rest, silu=silu).double()) < 8e-3
 
 
@@ -202,11 +204,14 @@ def test_the_text_for_many_tokens_compiles(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_setups_for_many_tokens() -> None:
-    assert tile_setup_of(65, 2048, 132) == TileSetup(64, 1, 1, 2)
-    assert tile_setup_of(256, 2048, 132) == TileSetup(64, 1, 1, 2)
+    assert tile_setup_of(20, 2048, 132) == TileSetup(32, 1, 1, 2, 4)
+    assert tile_setup_of(64, 12288, 132) == TileSetup(64, 1, 1, 2)
+    assert tile_setup_of(65, 2048, 132) == TileSetup(128, 1, 1, 2, 4)
     assert tile_setup_of(256, 4096, 132) == TileSetup(128, 1, 1, 2)
     assert tile_setup_of(1024, 2048, 132) == TileSetup(128, 1, 2)
     assert tile_setup_of(1024, 12288, 132) == TileSetup(128, 2, 2)
+    with pytest.raises(AssertionError):
+        TileSetup(64, 1, 1, 4)
 
 
 def test_the_reference_of_the_fused_forms_is_transformers() -> None:

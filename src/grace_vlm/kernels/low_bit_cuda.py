@@ -31,9 +31,9 @@ class Setup:
     warps: int
     depth: int
 
-    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
+    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int, int]:
         """Blocks along rows and tokens."""
-        return -(-num_tiles // self.rows), -(-num_tokens // (8 * self.eights))
+        return -(-num_tiles // self.rows), -(-num_tokens // (8 * self.eights)), 1
 
 
 def setup_of(num_tokens: int, num_slabs: int) -> Setup:
@@ -61,23 +61,26 @@ def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, si
 @dataclass(frozen=True)
 class TileSetup:
     """How ``low_bit_tiles.cu`` is compiled: tokens of a block, pieces of 64 rows of a warpgroup, warpgroups that share
-    rows, and warpgroups that share inputs."""
+    rows, warpgroups that share inputs, and blocks that share them too."""
 
     tokens: int
     tall: int = 1
     groups: int = 1
     split: int = 1
+    spread: int = 1
 
     STAGES: ClassVar = 4
     """Slabs of tokens in shared memory."""
 
     def __post_init__(self) -> None:
-        # Each place in shared memory is then one warpgroup's; two could otherwise wait for different slabs in it.
-        assert self.STAGES % self.split == 0
+        # A place in shared memory belongs to one warpgroup, which gives it back when it has begun with its next slab:
+        # two would take each other's, and a single place each would be waited for in a circle.
+        assert self.STAGES % (2 * self.split) == 0
+        assert self.tokens % (8 * self.spread) == 0
 
-    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int]:
-        """Blocks along rows and tokens."""
-        return -(-num_tiles // (4 * self.tall * self.groups)), -(-num_tokens // self.tokens)
+    def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int, int]:
+        """Blocks along rows, tokens and inputs."""
+        return -(-num_tiles // (4 * self.tall * self.groups)), -(-num_tokens // self.tokens), self.spread
 
     @property
     def threads(self) -> int:
@@ -86,19 +89,19 @@ class TileSetup:
 
     def shared_bytes(self, silu: bool) -> int:
         """Of a block, as the text counts them, and what it takes to begin at a multiple of 1,024."""
-        sums = 4 * (self.split - 1) * self.groups * self.tall * 64 * self.tokens
-        lines = 2 * self.groups * self.tokens * ((32 if silu else 64) * self.tall + 8)
+        sums = 4 * self.groups * self.tall * 64 * self.tokens if self.split * self.spread > 1 else 0
+        lines = 2 * self.groups * self.tokens // self.spread * ((32 if silu else 64) * self.tall + 8)
         return max(2 * self.STAGES * 64 * self.tokens, sums + lines) + 1024
 
 
 def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
     """By rule: the largest blocks of which there are enough for every multiprocessor."""
-    large = (TileSetup(128, 2, 2), TileSetup(128, 1, 2), TileSetup(128, 1, 1, 2))
-    for setup in large if num_tokens > 64 else ():
-        blocks = math.prod(setup.grid(num_tokens, out_features // TILE))
-        if blocks >= num_processors * 7 // 8:
+    tokens = next((n for n in (32, 64) if num_tokens <= n), 128)
+    large = [TileSetup(128, 2, 2), TileSetup(128, 1, 2)] if tokens == 128 else []
+    for setup in (*large, TileSetup(tokens, 1, 1, 2), TileSetup(tokens, 1, 1, 2, 2)):
+        if math.prod(setup.grid(num_tokens, out_features // TILE)) >= num_processors * 7 // 8:
             return setup
-    return TileSetup(32 if num_tokens <= 32 else 64, 1, 1, 2)
+    return TileSetup(tokens, 1, 1, 2, 4)
 
 
 def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu: bool) -> dict[str, int]:
@@ -109,8 +112,9 @@ def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu:
         "TALL": setup.tall,
         "WGS": setup.groups,
         "SPLIT": setup.split,
+        "SPREAD": setup.spread,
         "STAGES": setup.STAGES,
-        "DEPTH": 4 if setup.tall == 1 and setup.split < 4 and packed.num_bits == 4 else 2,
+        "DEPTH": 4 if setup.tall == 1 and packed.num_bits == 4 else 2,
         # Registers for two where both their tokens' sums fit.
         "BLOCKS": 2 if setup.threads == 256 and setup.tokens <= 64 and setup.tall == 1 else 1,
         "SILU": silu,

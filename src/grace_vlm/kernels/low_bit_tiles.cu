@@ -6,7 +6,8 @@
 //
 // One warpgroup of a block only brings tokens, STAGES slabs ahead of the others; the others decode the next weights while
 // the tensor cores multiply the last. TALL: a warpgroup has so many pieces of 64 rows, WGS: so many warpgroups share the
-// rows of a block, SPLIT: so many share its inputs, slab by slab in turn; their sums meet in a fixed order.
+// rows of a block, SPLIT: so many share its inputs, slab by slab in turn. SPREAD: so many blocks, a cluster, share the
+// inputs of the same rows and tokens. Sums meet in shared memory, in a fixed order.
 //
 // Compiled for (and what low_bit_common.cuh names):  TOKENS 32 64 128   TALL 1 2   WGS   SPLIT   STAGES   DEPTH slabs of
 // weights on their way (even)   SILU as in the other text
@@ -14,10 +15,11 @@
 #define WARPS (4 * (CONSUMERS + 1))
 #define THREADS (32 * WARPS)
 #define WIDTH (SILU ? 32 * TALL : 64 * TALL)  // numbers of a token that a warpgroup stores
-#define LINE (WIDTH + 8)                      // their distance in shared memory: 16 bytes more, against conflicts
-#define PARTS (2 * (SPLIT - 1) * WGS * TALL * 64 * TOKENS)  // u16 of other warpgroups' FP32 sums
+#define LINE (WIDTH + 8)                       // their distance in shared memory: 16 bytes more, against conflicts
+#define EIGHTS (TOKENS / 8 / SPREAD)           // of tokens that a block stores
+#define PARTS (SPLIT * SPREAD > 1 ? 2 * WGS * TALL * 64 * TOKENS : 0)  // u16 of FP32 sums that others add to theirs
 #define STAGED (STAGES * 64 * TOKENS)
-#define STORED (PARTS + WGS * TOKENS * LINE)
+#define STORED (PARTS + WGS * 8 * EIGHTS * LINE)
 #define SHARED_WORDS (STAGED > STORED ? STAGED : STORED)  // u16
 #include "low_bit_common.cuh"
 
@@ -37,6 +39,22 @@ INLINE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" :
 INLINE void sync_at(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 INLINE void arrive_at(int barrier, int count) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+#if SPREAD > 1
+#define CLUSTER __cluster_dims__(1, 1, SPREAD)
+#else
+#define CLUSTER
+#endif
+// All blocks of a cluster, and what another of them has where this one has ``own``.
+INLINE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+INLINE float of_block(const float *own, int block) {
+    float v;
+    asm volatile("{.reg .u32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at];}"
+                 : "=f"(v)
+                 : "r"((u32)__cvta_generic_to_shared(own)), "r"(block));
+    return v;
 }
 #if TALL == 2 && CONSUMERS == 2
 // Of 65,536 registers the three warpgroups have 168 a thread; those that multiply need more.
@@ -113,15 +131,17 @@ INLINE void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
 #define AHEAD ((TALL == 2 ? 8 : 16) / UNITS)          // slabs of them that it waits for at a time
 
 // All tokens of a block, slab after slab, by 128 threads: thread / 8 is a token of sixteen, thread % 8 its 16 bytes.
-INLINE void bring_tokens(const u16 *x, u16 *stages, int thread, int first_token, int tokens, int in) {
-    const int slabs = (in + 63) / 64, piece = thread & 7, row = thread >> 3;
+INLINE void bring_tokens(const u16 *x, u16 *stages, int thread, int first_token, int tokens, int first_slab, int slabs,
+                         int in) {
+    const int piece = thread & 7, row = thread >> 3;
     const u16 *from = x + (i64)first_token * in + 8 * piece;
     int offset[UNITS];
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) offset[i] = min(row + 16 * i, tokens - 1 - first_token) * in;
 
     uint4 held[AHEAD][UNITS];
-    auto fetch = [&](int slab, uint4 *out) {
+    auto fetch = [&](int one, uint4 *out) {
+        const int slab = first_slab + one;
 #pragma unroll
         for (int i = 0; i < UNITS; ++i)
             out[i] = !TAIL || 64 * slab + 8 * piece < in ? *(const uint4 *)(from + offset[i] + 64 * slab)
@@ -192,14 +212,16 @@ INLINE void decode_piece(const Piece &piece, u32 (*a)[4]) {
     }
 }
 
-KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias,
-                                      const u16 *residual, u16 *y, int tokens, int tiles, int in) {
+KERNEL(THREADS, BLOCKS)
+CLUSTER low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias, const u16 *residual, u16 *y,
+                      int tokens, int tiles, int in) {
     u16 *shared = shared_memory();
     const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
-    const int first_token = blockIdx.y * TOKENS, slabs = (in + 63) / 64;
+    const int first_token = blockIdx.y * TOKENS, all_slabs = (in + 63) / 64, block = SPREAD > 1 ? blockIdx.z : 0;
+    const int first_slab = all_slabs * block / SPREAD, slabs = all_slabs * (block + 1) / SPREAD - first_slab;
     if (group == CONSUMERS) {
         GIVE_REGISTERS;
-        bring_tokens(x, shared, thread, first_token, tokens, in);
+        bring_tokens(x, shared, thread, first_token, tokens, first_slab, slabs, in);
         return;
     }
     TAKE_REGISTERS;
@@ -222,7 +244,7 @@ KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, cons
     for (int d = 0; d < DEPTH; ++d)
 #pragma unroll
         for (int h = 0; h < TALL; ++h)
-            if (d < mine) fetch_piece(own_words[h], own_scale[h], turn + SPLIT * d, in, ahead[d][h]);
+            if (d < mine) fetch_piece(own_words[h], own_scale[h], first_slab + turn + SPLIT * d, in, ahead[d][h]);
     if (0 < mine) decode_piece(ahead[0][0], a[0]);
     for (int start = 0; start < mine; start += DEPTH) {
 #pragma unroll
@@ -251,7 +273,7 @@ KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, cons
                 if (i + DEPTH < mine)
 #pragma unroll
                     for (int one = 0; one < TALL; ++one)
-                        fetch_piece(own_words[one], own_scale[one], slab + SPLIT * DEPTH, in, ahead[d][one]);
+                        fetch_piece(own_words[one], own_scale[one], first_slab + slab + SPLIT * DEPTH, in, ahead[d][one]);
             }
         }
     }
@@ -263,36 +285,54 @@ KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, cons
 
     // Tokens are no longer needed: their memory takes sums, and numbers on their way to full lines of y.
     sync_at(DONE, 128 * CONSUMERS);
-#if SPLIT > 1
+#if SPLIT * SPREAD > 1
     float *parts = (float *)shared + rows * TALL * 64 * TOKENS + thread;
-    if (turn) {
+#define PART(h, i) parts[(h) * 64 * TOKENS + 128 * (i)]
+#endif
+#if SPLIT > 1
 #pragma unroll
-        for (int h = 0; h < TALL; ++h)
+    for (int h = 0; h < TALL; ++h)
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; ++i)
-                parts[((turn - 1) * WGS * TALL + h) * 64 * TOKENS + 128 * i] = all[h][i];
-    }
+        for (int i = 0; i < TOKENS / 2; ++i)
+            if (turn) PART(h, i) = all[h][i];
     sync_at(DONE, 128 * CONSUMERS);
     if (turn) return;
 #pragma unroll
-    for (int other = 0; other < SPLIT - 1; ++other)
+    for (int h = 0; h < TALL; ++h)
 #pragma unroll
-        for (int h = 0; h < TALL; ++h)
-#pragma unroll
-            for (int i = 0; i < TOKENS / 2; ++i)
-                all[h][i] += parts[(other * WGS * TALL + h) * 64 * TOKENS + 128 * i];
+        for (int i = 0; i < TOKENS / 2; ++i) all[h][i] += PART(h, i);
 #endif
-    u16 *lines = shared + PARTS + rows * TOKENS * LINE;
+#if SPREAD > 1
+    // Each block of the cluster ends with all sums of its share of the tokens.
+#pragma unroll
+    for (int h = 0; h < TALL; ++h)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) PART(h, i) = all[h][i];
+    sync_cluster();
+    float sums[TALL][4 * EIGHTS] = {};
+#pragma unroll
+    for (int h = 0; h < TALL; ++h)
+#pragma unroll
+        for (int i = 0; i < 4 * EIGHTS; ++i)
+#pragma unroll
+            for (int other = 0; other < SPREAD; ++other)
+                sums[h][i] += of_block(&PART(h, 4 * EIGHTS * block + i), other);
+    sync_cluster();  // none ends before the others have read what is its
+#else
+    float(*sums)[4 * EIGHTS] = all;
+#endif
+    const int first_stored = first_token + 8 * EIGHTS * block;
+    u16 *lines = shared + PARTS + rows * 8 * EIGHTS * LINE;
 #pragma unroll
     for (int h = 0; h < TALL; ++h) {
         const int first_row = 16 * min(first_tile + 4 * h + warp, tiles - 1) + (lane >> 2);
         const float near = bias ? wide(bias[first_row]) : 0.0f, far = bias ? wide(bias[first_row + 8]) : 0.0f;
         u16 *line = lines + 2 * (lane & 3) * LINE + (SILU ? 8 : 16) * (4 * h + warp) + (lane >> 2);
 #pragma unroll
-        for (int j = 0; j < TOKENS / 8; ++j)
+        for (int j = 0; j < EIGHTS; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const u32 low = rounded(all[h][4 * j + c] + near), high = rounded(all[h][4 * j + c + 2] + far);
+                const u32 low = rounded(sums[h][4 * j + c] + near), high = rounded(sums[h][4 * j + c + 2] + far);
                 u16 *at = line + (8 * j + c) * LINE;
                 if (SILU) {
                     const float gate = wide(low);
@@ -305,10 +345,10 @@ KERNEL(THREADS, BLOCKS) low_bit_tiles(const uint4 *words, const u32 *scale, cons
     }
     sync_at(IN_PLACE + rows, 128);
     const int out = (SILU ? 8 : 16) * tiles, first_column = (SILU ? 8 : 16) * first_tile;
-    for (int index = thread; index < TOKENS * (WIDTH / 8); index += 128) {
+    for (int index = thread; index < 8 * EIGHTS * (WIDTH / 8); index += 128) {
         const int token = index / (WIDTH / 8), column = 8 * (index % (WIDTH / 8));
-        if (first_token + token >= tokens || first_column + column >= out) continue;
-        const i64 to = (i64)(first_token + token) * out + first_column + column;
+        if (first_stored + token >= tokens || first_column + column >= out) continue;
+        const i64 to = (i64)(first_stored + token) * out + first_column + column;
         uint4 v = *(const uint4 *)(lines + token * LINE + column);
         if (residual) {
             const uint4 more = *(const uint4 *)(residual + to);

@@ -106,7 +106,7 @@ class Kernel:
 
     def __call__(
         self,
-        grid: tuple[int, int],
+        grid: tuple[int, int, int],
         threads: int,
         arguments: Sequence[torch.Tensor | int | float | None],
         shared_bytes: int = 0,
@@ -129,7 +129,7 @@ class Kernel:
             self._allow(shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
         given = (tuple(values), tuple(types))
-        launched = self._launch(self._function, *grid, 1, threads, 1, 1, shared_bytes, stream, given, 0)
+        launched = self._launch(self._function, *grid, threads, 1, 1, shared_bytes, stream, given, 0)
         _checked(launched, "launching a kernel")
 
     def _allow(self, shared_bytes: int) -> None:

@@ -1,10 +1,11 @@
 """Change a recipe until its estimated peak fits a GPU, least harm first, and say what was changed and why.
 
-The first levers change nothing that is learned: recomputing activations, and smaller micro-batches with more of them,
-where the loss is normalised over the whole step and the order of the rows does not depend on the size of a micro-batch.
-Smaller packs hold other rows together, and about as many a step. The last two levers do change what is learned: a
-teacher in FP8 is a slightly different teacher, and moments of one byte are slightly other updates. What does not fit
-after all of them is refused; nothing is tried on the GPU.
+The first levers change nothing that is learned: recomputing activations, smaller micro-batches with more of them (where
+the loss is normalised over the whole step and the order of the rows does not depend on the size of a micro-batch),
+smaller parts of the loss, no CUDA graphs. Smaller packs hold other rows together, and about as many a step. The last two
+levers do change what is learned: a teacher in FP8 is a slightly different teacher, and moments of one byte are slightly
+other updates. What a later lever made needless is taken back. What does not fit after all of them is refused; nothing is
+tried on the GPU.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def _without_idle(
     num_bytes: int,
     estimate: Callable[[Recipe], Estimate],
 ) -> tuple[Recipe, list[str]]:
-    """The set-up without changes that free nothing where memory was short: with two GPUs, one side's do nothing for the
-    other. What changes what is learned is taken back first."""
+    """The set-up without the changes that those after them made needless: a teacher in FP8 frees more than all that was
+    given up before it, and with two GPUs one side's do nothing for the other. What changes what is learned is taken
+    back first."""
     kept = list(changes)
     for change in reversed(changes):
         tree = candidate.model_dump(mode="json")
@@ -126,9 +128,7 @@ def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) 
     for candidate, changes in _setups(recipe):
         smallest = estimate(candidate)
         if smallest.largest_bytes + RESERVED_BYTES <= num_bytes:
-            if recipe.has_teacher_elsewhere:
-                return _without_idle(recipe, candidate, changes, num_bytes, estimate)
-            return candidate, changes
+            return _without_idle(recipe, candidate, changes, num_bytes, estimate)
     assert smallest is not None
     is_student = smallest.peak_bytes == smallest.largest_bytes
     memory = smallest.memory if is_student else smallest.teacher_memory

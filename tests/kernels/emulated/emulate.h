@@ -14,15 +14,40 @@ typedef long long i64;
 typedef uint64_t u64;
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
-struct Index { int x, y; };
+struct Index { int x, y, z; };
 static thread_local Index threadIdx, blockIdx;
-static std::unique_ptr<std::barrier<>> whole, warps[WARPS];
-static u32 operands[WARPS][32][6];
-static float shared_float[WARPS][32];
+#ifdef TOKENS
+#define TOGETHER SPREAD  // blocks of a cluster
+#else
+#define TOGETHER 1
+#define CONSUMERS 0
+#define SHARED_WORDS 0
+#endif
+// PTX ISA, "barrier": sixteen of them; who syncs waits until so many have come, who arrives does not.
+struct Named {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    int here = 0, times = 0;
+};
+// What the threads of a block share.
+struct Block {
+    std::barrier<> whole{32 * WARPS};
+    std::unique_ptr<std::barrier<>> warps[WARPS], groups[CONSUMERS + 1];
+    u32 operands[WARPS][32][6];
+    float shared_float[WARPS][32];
+    Named named[16];
+    alignas(1024) u16 memory[SHARED_WORDS + 1];
+    Block() {
+        for (auto &warp : warps) warp = std::make_unique<std::barrier<>>(32);
+        for (auto &group : groups) group = std::make_unique<std::barrier<>>(128);
+    }
+};
+static std::unique_ptr<Block> blocks[TOGETHER];
+static thread_local Block *own_block;
 #define SHARED static
 #define INLINE static inline
 #define KERNEL(...) static void
-#define __syncthreads() whole->arrive_and_wait()
+#define __syncthreads() own_block->whole.arrive_and_wait()
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -54,36 +79,34 @@ static inline u32 minus(u32 a, u32 b) {
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": which element each register's half is.
 static inline void multiply(float *d, const u32 *a, u32 b0, u32 b1) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    u32 *own = operands[warp][lane];
+    u32 *own = own_block->operands[warp][lane];
     for (int i = 0; i < 4; ++i) own[i] = a[i];
     own[4] = b0;
     own[5] = b1;
-    warps[warp]->arrive_and_wait();
+    own_block->warps[warp]->arrive_and_wait();
     for (int c = 0; c < 4; ++c) {
         const int row = (lane >> 2) + 8 * (c >> 1), column = 2 * (lane & 3) + (c & 1);
         float total = 0.0f;
         for (int k = 0; k < 16; ++k) {
             const int holder = (k % 8) / 2, half = 16 * (k & 1), upper = k / 8;
-            const u32 weight = operands[warp][4 * (row % 8) + holder][(row >= 8) + 2 * upper] >> half;
-            const u32 input = operands[warp][4 * column + holder][4 + upper] >> half;
+            const u32 weight = own_block->operands[warp][4 * (row % 8) + holder][(row >= 8) + 2 * upper] >> half;
+            const u32 input = own_block->operands[warp][4 * column + holder][4 + upper] >> half;
             total += wide(weight & 0xffff) * wide(input & 0xffff);
         }
         d[c] += total;
     }
-    warps[warp]->arrive_and_wait();
+    own_block->warps[warp]->arrive_and_wait();
 }
 static inline float sum_of_warp(float v) {
     const int warp = threadIdx.x >> 5;
-    shared_float[warp][threadIdx.x & 31] = v;
-    warps[warp]->arrive_and_wait();
+    own_block->shared_float[warp][threadIdx.x & 31] = v;
+    own_block->warps[warp]->arrive_and_wait();
     float total = 0.0f;
-    for (int i = 0; i < 32; ++i) total += shared_float[warp][i];
-    warps[warp]->arrive_and_wait();
+    for (int i = 0; i < 32; ++i) total += own_block->shared_float[warp][i];
+    own_block->warps[warp]->arrive_and_wait();
     return total;
 }
 #ifdef TOKENS
-// A warpgroup: its barrier, and each lane's operand A.
-static std::unique_ptr<std::barrier<>> groups[CONSUMERS];
 static void open_products() {}
 static void queue_products() {}
 #define wait_for_products(left)
@@ -91,18 +114,10 @@ static void queue_products() {}
 #define GIVE_REGISTERS
 static void show_to_products() {}
 static void keep(u32 (*)[4]) {}
-static u16 *shared_memory() {
-    alignas(1024) static u16 memory[SHARED_WORDS];
-    return memory;
-}
-// PTX ISA, "barrier": sixteen of them; who syncs waits until so many have come, who arrives does not.
-static struct Named {
-    std::mutex mutex;
-    std::condition_variable all_here;
-    int here = 0, times = 0;
-} named[16];
+static void settle(float *) {}
+static u16 *shared_memory() { return own_block->memory; }
 static void come_to(int barrier, int count, bool waits) {
-    Named &own = named[barrier];
+    Named &own = own_block->named[barrier];
     std::unique_lock<std::mutex> lock(own.mutex);
     const int now = own.times;
     if (++own.here == count) {
@@ -114,7 +129,14 @@ static void come_to(int barrier, int count, bool waits) {
 }
 static void sync_at(int barrier, int count) { come_to(barrier, count, true); }
 static void arrive_at(int barrier, int count) { come_to(barrier, count, false); }
-static void settle(float *) {}
+// Of a cluster: the threads that are still there, those of one warpgroup for each of its rows.
+#define CLUSTER
+static std::unique_ptr<std::barrier<>> cluster;
+static void sync_cluster() { cluster->arrive_and_wait(); }
+static float of_block(const float *own, int block) {
+    const float *theirs = own + ((float *)blocks[block]->memory - (float *)own_block->memory);
+    return *theirs;
+}
 static inline u32 times(u32 a, u32 b) {
     return pair(wide(a & 0xffff) * wide(b & 0xffff), wide(a >> 16) * wide(b >> 16));
 }
@@ -122,38 +144,38 @@ static inline u32 times(u32 a, u32 b) {
 // layout": rows of 128 bytes whose 16-byte pieces are exchanged by the row's place among eight.
 static inline void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int i = 0; i < 4; ++i) operands[warp][lane][i] = a[i];
-    groups[warp / 4]->arrive_and_wait();
+    for (int i = 0; i < 4; ++i) own_block->operands[warp][lane][i] = a[i];
+    own_block->groups[warp / 4]->arrive_and_wait();
     for (int j = 0; j < TOKENS / 8; ++j)
         for (int c = 0; c < 4; ++c) {
             const int row = (lane >> 2) + 8 * (c >> 1), token = 8 * j + 2 * (lane & 3) + (c & 1);
             float total = 0.0f;
             for (int k = 0; k < 16; ++k) {
-                const u32 weight = operands[warp][4 * (row % 8) + (k % 8) / 2][(row >= 8) + 2 * (k / 8)] >> (16 * (k & 1));
+                const u32 weight = own_block->operands[warp][4 * (row % 8) + (k % 8) / 2][(row >= 8) + 2 * (k / 8)] >> (16 * (k & 1));
                 const int piece = (2 * step + k / 8) ^ (token & 7);
                 total += wide(weight & 0xffff) * wide(tile[64 * token + 8 * piece + k % 8]);
             }
             d[4 * j + c] += total;
         }
-    groups[warp / 4]->arrive_and_wait();
+    own_block->groups[warp / 4]->arrive_and_wait();
 }
 #endif
-// A grid, block after block.
-template <class Body> static void run_grid(int blocks_x, int blocks_y, Body body) {
-    for (int by = 0; by < blocks_y; ++by)
-        for (int bx = 0; bx < blocks_x; ++bx) {
-            whole = std::make_unique<std::barrier<>>(32 * WARPS);
-            for (auto &warp : warps) warp = std::make_unique<std::barrier<>>(32);
+// A grid, cluster after cluster.
+template <class Body> static void run_grid(int blocks_x, int blocks_y, int blocks_z, Body body) {
+    for (int index = 0; index < blocks_x * blocks_y; ++index) {
+        std::vector<std::thread> threads;
+        for (auto &block : blocks) block = std::make_unique<Block>();
 #ifdef TOKENS
-            for (auto &group : groups) group = std::make_unique<std::barrier<>>(128);
+        cluster = std::make_unique<std::barrier<>>(128 * WGS * SPREAD);
 #endif
-            std::vector<std::thread> threads;
+        for (int bz = 0; bz < blocks_z; ++bz)
             for (int t = 0; t < 32 * WARPS; ++t)
                 threads.emplace_back([=] {
-                    threadIdx = {t, 0};
-                    blockIdx = {bx, by};
+                    threadIdx = {t, 0, 0};
+                    blockIdx = {index % blocks_x, index / blocks_x, bz};
+                    own_block = blocks[bz].get();
                     body();
                 });
-            for (auto &thread : threads) thread.join();
-        }
+        for (auto &thread : threads) thread.join();
+    }
 }
