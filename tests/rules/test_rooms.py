@@ -19,8 +19,9 @@ FLOORS = (
     ("cli",),
 )
 """design.md, from the bottom up."""
-ALONGSIDE = {("data", "models")}
-"""Imports between rooms of one floor, (from, to): data needs models' adapter protocol; models never needs data."""
+ALONGSIDE = {("data", "models"), ("engine", "formats")}
+"""Imports between rooms of one floor, (from, to): data needs models' adapter protocol, the
+engine runs what formats read; neither the other way."""
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 HEAVY = ("torch", "transformers", "numpy", "PIL", "accelerate", "pydantic", "safetensors", "tokenizers")
 

@@ -7,12 +7,10 @@ their answers comparable one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from grace_vlm.data.collate import Batch
-from grace_vlm.models.load import LoadedModel
+from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.models.vision import VisionFeatures
 
 
@@ -31,8 +29,7 @@ def greedy(
     local = batch.to(device)
     assert local.attention_mask is not None, "generation pads on the left"
     adapter, cache = loaded.adapter, DynamicCache()
-    stop = (loaded.processor.tokenizer.eos_token_id, loaded.model.generation_config.eos_token_id)
-    stop_ids = torch.tensor(sorted(flatten_ids(stop)), device=device)
+    stop_ids = torch.tensor(sorted(end_ids(loaded)), device=device)
     mask = local.attention_mask
     vision_outputs = vision.of(batch.pictures)
     states = adapter.decode(
@@ -55,14 +52,3 @@ def greedy(
         logits = adapter.head(loaded.model)(states.last[:, -1]).float()
     table = torch.stack(columns, dim=1).tolist()
     return [[token for token in row if token >= 0] for row in table], first_logits
-
-
-def flatten_ids(values: Iterable[object]) -> set[int]:
-    """Token ids from a mix of None, ids and lists of ids (generation configs hold either)."""
-    ids: set[int] = set()
-    for value in values:
-        if isinstance(value, int):
-            ids.add(value)
-        elif isinstance(value, list | tuple):
-            ids.update(int(item) for item in value)
-    return ids

@@ -91,6 +91,11 @@ class Adapter(Protocol):
         """One output a picture, in order; ``pixels`` and ``grids`` are what ``patchify`` gave."""
         ...
 
+    def merge(self, model: Any, vision: Sequence[TowerOutput]) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """What the decoder is given of pictures: ((n_visual, d) in place of the visual tokens' embeddings, None
+        without pictures; (n_visual, d) each, added to them after the first layers, one after each)."""
+        ...
+
     def decode(
         self,
         model: Any,

@@ -71,6 +71,9 @@ class LlavaAdapter:
             chosen = [state[:, 1:] for state in chosen]
         return [TowerOutput(hidden) for hidden in torch.cat(chosen, dim=-1)]
 
+    def merge(self, model: Any, vision: Sequence[TowerOutput]) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        return model.model.multi_modal_projector(torch.cat([p.hidden for p in vision])) if vision else None, []
+
     def decode(
         self,
         model: Any,
@@ -86,7 +89,7 @@ class LlavaAdapter:
         recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
-        merged = model.model.multi_modal_projector(torch.cat([p.hidden for p in vision])) if vision else None
+        merged, _ = self.merge(model, vision)
         embeds = look_up(language.embed_tokens, input_ids)
         embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(

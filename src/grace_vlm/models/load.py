@@ -35,6 +35,13 @@ class LoadedModel:
     path: str
 
 
+def end_ids(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's own and those of the generation configuration, which may be a list."""
+    stated = (loaded.processor.tokenizer.eos_token_id, loaded.model.generation_config.eos_token_id)
+    ids = [own for one in stated for own in (one if isinstance(one, list | tuple) else [one])]
+    return frozenset(int(one) for one in ids if one is not None)
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU if there is one; a device that is not there is a ``ConfigError``."""
     if name == "auto":

@@ -65,6 +65,9 @@ class Qwen2VLAdapter:
         device, merge = visual.patch_embed.proj.weight.device, visual.spatial_merge_size
         return run_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, merge, device))
 
+    def merge(self, model: Any, vision: Sequence[TowerOutput]) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        return model.model.visual.merger(torch.cat([p.hidden for p in vision])) if vision else None, []
+
     def decode(
         self,
         model: Any,
@@ -80,7 +83,7 @@ class Qwen2VLAdapter:
         recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
-        merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision])) if vision else None
+        merged, _ = self.merge(model, vision)
         embeds = look_up(language.embed_tokens, input_ids)
         embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(

@@ -72,6 +72,12 @@ class Qwen3VLAdapter:
         side: int = visual.num_grid_per_side
         return run_grids(visual, pixels, grids, lambda grid: _grid_tables(grid, side, merge, device))
 
+    def merge(self, model: Any, vision: Sequence[TowerOutput]) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        if not vision:
+            return None, []
+        merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision]))
+        return merged, [torch.cat(layer) for layer in zip(*(picture.deepstack for picture in vision), strict=True)]
+
     def decode(
         self,
         model: Any,
@@ -87,11 +93,7 @@ class Qwen3VLAdapter:
         recompute: int = 0,
     ) -> DecoderStates:
         language = model.model.language_model
-        deepstack: list[torch.Tensor] = []
-        merged = None
-        if vision:
-            merged = model.model.visual.merger(torch.cat([picture.hidden for picture in vision]))
-            deepstack = [torch.cat(layer) for layer in zip(*(picture.deepstack for picture in vision), strict=True)]
+        merged, deepstack = self.merge(model, vision)
         embeds = look_up(language.embed_tokens, input_ids)
         embeds, visual = place_visual(embeds, input_ids, model.config.image_token_id, merged, visual)
         return run_decoder(

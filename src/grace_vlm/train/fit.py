@@ -1,11 +1,11 @@
 """Change a recipe until its estimated peak fits a GPU, least harm first, and say what was changed and why.
 
-The first levers change nothing that is learned: recomputing activations, smaller micro-batches with more of them (where
-the loss is normalised over the whole step and the order of the rows does not depend on the size of a micro-batch),
-smaller parts of the loss, no CUDA graphs. Smaller packs hold other rows together, and about as many a step. The last two
-levers do change what is learned: a teacher in FP8 is a slightly different teacher, and moments of one byte are slightly
-other updates. What a later lever made needless is taken back. What does not fit after all of them is refused; nothing is
-tried on the GPU.
+The first levers change nothing that is learned: recomputing activations, smaller micro-batches with more of them
+(where the loss is normalised over the whole step and the order of the rows does not depend on the size of a
+micro-batch), smaller parts of the loss, no CUDA graphs. Smaller packs hold other rows together, and about as many a
+step. The last two levers do change what is learned: a teacher in FP8 is a slightly different teacher, and moments of
+one byte are slightly other updates. What a later lever made needless is taken back. What does not fit after all of them
+is refused; nothing is tried on the GPU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,211 @@
+"""Token ids and pictures in, token ids out: requests run together, step by step.
+
+    engine = Engine(loaded, quantized)
+    engine.add("a", prompt, SamplingParams(max_tokens=20))
+    while engine.has_work:
+        for event in engine.step():
+            ...
+
+A step admits what fits, runs one forward over tokens of all running requests and chooses a token for each that has none
+missing. Nothing here knows texts, files or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, Pages, slots_of
+from grace_vlm.engine.forward import Span, Step, forward
+from grace_vlm.engine.layers import Weights, take_weights
+from grace_vlm.engine.pictures import PictureFeatures
+from grace_vlm.engine.request import Finish, Prompt, Request
+from grace_vlm.engine.sampling import Choice, SamplingParams, choose
+from grace_vlm.engine.scheduler import Scheduler
+from grace_vlm.errors import RequestError
+from grace_vlm.models.load import LoadedModel, end_ids
+from grace_vlm.quant.scheme import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine.
+
+    Args:
+        cache_tokens: of all running requests together. max_running: requests at a time. max_step_tokens: of one
+            forward. picture_bytes: of kept pictures' features.
+    """
+
+    cache_tokens: int = 16_384
+    max_running: int = 64
+    max_step_tokens: int = 2_048
+    picture_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request in a step: a token was chosen, it ended, or both."""
+
+    request_id: str
+    choice: Choice | None
+    finish: Finish | None
+
+
+@dataclass
+class _Rows:
+    """A step under construction, on the host."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    visual: list[int] = field(default_factory=list)
+    embeds: list[torch.Tensor] = field(default_factory=list)
+    deepstack: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs requests on one model.
+
+    Args:
+        loaded: its decoder's layers are taken over.
+        quantized: codes and scales of its linears by module name.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        quantized: Mapping[str, QuantizedTensor] | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.options = options or EngineOptions()
+        self.model, config = loaded.model, loaded.model.config.get_text_config()
+        self.weights: Weights = take_weights(loaded.model, loaded.adapter.head(loaded.model), quantized or {})
+        self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
+        num_pages = self.options.cache_tokens // PAGE_TOKENS
+        own = self.weights
+        self.cache = KeyValueCache(len(own.layers), num_pages, own.num_kv_heads, own.head_dim, own.dtype, own.device)
+        self.pages = Pages(num_pages)
+        self.scheduler = Scheduler(
+            self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings
+        )
+        self.end_ids = end_ids(loaded)
+        self._requests: dict[str, Request] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        """Queue a request; ``RequestError`` if its name is taken, it is empty, or it could never run."""
+        if request_id in self._requests:
+            raise RequestError(f"request {request_id} is there already; give each a name of its own")
+        self._require_usable(request_id, prompt)
+        request = Request(request_id, prompt, params)
+        self.scheduler.add(request)
+        self._requests[request_id] = request
+
+    def _require_usable(self, name: str, prompt: Prompt) -> None:
+        """``RequestError`` for what would end a forward, and with it the requests beside."""
+        words = len(self.weights.embeddings)
+        if not len(prompt.ids):
+            raise RequestError(f"request {name} has an empty prompt; expected at least one token")
+        if prompt.ids.min() < 0 or prompt.ids.max() >= words:
+            wrong = next(int(token) for token in prompt.ids if not 0 <= token < words)
+            raise RequestError(f"request {name} has token {wrong}; the model has tokens 0 to {words - 1}")
+        adapter, config = self.pictures.adapter, self.model.config
+        expected = sum(adapter.num_visual_tokens(config, image.grid) for image in prompt.images)
+        if len(prompt.visual) != expected:
+            raise RequestError(
+                f"request {name} has {len(prompt.visual)} visual tokens and its {len(prompt.images)} pictures make "
+                f"{expected}; encode it with the model's own processor"
+            )
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now; its pages are free for the next step. False if there is none of that name."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        request.finish = "cancelled"
+        self.scheduler.remove(request)
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward; what it chose, request by request. Nothing if nothing is to do."""
+        for request in self.scheduler.admit():
+            if request.prompt.images:
+                request.features = self.pictures.of(request.prompt.images)
+        planned = self.scheduler.plan()
+        if not planned:
+            return []
+        rows = _Rows()
+        for request, count in planned:
+            self._lay(rows, request, count)
+        states = forward(self.weights, self.cache, self._step(rows))
+        choosing = []
+        for request, count in planned:
+            request.num_done += count
+            if not request.num_missing:
+                choosing.append(request)
+        if not choosing:
+            return []
+        logits = self.weights.head(states)
+        choices = choose(logits, [request.chooser for request in choosing])
+        return [self._chosen(request, choice) for request, choice in zip(choosing, choices, strict=True)]
+
+    def _lay(self, rows: _Rows, request: Request, count: int) -> None:
+        """The next tokens of a request, after those that are there."""
+        first, done, device = len(rows.ids), request.num_done, self.weights.device
+        rows.ids += request.ids(count)
+        rows.positions.append(torch.from_numpy(request.positions(count).copy()))
+        rows.slots += slots_of(request.pages, done, count)
+        slots = torch.tensor(slots_of(request.pages, 0, done + count), dtype=torch.int64)
+        rows.spans.append(Span(count, slots.to(device)))
+        if done + count == request.num_tokens:
+            rows.wanted.append(first + count - 1)
+        if request.features is None:
+            return
+        visual = request.prompt.visual
+        low, high = ((visual < edge).sum() for edge in (done, done + count))
+        if low < high:
+            rows.visual += [first + int(place) - done for place in visual[low:high]]
+            rows.embeds.append(request.features.embeds[low:high])
+            rows.deepstack.append(tuple(layer[low:high] for layer in request.features.deepstack))
+
+    def _step(self, rows: _Rows) -> Step:
+        device = self.weights.device
+
+        def there(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device)
+
+        embeds = self.weights.embeddings[there(rows.ids)]
+        visual = there(rows.visual)
+        if rows.embeds:
+            embeds = embeds.index_copy(0, visual, torch.cat(rows.embeds).to(embeds.dtype))
+        return Step(
+            embeds=embeds,
+            positions=torch.cat(rows.positions, dim=1).to(device),
+            spans=rows.spans,
+            slots=there(rows.slots),
+            visual=visual,
+            deepstack=[torch.cat(layer) for layer in zip(*rows.deepstack, strict=True)],
+            wanted=there(rows.wanted),
+        )
+
+    def _chosen(self, request: Request, choice: Choice) -> Event:
+        ends = set(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self.end_ids)
+        request.chooser.answer.append(choice.token)
+        request.choices.append(choice)
+        if choice.token in ends:
+            request.finish = "stop"
+        elif len(request.chooser.answer) == request.params.max_tokens:
+            request.finish = "length"
+        if request.finish:
+            self.scheduler.remove(request)
+            del self._requests[request.id]
+        # A token that ends an answer is not of it.
+        return Event(request.id, None if request.finish == "stop" else choice, request.finish)

@@ -1,0 +1,111 @@
+"""One forward of the decoder over tokens of many requests that lie end to end.
+
+    x    (n, d)   embeddings, visual tokens' rows replaced by their pictures'
+    layer         x += attention(norm(x));  x += mlp(norm(x));  DeepStack rows are added after the first layers
+    out  (r, d)   after the last norm, of the rows that are wanted
+
+A request's rows are a ``Span``: they follow tokens that are in the cache already. A prompt in pieces, a whole prompt
+and a single new token are the same to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from grace_vlm.engine.cache import KeyValueCache
+from grace_vlm.engine.layers import Layer, Weights, normalized
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one request.
+
+    Args:
+        count: so many of them. slots: (past + count,) int64 on the device, where all its tokens up to the last of these
+            lie in the cache.
+    """
+
+    count: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward is given.
+
+    Args:
+        embeds: (n, d). positions: (3, n) int64. spans: their counts sum to n. slots: (n,) int64, where the rows' keys
+            and values go.
+        visual: (v,) int64 rows of visual tokens. deepstack: (v, d) each, added to those rows after the first layers.
+        wanted: (r,) int64 rows that are returned.
+    """
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    spans: Sequence[Span]
+    slots: torch.Tensor
+    visual: torch.Tensor
+    deepstack: Sequence[torch.Tensor]
+    wanted: torch.Tensor
+
+
+@torch.inference_mode()
+def forward(weights: Weights, cache: KeyValueCache, step: Step) -> torch.Tensor:
+    """(r, d) states that the head reads; the rows' keys and values are in the cache after."""
+    x = step.embeds
+    cos, sin = weights.rotary(x, step.positions)
+    rotation = (cos.unsqueeze(1), sin.unsqueeze(1))
+    for number, layer in enumerate(weights.layers):
+        attended = _attention(weights, cache, number, layer, x, rotation, step)
+        x = layer.attention_out(attended, residual=x)
+        x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
+        if number < len(step.deepstack):
+            x = x.index_add(0, step.visual, step.deepstack[number].to(x.dtype))
+    return normalized(x.index_select(0, step.wanted), weights.last_norm)
+
+
+def _attention(
+    weights: Weights,
+    cache: KeyValueCache,
+    number: int,
+    layer: Layer,
+    x: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    step: Step,
+) -> torch.Tensor:
+    """(n, heads * head_dim)."""
+    heads, kv_heads, width = weights.num_heads, weights.num_kv_heads, weights.head_dim
+    qkv = layer.qkv(x, norm=layer.attention_norm).view(len(x), heads + 2 * kv_heads, width)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        query, key = normalized(query, layer.query_norm), normalized(key, layer.key_norm)
+    query, key = rotated(query, *rotation), rotated(key, *rotation)
+    cache.append(number, step.slots, key, value)
+    parts, first = [], 0
+    for span in step.spans:
+        keys, values = cache.keys[number][span.slots], cache.values[number][span.slots]
+        parts.append(attend(query[first : first + span.count], keys, values))
+        first += span.count
+    return torch.cat(parts).flatten(1)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (n, heads, d): the first half turns with the second; cos, sin (n, 1, d)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(n, heads, d): causal attention of the last n tokens of a context of (L, kv_heads, d), n <= L."""
+    count, length = len(query), len(keys)
+    mask = None
+    if 1 < count < length:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
+    grouped = query.shape[1] != keys.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < count == length, enable_gqa=grouped)
+    return out[0].transpose(0, 1)

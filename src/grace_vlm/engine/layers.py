@@ -1,0 +1,203 @@
+"""A decoder's weights as the engine runs them: one product for q, k and v, one for gate and up, norms beside them.
+
+Taken from a Transformers model of any family we know (grouped attention, RMS norms, SwiGLU; norms on q and k or biases
+where a family has them). What is quantized and can run by a low-bit kernel is packed for it; everything else is a plain
+product in the model's dtype. The model's own layers are let go, so that no weight is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grace_vlm.kernels.low_bit_linear import Norm, PackedLinear, interleaved, joined, low_bit_linear, pack_linear
+from grace_vlm.quant.scheme import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b.
+
+    Args:
+        weight: (out, in), or packed. bias: (out,) or None. silu: the outputs are gates and values; silu(gate) * value
+            comes out. A dense weight then has all gates first, a packed one is ``interleaved``.
+    """
+
+    weight: torch.Tensor | PackedLinear
+    bias: torch.Tensor | None = None
+    silu: bool = False
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, out') of (n, in), normalised before where a norm is given, with ``residual`` (n, out') added after."""
+        if isinstance(self.weight, PackedLinear):
+            return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
+        y = F.linear(x if norm is None else normalized(x, norm), self.weight, self.bias)
+        if self.silu:
+            gate, value = y.chunk(2, dim=-1)
+            y = F.silu(gate) * value
+        return y if residual is None else residual + y
+
+
+def normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """RMS norm over the last axis as Transformers' models do it: FP32 inside, rounded before the weight."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
+    return norm.weight * scaled.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; ``query_norm`` and ``key_norm`` are over a head's numbers, None in families without."""
+
+    attention_norm: Norm
+    qkv: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    attention_out: Linear
+    mlp_norm: Norm
+    gate_up: Linear
+    down: Linear
+
+
+Rotary = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a decoder and its head.
+
+    Args:
+        embeddings: (V, d). last_norm: before the head. rotary: (x, (3, n) positions) -> cos, sin, (n, head_dim) each.
+        num_heads, num_kv_heads, head_dim: of attention.
+    """
+
+    embeddings: torch.Tensor
+    layers: tuple[Layer, ...]
+    last_norm: Norm
+    head: Linear
+    rotary: Rotary
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is read while tokens are made; a tied head once."""
+        dense = {self.embeddings.data_ptr(): self.embeddings.nbytes}
+        packed = 0
+        for linear in (self.head, *(x for layer in self.layers for x in linears_of(layer))):
+            if isinstance(linear.weight, PackedLinear):
+                packed += linear.weight.num_bytes
+            else:
+                dense[linear.weight.data_ptr()] = linear.weight.nbytes
+        return sum(dense.values()) + packed
+
+
+def linears_of(layer: Layer) -> tuple[Linear, ...]:
+    """The four products of a layer."""
+    return layer.qkv, layer.attention_out, layer.gate_up, layer.down
+
+
+def take_weights(model: Any, head: nn.Linear, quantized: Mapping[str, QuantizedTensor]) -> Weights:
+    """The weights of a vision-language model's decoder; its own layers are empty after.
+
+    Args:
+        model: Transformers' model, on its device, in the dtype of the activations.
+        quantized: codes and scales by module name, which run by low-bit kernels; nothing on a CPU so far.
+    """
+    language = model.model.language_model
+    config = language.config
+    layers = []
+    for number in range(len(language.layers)):
+        layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized))
+        language.layers[number] = nn.Identity()
+    language.layers = nn.ModuleList()
+    heads = config.num_attention_heads
+    return Weights(
+        embeddings=language.embed_tokens.weight.detach(),
+        layers=tuple(layers),
+        last_norm=_norm(language.norm),
+        head=Linear(head.weight.detach(), _detached(head.bias)),
+        rotary=_rotary(language),
+        num_heads=heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def _rotary(language: Any) -> Rotary:
+    """Transformers' own module, with what it wants of the positions: all three rows, or one where they are plain."""
+    module = language.rotary_emb
+    has_rows = "mrope_section" in (getattr(language.config, "rope_parameters", None) or {})
+
+    def rotary(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = module(x.unsqueeze(0), positions.unsqueeze(1) if has_rows else positions[:1])
+        return cos[0], sin[0]
+
+    return rotary
+
+
+def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor]) -> Layer:
+    own, mlp = layer.self_attn, layer.mlp
+
+    def linear(parts: Sequence[tuple[str, nn.Linear]], silu: bool = False) -> Linear:
+        return _linear([f"{name}.{part}" for part, _ in parts], [module for _, module in parts], quantized, silu)
+
+    return Layer(
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=linear([(f"self_attn.{x}_proj", getattr(own, f"{x}_proj")) for x in "qkv"]),
+        query_norm=_norm(own.q_norm) if hasattr(own, "q_norm") else None,
+        key_norm=_norm(own.k_norm) if hasattr(own, "k_norm") else None,
+        attention_out=linear([("self_attn.o_proj", own.o_proj)]),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=linear([("mlp.gate_proj", mlp.gate_proj), ("mlp.up_proj", mlp.up_proj)], silu=True),
+        down=linear([("mlp.down_proj", mlp.down_proj)]),
+    )
+
+
+def _linear(
+    names: Sequence[str], modules: Sequence[nn.Linear], quantized: Mapping[str, QuantizedTensor], silu: bool
+) -> Linear:
+    """Modules of one input as one product; packed if all of them are quantized alike and a kernel takes them."""
+    biases = [module.bias for module in modules]
+    assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
+    bias = None if biases[0] is None else torch.cat([_detached(b) for b in biases])  # type: ignore[misc]
+    device = modules[0].weight.device
+    tensors = [quantized[name] for name in names if name in quantized]
+    if device.type == "cuda" and len(tensors) == len(modules) and _is_packable(tensors):
+        assert not silu or bias is None
+        one = interleaved(*tensors) if silu else joined(tensors)
+        return Linear(pack_linear(one, device), bias, silu)
+    return Linear(torch.cat([module.weight.detach() for module in modules]), bias, silu)
+
+
+def _is_packable(tensors: Sequence[QuantizedTensor]) -> bool:
+    """Whether low-bit kernels take tensors as one weight: 4 or 8 bits, groups of a multiple of 32, rows of 16."""
+    first = tensors[0]
+    group = first.shape[1] // first.scale.shape[1]
+    return (
+        first.scheme.num_bits in (4, 8)
+        and group % 32 == 0
+        and all(tensor.scheme == first.scheme and tensor.shape[0] % 16 == 0 for tensor in tensors)
+    )
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()

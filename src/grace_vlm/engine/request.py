@@ -1,0 +1,100 @@
+"""One request on its way: what it is given, what it has, how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from grace_vlm.engine.sampling import Choice, Chooser, SamplingParams
+from grace_vlm.models.adapter import Grid
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class EngineImage:
+    """A picture as the tower takes it: its grid in patches, and the processor's pixels."""
+
+    grid: Grid
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a request asks.
+
+    Args:
+        ids: (S,) int64, a token for every visual token. positions: (3, S) int64. visual: (v,) int64, where the visual
+            tokens stand. images: pictures in order.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    visual: np.ndarray
+    images: Sequence[EngineImage] = ()
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the decoder is given of a request's pictures: (v, d) embeddings, and (v, d) each for the first layers."""
+
+    embeds: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Request:
+    """A request inside the engine.
+
+    ``num_done``: tokens whose keys and values are in the cache; a new token is chosen whenever all are.
+    """
+
+    id: str
+    prompt: Prompt
+    params: SamplingParams
+    pages: list[int] = field(default_factory=list)
+    features: Features | None = None
+    num_done: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.chooser = Chooser(self.params, self.prompt.ids.tolist())
+        self._next_position = int(self.prompt.positions[:, -1].max()) + 1 - len(self.prompt.ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return self.num_prompt + len(self.chooser.answer)
+
+    @property
+    def most_tokens(self) -> int:
+        """That it may ever have in the cache; the last token of an answer is never put there."""
+        return self.num_prompt + self.params.max_tokens - 1
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that must run before one is chosen."""
+        return self.num_tokens - self.num_done
+
+    def ids(self, count: int) -> list[int]:
+        """The next ``count`` tokens to run."""
+        first, prompt = self.num_done, self.prompt.ids
+        of_prompt = prompt[first : first + count].tolist()
+        start = max(first - len(prompt), 0)
+        return of_prompt + self.chooser.answer[start : start + count - len(of_prompt)]
+
+    def positions(self, count: int) -> np.ndarray:
+        """(3, count) of those tokens: an answer goes on after the largest of the prompt's last token."""
+        first = self.num_done
+        of_prompt = self.prompt.positions[:, first : first + count]
+        rest = np.arange(max(first, self.num_prompt), first + count, dtype=np.int64) + self._next_position
+        return np.concatenate([of_prompt, np.broadcast_to(rest, (3, len(rest)))], axis=1)

@@ -1,0 +1,179 @@
+"""The engine against Transformers' own generation: the same tokens, whatever runs beside and however it is cut."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from worlds import FAMILIES, asked, loaded_toy, pictures
+
+from grace_vlm.data.rows import IMAGE_MARKER
+from grace_vlm.engine.engine import EngineOptions
+from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.sampling import SamplingParams
+from grace_vlm.errors import RequestError
+from grace_vlm.models.load import LoadedModel, end_ids
+
+GREEDY = SamplingParams(max_tokens=12)
+
+
+def stock_tokens(loaded: LoadedModel, text: str, images: list[Path], max_new_tokens: int) -> list[int]:
+    """Of Transformers' processor and ``generate``, without the closing token."""
+    from PIL import Image
+
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    rendered = loaded.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    opened = [Image.open(path).convert("RGB") for path in images]
+    inputs = loaded.processor(text=[rendered], images=opened or None, return_tensors="pt")
+    out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = end_ids(loaded)
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return pictures(tmp_path_factory.mktemp("pictures"), 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_tokens(family: str, paths: list[Path]) -> None:
+    """Fifty prompts a family: together, in a cache that holds a few at a time, and in pieces of 32 tokens."""
+    loaded = loaded_toy(family)
+    prompts = asked(paths, 50)
+    expected = [stock_tokens(loaded, text, images, 12) for text, images in prompts]
+    assert len({tuple(tokens) for tokens in expected}) > 25, "a model that says the same to everybody tests nothing"
+    texts, images = [text for text, _ in prompts], [images for _, images in prompts]
+    for options in (EngineOptions(), EngineOptions(cache_tokens=1536, max_running=8, max_step_tokens=32)):
+        llm = LLM(copy.deepcopy(loaded), options=options)
+        answers = llm.generate(texts, images, GREEDY)
+        assert [list(answer.token_ids) for answer in answers] == expected
+        assert llm.engine.pages.num_free == llm.engine.pages.num_pages
+        assert not llm.engine.has_work
+
+
+def test_a_conversation_and_where_pictures_go(paths: list[Path]) -> None:
+    loaded = loaded_toy("tiny")
+    llm = LLM(copy.deepcopy(loaded))
+    turns = [f"first {IMAGE_MARKER} then this", "a red circle", "and now?"]
+    rendered = loaded.processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "image"},
+                                         {"type": "text", "text": "then this"}]},
+            {"role": "assistant", "content": "a red circle"},
+            {"role": "user", "content": "and now?"},
+        ],
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    from PIL import Image
+
+    ids = loaded.processor(text=[rendered], images=[Image.open(paths[0])], return_tensors="pt")["input_ids"][0]
+    assert llm.prompt(turns, [paths[0]]).ids.tolist() == ids.tolist()
+
+
+def test_one_picture_is_made_once(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    llm.generate(["one", "two", "three"], [paths[0], [paths[0], paths[1]], paths[1]], GREEDY)
+    assert llm.engine.pictures.num_made == 2
+    small = LLM(loaded_toy("tiny"), options=EngineOptions(picture_bytes=0))
+    small.generate(["one", "two"], [paths[0], paths[0]], GREEDY)
+    assert small.engine.pictures.num_made == 2
+    assert small.engine.pictures.held_bytes == 0
+
+
+def test_a_stream_is_the_answer(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    whole = llm.generate("what is it?", paths[0], params)[0]
+    pieces = list(llm.stream("what is it?", paths[0], params))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 5
+    stream = llm.stream("what is it?", paths[0], params)
+    next(stream)
+    stream.close()
+    assert not llm.engine.has_work
+    assert llm.engine.pages.num_free == llm.engine.pages.num_pages
+
+
+def test_a_stop_text_ends_an_answer() -> None:
+    llm = LLM(loaded_toy("tiny"))
+    whole = llm.generate("count", sampling=SamplingParams(max_tokens=40, ignore_eos=True))[0]
+    stop = whole.text[10:13]
+    cut = llm.generate("count", sampling=SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,)))[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish == "stop"
+    assert whole.finish == "length"
+    assert (
+        "".join(llm.stream("count", sampling=SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,)))) == cut.text
+    )
+
+
+def test_seeds_decide_whatever_runs_beside() -> None:
+    llm = LLM(loaded_toy("tiny"))
+    params = [SamplingParams(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True) for seed in (1, 2, 1)]
+    together = llm.generate(["yes"] * 3, sampling=params)
+    alone = [llm.generate(["yes"], sampling=[one])[0] for one in params]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert together[0].token_ids == together[2].token_ids != together[1].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "message"),
+    [
+        ("", None, "text 1 of the prompt is empty; expected words"),
+        ([["a", "b"]], None, "a conversation has 2 texts; expected an odd number, the user's last"),
+        (["a", "b"], ["x.png"], "images has 1 entries for 2 prompts; give each its own, None for none"),
+        (
+            f"{IMAGE_MARKER} {IMAGE_MARKER} a",
+            "x.png",
+            "the prompt has 2 times <image> and 1 pictures; give one for each",
+        ),
+        ([["a", IMAGE_MARKER, "c"]], None, "text 2 of the prompt is empty; expected words"),
+        ("a", "x.png", "x.png: no such file"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(prompts: object, images: object, message: str) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, images, GREEDY)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+    assert not llm.engine.has_work
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    llm = LLM(loaded_toy("tiny"), options=EngineOptions(cache_tokens=64))
+    with pytest.raises(RequestError, match=r"request r0 needs room for \d+ tokens and the cache has 64: shorten"):
+        llm.generate("yes", sampling=SamplingParams(max_tokens=100))
+    with pytest.raises(RequestError, match=r"max_tokens 9,999; the model takes 2,048 in all: shorten one of them"):
+        llm.generate("yes", sampling=SamplingParams(max_tokens=9999))
+    assert not llm.engine.has_work
+    assert llm.generate("yes", sampling=SamplingParams(max_tokens=4))[0].token_ids
+
+
+def test_weights_are_held_once() -> None:
+    loaded = loaded_toy("tiny")
+    before = sum(p.nbytes for p in loaded.model.model.language_model.parameters())
+    llm = LLM(loaded)
+    assert not list(llm.loaded.model.model.language_model.layers.parameters())
+    head = loaded.adapter.head(loaded.model).weight.nbytes
+    norms = sum(x.weight.nbytes for layer in llm.engine.weights.layers for x in
+                (layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm) if x)  # fmt: skip
+    assert llm.engine.weights.num_bytes + norms + llm.engine.weights.last_norm.weight.nbytes == before + head
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's path")
+def test_log_probabilities(paths: list[Path]) -> None:
+    loaded = loaded_toy("tiny")
+    llm = LLM(copy.deepcopy(loaded))
+    answer = llm.generate("yes", sampling=SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True))[0]
+    inputs = llm.prompt("yes")
+    logits = loaded.model(input_ids=torch.from_numpy(inputs.ids).unsqueeze(0)).logits[0, -1]
+    expected = logits.log_softmax(-1).topk(2)
+    first = answer.choices[0]
+    assert first.token == int(expected.indices[0])
+    assert first.logprob == pytest.approx(float(expected.values[0]), abs=1e-4)
+    assert [token for token, _ in first.top_logprobs] == expected.indices.tolist()

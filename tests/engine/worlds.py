@@ -1,0 +1,54 @@
+"""Toy models of every family with a sharp head, prompts with and without pictures, and what Transformers answers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from grace_vlm.models.load import LoadedModel
+from grace_vlm.models.registry import adapter_for
+from grace_vlm.models.toy import build_toy_model, build_toy_processor
+
+FAMILIES = ("tiny", "qwen2_vl", "qwen2_5_vl", "llava")
+TEXTS = [
+    "what shape is in the picture?", "is there a red circle?", "count the blue triangles, please", "yes", "no",
+    "the quick brown fox jumps over the lazy dog", "how many are there to the left of the large green one?",
+]  # fmt: skip
+
+
+def loaded_toy(size: str, seed: int = 0) -> LoadedModel:
+    """A random model whose answers are long and of many tokens: its head is drawn apart from its embeddings."""
+    processor = build_toy_processor(TEXTS * 3, size=size)
+    model: Any = build_toy_model(size, processor, seed)
+    generator = torch.Generator().manual_seed(seed)
+    head = adapter_for(model.config.model_type).head(model)
+    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=generator) / head.weight.shape[1] ** 0.5)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, processor, adapter_for(model.config.model_type), f"toy:{size}")
+
+
+def pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """PNG files of several sizes."""
+    rng, paths = np.random.default_rng(seed), []
+    for number in range(count):
+        width, height = rng.integers(64, 220, 2)
+        path = folder / f"{number}.png"
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        paths.append(path)
+    return paths
+
+
+def asked(paths: list[Path], count: int, seed: int = 0) -> list[tuple[str, list[Path]]]:
+    """(text, pictures) of so many prompts: a third without pictures, some with two."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        text = " ".join(rng.choices(TEXTS, k=rng.randint(1, 4)))
+        own = rng.sample(paths, (0, 1, 1, 1, 2, 0)[number % 6])
+        found.append((text, own))
+    return found
