@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaptiveWeight": "grace_vlm.losses",
+    "LLM": "grace_vlm.engine.llm",
     "QuantScheme": "grace_vlm.quant",
     "QuantizedTensor": "grace_vlm.quant",
+    "SamplingParams": "grace_vlm.engine.sampling",
     "dequantize": "grace_vlm.quant",
     "fake_quantize": "grace_vlm.quant",
     "gated_decoupled_kd": "grace_vlm.losses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from worlds import FAMILIES, asked, loaded_toy, pictures
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
-from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.llm import LLM, Asked
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import RequestError
 from grace_vlm.models.load import LoadedModel, end_ids
@@ -97,6 +98,41 @@ def test_a_stream_is_the_answer(paths: list[Path]) -> None:
     stream.close()
     assert not llm.engine.has_work
     assert llm.engine.pages.num_free == llm.engine.pages.num_pages
+
+
+def test_streams_at_once_do_not_take_each_others_tokens() -> None:
+    llm = LLM(loaded_toy("tiny"))
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    texts = ["yes", "count", "is there a red circle?"]
+    expected = [answer.text for answer in llm.generate(texts, sampling=params)]
+    streams = [llm.stream(text, sampling=params) for text in texts]
+    found = [""] * 3
+    for number in [0, 1, 2, 1, 1, 0] * 3:
+        found[number] += next(streams[number], "")
+    assert llm.generate("no", sampling=params)[0].text
+    for number, stream in enumerate(streams):
+        found[number] += "".join(stream)
+    assert found == expected
+
+
+def test_answers_of_a_long_list_come_as_they_end(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"), options=EngineOptions(max_running=2, cache_tokens=1024))
+    taken = []
+
+    def asked() -> Iterator[Asked]:
+        for number in range(30):
+            taken.append(number)
+            images = [paths[0]] if number % 2 else ["nowhere.png"] if number == 8 else []
+            yield Asked(f"n{number}", "yes", images, SamplingParams(max_tokens=3, ignore_eos=True))
+
+    found = {}
+    for one, answer in llm.answers(asked()):
+        found[one.id] = answer
+        assert len(taken) - len(found) <= 5
+    assert len(found) == 30
+    assert str(found.pop("n8")) == "nowhere.png: no such file"
+    expected = llm.generate(["yes", "yes"], [None, paths[0]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert all(answer == expected[int(name[1:]) % 2] for name, answer in found.items())
 
 
 def test_a_stop_text_ends_an_answer() -> None:

@@ -12,21 +12,21 @@ says where a picture goes; pictures without one come first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.rows import IMAGE_MARKER, Row, Turn
 from grace_vlm.engine.engine import Engine, EngineOptions, Event
+from grace_vlm.engine.open import open_model
 from grace_vlm.engine.request import EngineImage, Finish, Prompt
 from grace_vlm.engine.sampling import Choice, SamplingParams
 from grace_vlm.engine.text import TextStream
 from grace_vlm.errors import RequestError
-from grace_vlm.formats.folder import GRID, read_grid
 from grace_vlm.media.image import ImageFault, load_image
-from grace_vlm.models.load import LoadedModel, load_model
+from grace_vlm.models.load import LoadedModel
 
 TextOrTurns = str | Sequence[str]
 Picture = str | Path
@@ -49,6 +49,16 @@ class Answer:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request: a prompt, its pictures' paths and what is asked of the answer. ``id`` is the caller's."""
+
+    id: str
+    prompt: TextOrTurns
+    images: Sequence[Picture] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
 class LLM:
     """A model folder, a run folder or a hub id, ready to answer.
 
@@ -57,15 +67,15 @@ class LLM:
     """
 
     def __init__(self, model: str | LoadedModel, device: str = "auto", options: EngineOptions | None = None) -> None:
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, device)
-        folder = Path(loaded.path)
+        loaded, quantized = (model, {}) if isinstance(model, LoadedModel) else open_model(model, device)
         self.loaded = loaded
-        self.engine = Engine(loaded, read_grid(folder) if (folder / GRID).is_dir() else None, options)
+        self.engine = Engine(loaded, quantized, options)
         self.tokenizer = loaded.processor.tokenizer
         config = loaded.model.config
         self._encoder = Encoder(loaded.processor, loaded.adapter, config)
         self._patchify = patchify_of(loaded.adapter, config, loaded.processor)
         self._names = (f"r{number}" for number in itertools.count())
+        self._open: dict[str, _Open] = {}
 
     def generate(
         self,
@@ -88,50 +98,77 @@ class LLM:
         if len(params) != len(many):
             raise RequestError(f"sampling has {len(params)} entries for {len(many)} prompts; give one, or one each")
         made = [self.prompt(text, _listed(own)) for text, own in zip(many, pictures, strict=True)]
-        names = [next(self._names) for _ in made]
-        streams = {name: TextStream(self.tokenizer, one.stop) for name, one in zip(names, params, strict=True)}
-        choices: dict[str, list[Choice]] = {name: [] for name in names}
-        finishes: dict[str, Finish] = {}
+        started: list[_Open] = []
         try:
-            for name, prompt, one in zip(names, made, params, strict=True):
-                self.engine.add(name, prompt, one)
-            while len(finishes) < len(names):
-                for event in self.engine.step():
-                    self._follow(event, streams, choices, finishes)
+            for prompt, one in zip(made, params, strict=True):
+                started.append(self._start(prompt, one))
+            while any(one.answer is None for one in started):
+                self._turn()
         finally:
-            for name in names:
-                self.engine.cancel(name)
-        return [
-            Answer(
-                streams[name].text,
-                tuple(choice.token for choice in choices[name]),
-                finishes[name],
-                len(prompt.ids),
-                tuple(choices[name]),
-            )
-            for name, prompt in zip(names, made, strict=True)
-        ]
+            self._forget(started)
+        return [one.answer for one in started if one.answer is not None]
+
+    def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answer | RequestError]]:
+        """Each request with its answer, or why it has none, as they end.
+
+        Requests are taken from ``asked`` a few more at a time than run together, so that a million of them, or their
+        pictures, need not be in memory.
+        """
+        source, waiting = iter(asked), True
+        under_way: list[tuple[Asked, _Open]] = []
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < 2 * self.engine.options.max_running:
+                    one = next(source, None)
+                    if one is None:
+                        waiting = False
+                        break
+                    try:
+                        under_way.append((one, self._start(self.prompt(one.prompt, one.images), one.sampling)))
+                    except RequestError as error:
+                        yield one, error
+                self._turn()
+                ended = [pair for pair in under_way if pair[1].answer is not None]
+                under_way = [pair for pair in under_way if pair[1].answer is None]
+                for one, own in ended:
+                    assert own.answer is not None
+                    yield one, own.answer
+        finally:
+            self._forget([own for _, own in under_way])
+
+    def _start(self, prompt: Prompt, params: SamplingParams) -> _Open:
+        """Queue a request."""
+        own = _Open(next(self._names), TextStream(self.tokenizer, params.stop), len(prompt.ids))
+        self.engine.add(own.name, prompt, params)
+        self._open[own.name] = own
+        return own
+
+    def _turn(self) -> None:
+        """One step of the engine. What it says goes to whoever started the request, whoever asked for the step."""
+        for event in self.engine.step():
+            own = self._open.get(event.request_id)
+            if own is not None and own.follow(event):
+                self._forget([own])
+
+    def _forget(self, requests: Iterable[_Open]) -> None:
+        """Requests that nobody waits for any more; those that run end now."""
+        for own in requests:
+            self._open.pop(own.name, None)
+            self.engine.cancel(own.name)
 
     def stream(
         self, prompt: TextOrTurns, images: Pictures = None, sampling: SamplingParams | None = None
     ) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it is made; leaving the loop early ends the request."""
-        name, params = next(self._names), sampling or SamplingParams()
-        text = TextStream(self.tokenizer, params.stop)
-        self.engine.add(name, self.prompt(prompt, _listed(images)), params)
+        own = self._start(self.prompt(prompt, _listed(images)), sampling or SamplingParams())
         try:
-            while True:
-                for event in self.engine.step():
-                    if event.request_id != name:
-                        continue
-                    if event.choice is not None and (piece := text.add(event.choice.token)):
-                        yield piece
-                    if event.finish or text.stopped:
-                        if rest := text.close():
-                            yield rest
-                        return
+            while own.pieces or own.answer is None:
+                if own.pieces:
+                    yield own.pieces.pop(0)
+                else:
+                    self._turn()
         finally:
-            self.engine.cancel(name)
+            self._forget([own])
 
     def prompt(self, prompt: TextOrTurns, images: Sequence[Picture] = ()) -> Prompt:
         """Token ids and pixels of a prompt, by the model's own template and image processor.
@@ -159,26 +196,33 @@ class LLM:
         sample = self._encoder.prompt(row, [image.grid for image in made])
         return Prompt(sample.input_ids, sample.positions, sample.visual, made)
 
-    def _follow(
-        self,
-        event: Event,
-        streams: dict[str, TextStream],
-        choices: dict[str, list[Choice]],
-        finishes: dict[str, Finish],
-    ) -> None:
-        name = event.request_id
-        if name not in streams or name in finishes:
-            return
-        stream = streams[name]
+
+@dataclass
+class _Open:
+    """A request under way: its text so far, pieces of it that nobody has taken yet, and the answer at the end."""
+
+    name: str
+    text: TextStream
+    num_prompt_tokens: int
+    choices: list[Choice] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    answer: Answer | None = None
+
+    def follow(self, event: Event) -> bool:
+        """Take what the engine says; whether that was the end, by a token, the length or a stop text."""
+        pieces = []
         if event.choice is not None:
-            choices[name].append(event.choice)
-            stream.add(event.choice.token)
+            self.choices.append(event.choice)
+            pieces.append(self.text.add(event.choice.token))
         if event.finish:
-            finishes[name] = event.finish
-            stream.close()
-        if stream.stopped:
-            finishes[name] = "stop"
-            self.engine.cancel(name)
+            pieces.append(self.text.close())
+        self.pieces += filter(None, pieces)
+        if not event.finish and not self.text.stopped:
+            return False
+        finish: Finish = "stop" if self.text.stopped else event.finish or "stop"
+        tokens = tuple(choice.token for choice in self.choices)
+        self.answer = Answer(self.text.text, tokens, finish, self.num_prompt_tokens, tuple(self.choices))
+        return True
 
 
 def _listed(images: Pictures) -> list[Picture]:
