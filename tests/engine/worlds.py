@@ -28,6 +28,7 @@ def loaded_toy(size: str, seed: int = 0) -> LoadedModel:
     generator = torch.Generator().manual_seed(seed)
     head = adapter_for(model.config.model_type).head(model)
     head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=generator) / head.weight.shape[1] ** 0.5)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
     return LoadedModel(model, processor, adapter_for(model.config.model_type), f"toy:{size}")
 

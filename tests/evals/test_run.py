@@ -8,8 +8,7 @@ import pytest
 import torch
 from toy_run import recipe_tree, write_models, write_rows
 
-from grace_vlm.errors import DataError, RequestError
-from grace_vlm.evals.ask import ask
+from grace_vlm.errors import DataError
 from grace_vlm.evals.compare import Comparison, Contestant
 from grace_vlm.evals.run import QuestionFile, answer_all, read_answers, score, write_answers
 from grace_vlm.formats.pack import pack
@@ -97,11 +96,3 @@ def test_a_bad_row_stops_an_evaluation(world: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:3], "{"]) + "\n")
     with pytest.raises(DataError, match="row 3 "):
         QuestionFile(tmp_path / "rows.jsonl", load_model(str(world / "run"), "cpu"), root=world)
-
-
-def test_ask(world: Path) -> None:
-    loaded = load_model(str(world / "run"), "cpu")
-    assert isinstance(ask(loaded, "what color is the square?", world / "images" / "0.png", 4), str)
-    assert isinstance(ask(loaded, "what color?", None, 4), str)
-    with pytest.raises(RequestError, match="the question is empty"):
-        ask(loaded, "  ", None, 4)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from toy_run import recipe_tree, write_rows
 
-from grace_vlm.evals.ask import ask
+from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.formats.pack import pack
 from grace_vlm.formats.verify import verify
 from grace_vlm.models.load import load_model
@@ -69,7 +70,8 @@ def test_what_is_published_opens_in_stock_transformers_and_packs(rows: Path, tmp
         baked.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :],
         skip_special_tokens=True,
     )
-    assert ask(load_model(str(final), "cpu"), "what color is the square?", rows / "images" / "0.png", 5) == answer
+    llm, params = LLM(str(final), "cpu"), SamplingParams(max_tokens=5)
+    assert llm.generate("what color is the square?", rows / "images" / "0.png", params)[0].text == answer
     assert verify(final, final).equal
     packed = pack(final, tmp_path / "packed", "compressed-tensors")
     assert verify(final, packed).equal

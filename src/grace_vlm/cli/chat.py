@@ -2,30 +2,96 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from grace_vlm.cli.output import emit_json
+from grace_vlm.cli.output import emit_json, fail, say
+from grace_vlm.errors import RequestError
 
-HELP = """Ask a model one question about one picture.
+if TYPE_CHECKING:
+    from grace_vlm.engine.llm import LLM
+    from grace_vlm.engine.sampling import SamplingParams
+
+HELP = """Talk with a model about pictures. With --question it answers once; without, in turns until the end of input.
+
+In turns, /image PATH shows it a picture with the next text, /new begins anew, /quit ends.
 
 Example: grace chat runs/demo/grace_w4 --image cat.png --question "what is this?" """
 
 
 def chat(
     model: str = typer.Argument(..., help="Model folder, run folder, packed folder or hub id."),
-    image: Path = typer.Option(None, "--image", help="PNG, JPEG, WEBP or GIF; leave out for text only."),
-    question: str = typer.Option(..., "--question", help="What to ask."),
+    image: list[Path] = typer.Option([], "--image", help="PNG, JPEG, WEBP or GIF; again for more of them."),
+    question: str = typer.Option(None, "--question", help="What to ask; leave out to talk in turns."),
     max_new_tokens: int = typer.Option(128, "--max-new-tokens", help="Longest answer, tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", help="0 is greedy."),
+    top_p: float = typer.Option(1.0, "--top-p", help="Tokens that make up so much probability."),
+    seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output; needs --question."),
 ) -> None:
-    from grace_vlm.evals.ask import ask
-    from grace_vlm.models.load import load_model
+    from grace_vlm.engine.llm import LLM
+    from grace_vlm.engine.sampling import SamplingParams
 
-    answer = ask(load_model(model, device), question, image, max_new_tokens)
-    if as_json:
-        emit_json({"model": model, "question": question, "answer": answer})
+    if as_json and question is None:
+        raise RequestError("--json is for one answer; pass --question TEXT too")
+    if question is not None and not question.strip():
+        raise RequestError("the question is empty; pass --question TEXT")
+    sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    llm = LLM(model, device)
+    if question is None:
+        _talk(llm, list(image), sampling)
+    elif as_json:
+        answer = llm.generate(question, list(image), sampling)[0]
+        emit_json({"model": model, "question": question, "answer": answer.text, "finish": answer.finish})
     else:
-        print(answer)
+        _print(llm.stream(question, list(image), sampling))
+
+
+def _print(pieces: Iterator[str]) -> str:
+    """Write an answer as it comes; the whole of it."""
+    whole = ""
+    for piece in pieces:
+        whole += piece
+        print(piece, end="", flush=True)
+    print()
+    return whole
+
+
+def _talk(llm: LLM, images: list[Path], sampling: SamplingParams) -> None:
+    """Turns from standard input. What cannot be asked is said, and the conversation goes on without it."""
+    from grace_vlm.data.rows import IMAGE_MARKER
+
+    is_person = sys.stdin.isatty()
+    texts: list[str] = []
+    shown: list[Path] = []
+    if is_person:
+        say("/image PATH shows a picture with your next text, /new begins anew, /quit ends")
+    while True:
+        try:
+            line = input("> " if is_person else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            texts, shown, images = [], [], []
+        elif line.startswith("/image "):
+            images.append(Path(line.removeprefix("/image ").strip()))
+        elif line.startswith("/"):
+            say(f"{line.split()[0]} is no command; there are /image PATH, /new and /quit")
+        elif line:
+            text = f"{IMAGE_MARKER}\n" * len(images) + line.replace(IMAGE_MARKER, " ")
+            try:
+                answer = _print(llm.stream([*texts, text], [*shown, *images], sampling))
+            except RequestError as error:
+                if not is_person:
+                    fail(str(error), error.exit_code)
+                say(f"error: {error}")
+                images = []
+                continue
+            texts, shown, images = [*texts, text, answer or "-"], [*shown, *images], []

@@ -50,6 +50,7 @@ def _register() -> None:
         demo,
         doctor,
         evaluate,
+        generate,
         inspect,
         pack,
         plan,
@@ -71,6 +72,7 @@ def _register() -> None:
     app.command("inspect", help=inspect.HELP)(inspect.inspect_path)
     app.command("eval", help=evaluate.HELP)(evaluate.evaluate)
     app.command("chat", help=chat.HELP)(chat.chat)
+    app.command("generate", help=generate.HELP)(generate.generate)
     app.command("compare", help=compare.HELP)(compare.compare)
     app.command("bench", help=bench.HELP, context_settings=bench.SETTINGS)(bench.bench)
     app.command("doctor", help=doctor.HELP)(doctor.doctor)

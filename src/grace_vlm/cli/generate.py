@@ -1,0 +1,61 @@
+"""``grace generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from grace_vlm.cli.output import ProgressBar, emit_json, say
+
+HELP = """Answer every prompt of a file; requests run together, and an interrupted run goes on with --resume.
+
+A line of the file: {"id": "a1", "prompt": "what is this?", "image": "cat.png", "max_tokens": 64}
+
+Example: grace generate runs/demo/grace_w4 --data prompts.jsonl --out answers.jsonl"""
+
+
+def generate(
+    model: str = typer.Argument(..., help="Model folder, run folder, packed folder or hub id."),
+    data: Path = typer.Option(..., "--data", help="Prompts, one JSON object a line."),
+    out: Path = typer.Option(..., "--out", help="Answers, appended as they end, JSONL."),
+    root: Path = typer.Option(None, "--root", help="Folder that image paths start from; default: the file's."),
+    resume: bool = typer.Option(False, "--resume", help="Keep the answers that --out has, ask the rest."),
+    max_new_tokens: int = typer.Option(128, "--max-new-tokens", help="Longest answer, tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", help="0 is greedy."),
+    top_p: float = typer.Option(1.0, "--top-p", help="Tokens that make up so much probability."),
+    seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
+    batch_size: int = typer.Option(64, "--batch-size", help="Requests that run together."),
+    cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of all of them that fit in memory."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
+) -> None:
+    from grace_vlm.engine.engine import EngineOptions
+    from grace_vlm.engine.llm import LLM
+    from grace_vlm.engine.prompt_file import answer_line, kept_answers, read_prompts, remaining
+    from grace_vlm.engine.sampling import SamplingParams
+    from grace_vlm.errors import ConfigError, RequestError
+
+    if out.exists() and not resume:
+        raise ConfigError(f"{out} is there already; pass --resume to go on with it, or another --out")
+    sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    asked = read_prompts(data, root or data.parent, sampling)
+    done = kept_answers(out) & {one.id for one in asked}
+    options = EngineOptions(cache_tokens=cache_tokens, max_running=batch_size)
+    llm = LLM(model, device, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failed, count = 0, len(done)
+    with ProgressBar("answering") as bar, out.open("a", encoding="utf-8") as file:
+        bar.update(count, len(asked))
+        for one, answer in llm.answers(remaining(asked, done)):
+            file.write(answer_line(one, answer))
+            file.flush()
+            failed += isinstance(answer, RequestError)
+            count += 1
+            bar.update(count, len(asked))
+    if as_json:
+        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed})
+    else:
+        say(f"{len(asked)} prompts, {len(done)} of them answered before, answers in {out}")
+    if failed:
+        raise RequestError(f"{failed} of {len(asked)} prompts have no answer; {out} says why, --resume asks them again")

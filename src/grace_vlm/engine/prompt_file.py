@@ -1,0 +1,112 @@
+"""Prompts in a file, answers in another: one a line, in any order, and an interrupted run goes on.
+
+A line of prompts is an object::
+
+    {"id": "a1",                        any text, unlike the others'; the line's number if it is left out
+     "prompt": "what is this?",         or a conversation: ["what is this?", "a cat", "and its colour?"]
+     "image": "cat.png",                or a list of paths; relative ones start at the file's folder
+     "max_tokens": 64, ...}             any of SamplingParams; what is left out is as the command says
+
+A line of answers has ``id``, ``text``, ``finish``, ``prompt_tokens`` and ``answer_tokens``, or ``id`` and ``error``. It
+is appended when the answer has ended. A run that goes on keeps the lines with a text, and asks the rest again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
+from grace_vlm.engine.llm import Answer, Asked
+from grace_vlm.engine.sampling import SamplingParams
+from grace_vlm.errors import DataError, RequestError
+
+_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_KNOWN = {"id", "prompt", "image", *_FIELDS}
+
+
+def read_prompts(path: Path, root: Path, defaults: SamplingParams) -> list[Asked]:
+    """All requests of a file.
+
+    Raises:
+        DataError: the first line that is none, or whose id an earlier one has: nothing was asked yet.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; expected a file of JSON lines in UTF-8") from None
+    found: dict[str, Asked] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            one = _asked(line, number, root, defaults)
+        except (ValueError, RequestError) as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+        if one.id in found:
+            raise DataError(f"{path}, line {number}: id {one.id!r} is an earlier line's too; give each its own")
+        found[one.id] = one
+    return list(found.values())
+
+
+def _asked(line: str, number: int, root: Path, defaults: SamplingParams) -> Asked:
+    row: Any = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is no object; expected one like {'prompt': 'what is this?', 'image': 'cat.png'}")
+    if unknown := sorted(set(row) - _KNOWN):
+        raise ValueError(f"unknown key {unknown[0]!r}; expected some of {', '.join(sorted(_KNOWN))}")
+    prompt, image = row.get("prompt"), row.get("image")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("prompt is no text; expected a text, or a list of texts")
+    images = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+        raise ValueError("image is no path; expected a path, or a list of paths")
+    given = {name: row[name] for name in row if name in _FIELDS}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        sampling = dataclasses.replace(defaults, **given)
+    except TypeError:
+        raise ValueError(f"a sampling value is of the wrong kind: {given}") from None
+    return Asked(str(row.get("id", number)), texts, [root / one for one in images], sampling)
+
+
+def kept_answers(out: Path) -> set[str]:
+    """Ids that have a text in a file of an interrupted run; the file then holds these lines alone."""
+    if not out.exists():
+        return set()
+    kept: dict[str, bytes] = {}
+    for line in out.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            if "text" in row:
+                kept[str(row["id"])] = line + b"\n"
+        except (ValueError, KeyError, TypeError):  # the line that was being written
+            continue
+    write_bytes_atomic(out, b"".join(kept.values()))
+    return set(kept)
+
+
+def answer_line(one: Asked, answer: Answer | RequestError) -> str:
+    """A line of the file of answers."""
+    if isinstance(answer, RequestError):
+        return json.dumps({"id": one.id, "error": str(answer)}, ensure_ascii=False) + "\n"
+    row: dict[str, Any] = {
+        "id": one.id,
+        "text": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.num_prompt_tokens,
+        "answer_tokens": len(answer.token_ids),
+    }
+    if one.sampling.logprobs is not None:
+        row["tokens"] = [[choice.token, choice.logprob, choice.top_logprobs] for choice in answer.choices]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def remaining(asked: list[Asked], done: set[str]) -> Iterator[Asked]:
+    """Those that are not done."""
+    return (one for one in asked if one.id not in done)

@@ -1,0 +1,138 @@
+"""Files of prompts and answers, and the two commands over them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import loaded_toy, pictures
+
+from grace_vlm.cli.main import main
+from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.prompt_file import kept_answers, read_prompts
+from grace_vlm.engine.sampling import SamplingParams
+from grace_vlm.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    loaded = loaded_toy("tiny")
+    (folder / "model").mkdir()
+    loaded.model.bfloat16().save_pretrained(folder / "model")
+    loaded.processor.save_pretrained(folder / "model")
+    pictures(folder, 3)
+    return folder
+
+
+@pytest.fixture
+def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command; (exit code, standard output, standard error)."""
+
+    def run(*args: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "what is this?", "image": "0.png"},
+    {"prompt": ["what is this?", "a cat", "and now?"], "image": ["1.png"], "max_tokens": 3},
+    {"id": "c", "prompt": "yes", "temperature": 1.0, "seed": 4, "logprobs": 1},
+    {"id": "bad", "prompt": "yes", "image": "nowhere.png"},
+    {"id": "e", "prompt": "no", "stop": ["a", "e"]},
+]
+
+
+def test_generate_and_what_was_interrupted_goes_on(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = world / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    args = ("generate", world / "model", "--data", prompts, "--out", out, "--max-new-tokens", 6, "--device", "cpu")
+    code, _, err = grace(*args)
+    assert code == 7
+    assert err.splitlines()[-1] == (f"error: 1 of 5 prompts have no answer; {out} says why, --resume asks them again")
+    rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == {"a", "2", "c", "bad", "e"}
+    assert rows["bad"]["error"] == f"{world}/nowhere.png: no such file"
+    llm = LLM(str(world / "model"), "cpu")
+    assert rows["a"]["text"] == llm.generate("what is this?", world / "0.png", SamplingParams(max_tokens=6))[0].text
+    assert rows["2"]["answer_tokens"] <= 3
+    assert len(rows["c"]["tokens"]) == rows["c"]["answer_tokens"]
+
+    assert grace(*args)[2] == f"error: {out} is there already; pass --resume to go on with it, or another --out\n"
+    lines = out.read_bytes().splitlines(keepends=True)
+    answered = [line for line in lines if b"text" in line]
+    out.write_bytes(answered[0] + b'{"id": "bad", "error": "x"}\n' + answered[1] + answered[2][:20])
+    pictures(world, 1, seed=9)
+    (world / "0.png").rename(world / "nowhere.png")
+    pictures(world, 1)
+    code, text, _ = grace(*args, "--resume", "--json")
+    assert code == 0
+    assert json.loads(text) == {"out": str(out), "prompts": 5, "kept": 2, "failed": 0}
+    again = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert len(out.read_text().splitlines()) == 5
+    # Log-probabilities may differ in their last bits: other requests ran beside.
+    assert all(again[name]["text"] == rows[name]["text"] for name in ("a", "2", "c", "e"))
+    (world / "nowhere.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[1]", "it is no object; expected one like {'prompt': 'what is this?', 'image': 'cat.png'}"),
+        ('{"prompt": 3}', "prompt is no text; expected a text, or a list of texts"),
+        ('{"prompt": "a", "image": 3}', "image is no path; expected a path, or a list of paths"),
+        ('{"prompt": "a", "max_tokens": 0}', "max_tokens is 0; expected at least 1"),
+        ('{"prompt": "a", "max_tokens": "x"}', "a sampling value is of the wrong kind: {'max_tokens': 'x'}"),
+        ('{"id": "1", "prompt": "a"}', "id '1' is an earlier line's too; give each its own"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_prompts(path, tmp_path, SamplingParams())
+    assert str(caught.value) == f"{path}, line 2: {said}"
+
+
+def test_unknown_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "max_token": 3}\n')
+    with pytest.raises(DataError, match="line 1: unknown key 'max_token'; expected some of frequency_penalty, id, "):
+        read_prompts(path, tmp_path, SamplingParams())
+    with pytest.raises(DataError, match=r"cannot be read: .*; expected a file of JSON lines in UTF-8"):
+        read_prompts(tmp_path / "none", tmp_path, SamplingParams())
+    assert kept_answers(tmp_path / "none") == set()
+
+
+def test_a_talk_in_turns(world: Path, grace: Any) -> None:
+    talk = f"what is this?\n/image {world / '0.png'}\nand this?\nyes?\n/new\nwhat is this?\n/quit\nnever asked\n"
+    args = ("chat", world / "model", "--max-new-tokens", 5, "--device", "cpu")
+    code, out, _ = grace(*args, stdin=talk)
+    assert code == 0
+    llm, params = LLM(str(world / "model"), "cpu"), SamplingParams(max_tokens=5)
+    first = llm.generate("what is this?", sampling=params)[0].text
+    turns = ["what is this?", first, "<image>\nand this?"]
+    second = llm.generate([turns], [world / "0.png"], params)[0].text
+    turns += [second, "yes?"]
+    third = llm.generate([turns], [world / "0.png"], params)[0].text
+    assert out == "".join(f"{text}\n" for text in (first, second, third, first))
+
+
+def test_what_cannot_be_said_in_a_talk(world: Path, grace: Any) -> None:
+    args = ("chat", world / "model", "--max-new-tokens", 2, "--device", "cpu")
+    code, _, err = grace(*args, stdin="/image nowhere.png\nwhat?\n")
+    assert (code, err) == (7, "error: nowhere.png: no such file\n")
+    code, _, err = grace(*args, stdin="/dance\n")
+    assert (code, err) == (0, "/dance is no command; there are /image PATH, /new and /quit\n")
+    assert grace(*args, "--json")[2] == "error: --json is for one answer; pass --question TEXT too\n"
+    assert grace(*args, "--question", " ")[2] == "error: the question is empty; pass --question TEXT\n"
