@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, Pages, slots_of
+from grace_vlm.engine.decode import DecodeStep
 from grace_vlm.engine.forward import Span, Step, forward
 from grace_vlm.engine.layers import Weights, take_weights
 from grace_vlm.engine.pictures import PictureFeatures
@@ -87,12 +88,22 @@ class Engine:
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights
-        self.cache = KeyValueCache(len(own.layers), num_pages, own.num_kv_heads, own.head_dim, own.dtype, own.device)
+        # One page more, for rows of a step that no request has.
+        shape = (len(own.layers), num_pages + 1, own.num_kv_heads, own.head_dim)
+        self.cache = KeyValueCache(*shape, own.dtype, own.device)
         self.pages = Pages(num_pages)
         self.scheduler = Scheduler(
             self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings
         )
         self.end_ids = end_ids(loaded)
+        most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
+        self.decode = DecodeStep(own, self.cache, self.options.max_running, most)
+        self._is_ahead = own.device.type == "cuda"
+        """Whether a step is launched before the last one is read: on a CPU that would only cost."""
+        self._decoding: list[Request] = []
+        """Whose rows ``decode`` has, as they are after the last step."""
+        self._queued: tuple[list[Request], torch.Tensor, torch.cuda.Event | None] | None = None
+        """A step that is on its way: its requests, and the tokens it chooses."""
         self._requests: dict[str, Request] = {}
 
     @property
@@ -136,13 +147,21 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward; what it chose, request by request. Nothing if nothing is to do."""
+        if self._queued is not None:
+            return self._resolve()
         for request in self.scheduler.admit():
             if request.prompt.images:
                 request.features = self.pictures.of(request.prompt.images)
         planned = self.scheduler.plan()
         if not planned:
             return []
-        rows = _Rows()
+        if all(request.num_done >= request.num_prompt for request, _ in planned):
+            return self._answer([request for request, _ in planned])
+        return self._read(planned)
+
+    def _read(self, planned: list[tuple[Request, int]]) -> list[Event]:
+        """A forward over prompts, and over new tokens of answers beside them."""
+        self._decoding, rows = [], _Rows()
         for request, count in planned:
             self._lay(rows, request, count)
         states = forward(self.weights, self.cache, self._step(rows))
@@ -153,9 +172,64 @@ class Engine:
                 choosing.append(request)
         if not choosing:
             return []
-        logits = self.weights.head(states)
-        choices = choose(logits, [request.chooser for request in choosing])
+        choices = choose(self.weights.head(states), [request.chooser for request in choosing])
         return [self._chosen(request, choice) for request, choice in zip(choosing, choices, strict=True)]
+
+    def _answer(self, requests: list[Request]) -> list[Event]:
+        """A step of answers alone. If all are greedy, its tokens may be read when the next step is on its way."""
+        if requests != self._decoding:
+            self.decode.load(requests)
+        self._decoding = requests
+        logits = self.decode.run(len(requests))
+        for request in requests:
+            request.num_done += 1
+        if all(request.params.is_plain for request in requests):
+            self._queue(requests)
+            return self._resolve()
+        choices = choose(logits, [request.chooser for request in requests])
+        events = [self._chosen(request, choice) for request, choice in zip(requests, choices, strict=True)]
+        self.decode.ids[: len(requests)] = torch.tensor([choice.token for choice in choices]).to(self.weights.device)
+        self._decoding = [] if any(request.finish for request in requests) else requests
+        return events
+
+    def _queue(self, requests: list[Request]) -> None:
+        """The tokens of the step that was launched, on their way to the host."""
+        tokens = self.decode.ids[: len(requests)]
+        if tokens.is_cuda:
+            arrived = torch.empty(len(requests), dtype=tokens.dtype, pin_memory=True)
+            arrived.copy_(tokens, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._queued = (requests, arrived, event)
+        else:
+            self._queued = (requests, tokens.clone(), None)
+
+    def _resolve(self) -> list[Event]:
+        """What the step on its way chose. If nothing can have changed, the next one is launched before it is read."""
+        assert self._queued is not None
+        requests, tokens, arrived = self._queued
+        self._queued = None
+        ahead = (
+            self._is_ahead
+            and not self.scheduler.waiting
+            and requests == self.scheduler.running
+            and all(len(request.chooser.answer) + 2 <= request.params.max_tokens for request in requests)
+        )
+        if ahead:
+            self.decode.run(len(requests))
+            self._queue(requests)
+        if arrived is not None:
+            arrived.synchronize()
+        events = []
+        for request, token in zip(requests, tokens.tolist(), strict=True):
+            if request.finish is None:  # cancelled, or ended by a step before
+                events.append(self._chosen(request, Choice(token)))
+        if ahead:
+            for request in requests:
+                request.num_done += 1
+        if any(request.finish for request in requests):
+            self._decoding = []
+        return events
 
     def _lay(self, rows: _Rows, request: Request, count: int) -> None:
         """The next tokens of a request, after those that are there."""

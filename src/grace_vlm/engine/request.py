@@ -46,7 +46,7 @@ class Features:
     deepstack: tuple[torch.Tensor, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A request inside the engine.
 
@@ -84,6 +84,11 @@ class Request:
     def num_missing(self) -> int:
         """Tokens that must run before one is chosen."""
         return self.num_tokens - self.num_done
+
+    @property
+    def next_position(self) -> int:
+        """Of the token that runs next, where that is one of the answer."""
+        return self.num_done + self._next_position
 
     def ids(self, count: int) -> list[int]:
         """The next ``count`` tokens to run."""

@@ -67,6 +67,11 @@ class SamplingParams:
         _require("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20, or None")
 
     @property
+    def is_plain(self) -> bool:
+        """Greedy, with nothing else to know of the logits than the largest."""
+        return self.temperature == 0 and not self.has_penalties and self.logprobs is None
+
+    @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 

@@ -1,0 +1,118 @@
+"""One token for each of many answers: the decoder's forward that runs most, as one launch on a GPU.
+
+Everything that changes from token to token lies on the device, and the step itself moves it on: the token that was
+chosen is the next one's input, positions and lengths grow by one. So the host launches a step without having seen what
+the last one chose. A GPU records the step once for each number of rows (1, 2, 4, ... ``max_rows``); rows that no
+request has write to a page that none owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache
+from grace_vlm.engine.layers import Weights, normalized
+from grace_vlm.engine.request import Request
+from grace_vlm.kernels.paged_attention import Heads, paged_attention, splits_for
+
+
+class DecodeStep:
+    """The step for up to ``max_rows`` answers.
+
+    Args:
+        cache: its last page is nobody's. most_tokens: that one request may have there.
+    """
+
+    def __init__(self, weights: Weights, cache: KeyValueCache, max_rows: int, most_tokens: int) -> None:
+        self.weights, self.cache, self.most_tokens = weights, cache, most_tokens
+        self._sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
+        device = weights.device
+        width = -(-most_tokens // PAGE_TOKENS) + 1
+        self._nobody = cache.num_pages - 1
+        self.ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
+        self._heads = [
+            Heads(
+                weights.num_heads,
+                weights.num_kv_heads,
+                weights.head_dim,
+                None if layer.query_norm is None else layer.query_norm.weight,
+                None if layer.key_norm is None else layer.key_norm.weight,
+                0.0 if layer.query_norm is None else layer.query_norm.epsilon,
+            )
+            for layer in weights.layers
+        ]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
+
+    def load(self, requests: Sequence[Request]) -> None:
+        """Lay requests, each with one token missing, into the rows, in order; the other rows are nobody's."""
+        size, width = self.rows_for(len(requests)), self._table.shape[1]
+        rows = [(r.chooser.answer[-1], r.next_position, r.num_done, r.pages) for r in requests]
+        rows += [(0, 0, 0, [])] * (size - len(rows))
+        table = [pages + [self._nobody] * (width - len(pages)) for *_, pages in rows]
+        self.ids[:size] = torch.tensor([row[0] for row in rows]).to(self.ids.device)
+        self._positions[:size] = torch.tensor([row[1] for row in rows]).to(self.ids.device)
+        self._lengths[:size] = torch.tensor([row[2] for row in rows], dtype=torch.int32).to(self.ids.device)
+        self._table[:size] = torch.tensor(table, dtype=torch.int32).to(self.ids.device)
+
+    def rows_for(self, count: int) -> int:
+        """The number of rows that so many requests run in."""
+        return next(size for size in self._sizes if size >= count)
+
+    @torch.inference_mode()
+    def run(self, count: int) -> torch.Tensor:
+        """(count, V) logits of the rows' next tokens; the likeliest are their inputs now, in ``ids``."""
+        size = self.rows_for(count)
+        if self._pool is None:
+            return self._forward(size)[:count]
+        if size not in self._graphs:
+            self._graphs[size] = self._record(size)
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[:count]
+
+    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        before = [state.clone() for state in (self.ids, self._positions, self._lengths)]
+        # Kernels are compiled and libraries take their workspaces on a first call. What it appends to the cache is
+        # appended again by the first replay.
+        self._forward(size)
+        graph = torch.cuda.CUDAGraph()
+        for state, kept in zip((self.ids, self._positions, self._lengths), before, strict=True):
+            state.copy_(kept)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._forward(size)
+        return graph, logits
+
+    def _forward(self, size: int) -> torch.Tensor:
+        weights, cache = self.weights, self.cache
+        x = weights.embeddings[self.ids[:size]]
+        rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
+        splits = splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
+        for number, (layer, heads) in enumerate(zip(weights.layers, self._heads, strict=True)):
+            attended = paged_attention(
+                layer.qkv(x, norm=layer.attention_norm),
+                rotation,
+                cache.keys[number],
+                cache.values[number],
+                self._table[:size],
+                self._lengths[:size],
+                heads,
+                PAGE_TOKENS,
+                splits,
+            )
+            x = layer.attention_out(attended, residual=x)
+            x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
+        logits = weights.head(normalized(x, weights.last_norm))
+        self.ids[:size] = logits.argmax(dim=-1)
+        self._positions[:size] += 1
+        self._lengths[:size] += 1
+        return logits
