@@ -12,7 +12,7 @@ says where a picture goes; pictures without one come first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from grace_vlm.engine.text import TextStream
 from grace_vlm.errors import RequestError
 from grace_vlm.media.image import ImageFault, load_image
 from grace_vlm.models.load import LoadedModel
+from grace_vlm.quant.scheme import QuantizedTensor
 
 TextOrTurns = str | Sequence[str]
 Picture = str | Path
@@ -63,13 +64,20 @@ class LLM:
     """A model folder, a run folder or a hub id, ready to answer.
 
     Args:
-        model: as ``grace chat`` takes it. device: auto, cpu, cuda or cuda:N. options: sizes of the engine.
+        model: as ``grace chat`` takes it, or one that is open. device: auto, cpu, cuda or cuda:N. options: sizes of the
+            engine. quantized: codes of an open model, by module name; of others they are read.
     """
 
-    def __init__(self, model: str | LoadedModel, device: str = "auto", options: EngineOptions | None = None) -> None:
-        loaded, quantized = (model, {}) if isinstance(model, LoadedModel) else open_model(model, device)
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        device: str = "auto",
+        options: EngineOptions | None = None,
+        quantized: Mapping[str, QuantizedTensor] | None = None,
+    ) -> None:
+        loaded, codes = (model, quantized) if isinstance(model, LoadedModel) else open_model(model, device)
         self.loaded = loaded
-        self.engine = Engine(loaded, quantized, options)
+        self.engine = Engine(loaded, codes, options)
         self.tokenizer = loaded.processor.tokenizer
         config = loaded.model.config
         self._encoder = Encoder(loaded.processor, loaded.adapter, config)
