@@ -73,6 +73,36 @@ def test_three_hundred_requests_with_cancels_end_as_alone(is_ahead: bool) -> Non
     assert differing in ([], [1.0])
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_batch_invariant_requests_are_those_alone_to_the_last_bit(is_ahead: bool) -> None:
+    loaded, options = loaded_toy("tiny"), EngineOptions(cache_tokens=1600, max_running=7, batch_invariant=True)
+    crowd, alone = (Engine(copy.deepcopy(loaded), options=options) for _ in range(2))
+    crowd._is_ahead = is_ahead
+    rng, asked, found = random.Random(1), {}, {}
+    for number in range(200):
+        prompt = text_prompt([rng.randrange(380) for _ in range(rng.choice([1, 5, 63, 64, 65, 200]))])
+        drawn = SamplingParams(max_tokens=rng.choice([1, 4, 20]), temperature=1.0, seed=number, logprobs=1)
+        params = rng.choice([drawn, SamplingParams(max_tokens=20), SamplingParams(max_tokens=6, logprobs=0)])
+        asked[f"q{number}"] = (prompt, params)
+        crowd.add(f"q{number}", prompt, params)
+        if rng.random() < 0.1 and crowd.cancel(f"q{rng.randrange(number + 1)}"):
+            pass
+        for event in crowd.step() if rng.random() < 0.7 else []:
+            found.setdefault(event.request_id, []).append(event)
+    while crowd.has_work:
+        for event in crowd.step():
+            found.setdefault(event.request_id, []).append(event)
+    ended = {name: events for name, events in found.items() if events[-1].finish}
+    assert len(ended) > 150
+    for name, events in ended.items():
+        alone.add(name, *asked[name])
+        again = []
+        while alone.has_work:
+            again += alone.step()
+        assert again == events, name
+    assert crowd.pages.num_free == alone.pages.num_free == 100
+
+
 def test_a_step_ahead_is_taken_and_changes_nothing() -> None:
     loaded, launches = loaded_toy("tiny"), []
     answers = []

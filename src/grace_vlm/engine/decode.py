@@ -23,10 +23,13 @@ class DecodeStep:
 
     Args:
         cache: its last page is nobody's. most_tokens: that one request may have there.
+        splits: shares of a context; None: as many as are fastest for so many rows.
     """
 
-    def __init__(self, weights: Weights, cache: KeyValueCache, max_rows: int, most_tokens: int) -> None:
-        self.weights, self.cache, self.most_tokens = weights, cache, most_tokens
+    def __init__(
+        self, weights: Weights, cache: KeyValueCache, max_rows: int, most_tokens: int, splits: int | None = None
+    ) -> None:
+        self.weights, self.cache, self.most_tokens, self.splits = weights, cache, most_tokens, splits
         self._sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         device = weights.device
         width = -(-most_tokens // PAGE_TOKENS) + 1
@@ -96,7 +99,8 @@ class DecodeStep:
         weights, cache = self.weights, self.cache
         x = weights.embeddings[self.ids[:size]]
         rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
-        splits = splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
+        fastest = splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
+        splits = self.splits or fastest
         for number, (layer, heads) in enumerate(zip(weights.layers, self._heads, strict=True)):
             attended = paged_attention(
                 layer.qkv(x, norm=layer.attention_norm),

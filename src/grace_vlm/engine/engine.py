@@ -37,12 +37,18 @@ class EngineOptions:
     Args:
         cache_tokens: of all running requests together. max_running: requests at a time. max_step_tokens: of one
             forward. picture_bytes: of kept pictures' features.
+        batch_invariant: a request's tokens and log-probabilities are the same to the last bit whatever runs beside it.
     """
 
     cache_tokens: int = 16_384
     max_running: int = 64
     max_step_tokens: int = 2_048
     picture_bytes: int = 256 << 20
+    batch_invariant: bool = False
+
+
+INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS = 16, 64, 8
+"""Of ``batch_invariant``: rows of every product, tokens of a prompt at a time, shares of a context."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ class Engine:
     ) -> None:
         self.options = options or EngineOptions()
         self.model, config = loaded.model, loaded.model.config.get_text_config()
-        self.weights: Weights = take_weights(loaded.model, loaded.adapter.head(loaded.model), quantized or {})
+        is_fixed = self.options.batch_invariant
+        rows, piece, splits = (INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS) if is_fixed else (None, None, None)
+        self.weights: Weights = take_weights(loaded.model, loaded.adapter.head(loaded.model), quantized or {}, rows)
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights
@@ -93,11 +101,11 @@ class Engine:
         self.cache = KeyValueCache(*shape, own.dtype, own.device)
         self.pages = Pages(num_pages)
         self.scheduler = Scheduler(
-            self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings
+            self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings, piece
         )
         self.end_ids = end_ids(loaded)
         most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
-        self.decode = DecodeStep(own, self.cache, self.options.max_running, most)
+        self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
         self._is_ahead = own.device.type == "cuda"
         """Whether a step is launched before the last one is read: on a CPU that would only cost."""
         self._decoding: list[Request] = []

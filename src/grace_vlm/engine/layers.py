@@ -8,7 +8,7 @@ product in the model's dtype. The model's own layers are let go, so that no weig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,14 +26,26 @@ class Linear:
     Args:
         weight: (out, in), or packed. bias: (out,) or None. silu: the outputs are gates and values; silu(gate) * value
             comes out. A dense weight then has all gates first, a packed one is ``interleaved``.
+        rows: so many rows are one product, whatever is asked, so that a row's numbers do not depend on how many there
+            are; None: all at once, by whatever is fastest for so many.
     """
 
     weight: torch.Tensor | PackedLinear
     bias: torch.Tensor | None = None
     silu: bool = False
+    rows: int | None = None
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(n, out') of (n, in), normalised before where a norm is given, with ``residual`` (n, out') added after."""
+        if self.rows is None:
+            return self._product(x, norm, residual)
+        padding = (0, 0, 0, -len(x) % self.rows)
+        pieces = F.pad(x, padding).split(self.rows)
+        rest = [None] * len(pieces) if residual is None else F.pad(residual, padding).split(self.rows)
+        parts = [self._product(piece, norm, own) for piece, own in zip(pieces, rest, strict=True)]
+        return torch.cat(parts)[: len(x)]
+
+    def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.weight, PackedLinear):
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
         y = F.linear(x if norm is None else normalized(x, norm), self.weight, self.bias)
@@ -111,18 +123,21 @@ def linears_of(layer: Layer) -> tuple[Linear, ...]:
     return layer.qkv, layer.attention_out, layer.gate_up, layer.down
 
 
-def take_weights(model: Any, head: nn.Linear, quantized: Mapping[str, QuantizedTensor]) -> Weights:
+def take_weights(
+    model: Any, head: nn.Linear, quantized: Mapping[str, QuantizedTensor], rows: int | None = None
+) -> Weights:
     """The weights of a vision-language model's decoder; its own layers are empty after.
 
     Args:
         model: Transformers' model, on its device, in the dtype of the activations.
         quantized: codes and scales by module name, which run by low-bit kernels; nothing on a CPU so far.
+        rows: of every product, see ``Linear``.
     """
     language = model.model.language_model
     config = language.config
     layers = []
     for number in range(len(language.layers)):
-        layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized))
+        layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized, rows))
         language.layers[number] = nn.Identity()
     language.layers = nn.ModuleList()
     heads = config.num_attention_heads
@@ -130,7 +145,7 @@ def take_weights(model: Any, head: nn.Linear, quantized: Mapping[str, QuantizedT
         embeddings=language.embed_tokens.weight.detach(),
         layers=tuple(layers),
         last_norm=_norm(language.norm),
-        head=Linear(head.weight.detach(), _detached(head.bias)),
+        head=Linear(head.weight.detach(), _detached(head.bias), rows=rows),
         rotary=_rotary(language),
         num_heads=heads,
         num_kv_heads=config.num_key_value_heads,
@@ -150,11 +165,12 @@ def _rotary(language: Any) -> Rotary:
     return rotary
 
 
-def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor]) -> Layer:
+def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor], rows: int | None) -> Layer:
     own, mlp = layer.self_attn, layer.mlp
 
     def linear(parts: Sequence[tuple[str, nn.Linear]], silu: bool = False) -> Linear:
-        return _linear([f"{name}.{part}" for part, _ in parts], [module for _, module in parts], quantized, silu)
+        names, modules = [f"{name}.{part}" for part, _ in parts], [module for _, module in parts]
+        return replace(_linear(names, modules, quantized, silu), rows=rows)
 
     return Layer(
         attention_norm=_norm(layer.input_layernorm),

@@ -3,6 +3,9 @@
 Requests are admitted in the order they came, each when the pages for its longest answer are free; a smaller one behind
 it waits too, so that none waits for ever. Admitted requests are never put back. Every step takes one token of each
 answer under way and fills the rest of its budget with prompts, in pieces if they are longer.
+
+With a ``piece``, a prompt is always cut at the same places, and prompts and answers take turns: what a request's tokens
+run with then has nothing to do with what runs beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ class Scheduler:
 
     Args:
         pages: of the cache. max_running: requests at a time. max_step_tokens: of one forward.
-        max_model_tokens: that a model's positions allow.
+        max_model_tokens: that a model's positions allow. piece: tokens of a prompt at a time; None: as many as fit.
     """
 
-    def __init__(self, pages: Pages, max_running: int, max_step_tokens: int, max_model_tokens: int) -> None:
-        assert max_step_tokens >= max_running
+    def __init__(
+        self, pages: Pages, max_running: int, max_step_tokens: int, max_model_tokens: int, piece: int | None = None
+    ) -> None:
+        assert max_step_tokens >= max(max_running, piece or 0)
+        self.piece = piece
+        self._has_read = False
         self.pages, self.max_running = pages, max_running
         self.max_step_tokens, self.max_model_tokens = max_step_tokens, max_model_tokens
         self.waiting: deque[Request] = deque()
@@ -61,11 +68,15 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, int]]:
         """(request, number of its tokens) of the next step."""
         planned, budget = [], self.max_step_tokens
-        answering = [request for request in self.running if request.num_missing == 1]
-        reading = [request for request in self.running if request.num_missing > 1]
+        reading = [request for request in self.running if request.num_done < request.num_prompt]
+        answering = [request for request in self.running if request.num_done >= request.num_prompt]
+        if self.piece is not None and answering and reading:
+            # In turns, so that neither waits for the other to end.
+            self._has_read = not self._has_read
+            answering, reading = ([], reading) if self._has_read else (answering, [])
         for request in (*answering, *reading):
-            count = min(request.num_missing, budget)
-            if count:
+            count = min(request.num_missing, budget if self.piece is None else self.piece)
+            if 0 < count <= budget:
                 planned.append((request, count))
                 budget -= count
         return planned
