@@ -64,11 +64,6 @@ class KeyValueCache:
         """Of keys and values of all layers."""
         return 2 * num_layers * PAGE_TOKENS * num_kv_heads * head_dim * dtype.itemsize
 
-    def append(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write (n, kv_heads, head_dim) at n int64 slots."""
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
-
 
 def slots_of(pages: list[int], first: int, count: int) -> list[int]:
     """Where tokens ``first`` to ``first + count`` of a request that owns ``pages`` lie."""

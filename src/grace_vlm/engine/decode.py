@@ -15,7 +15,7 @@ import torch
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache
 from grace_vlm.engine.layers import Weights, normalized
 from grace_vlm.engine.request import Request
-from grace_vlm.kernels.paged_attention import Heads, paged_attention, splits_for
+from grace_vlm.kernels.paged_attention import paged_attention, splits_for
 
 
 class DecodeStep:
@@ -38,17 +38,7 @@ class DecodeStep:
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
-        self._heads = [
-            Heads(
-                weights.num_heads,
-                weights.num_kv_heads,
-                weights.head_dim,
-                None if layer.query_norm is None else layer.query_norm.weight,
-                None if layer.key_norm is None else layer.key_norm.weight,
-                0.0 if layer.query_norm is None else layer.query_norm.epsilon,
-            )
-            for layer in weights.layers
-        ]
+        self._heads = [weights.heads(layer) for layer in weights.layers]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._processors = (

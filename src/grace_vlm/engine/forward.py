@@ -18,6 +18,9 @@ import torch.nn.functional as F
 
 from grace_vlm.engine.cache import KeyValueCache
 from grace_vlm.engine.layers import Layer, Weights, normalized
+from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.low_bit_linear import Norm
+from grace_vlm.kernels.paged_attention import Heads
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,7 @@ class Step:
 def forward(weights: Weights, cache: KeyValueCache, step: Step) -> torch.Tensor:
     """(r, d) states that the head reads; the rows' keys and values are in the cache after."""
     x = step.embeds
-    cos, sin = weights.rotary(x, step.positions)
-    rotation = (cos.unsqueeze(1), sin.unsqueeze(1))
+    rotation = weights.rotary(x, step.positions)
     for number, layer in enumerate(weights.layers):
         attended = _attention(weights, cache, number, layer, x, rotation, step)
         x = layer.attention_out(attended, residual=x)
@@ -78,19 +80,39 @@ def _attention(
     step: Step,
 ) -> torch.Tensor:
     """(n, heads * head_dim)."""
-    heads, kv_heads, width = weights.num_heads, weights.num_kv_heads, weights.head_dim
-    qkv = layer.qkv(x, norm=layer.attention_norm).view(len(x), heads + 2 * kv_heads, width)
-    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    if layer.query_norm is not None and layer.key_norm is not None:
-        query, key = normalized(query, layer.query_norm), normalized(key, layer.key_norm)
-    query, key = rotated(query, *rotation), rotated(key, *rotation)
-    cache.append(number, step.slots, key, value)
+    qkv = layer.qkv(x, norm=layer.attention_norm)
+    query = rotate_append(qkv, rotation, step.slots, cache.keys[number], cache.values[number], weights.heads(layer))
     parts, first = [], 0
     for span in step.spans:
         keys, values = cache.keys[number][span.slots], cache.values[number][span.slots]
         parts.append(attend(query[first : first + span.count], keys, values))
         first += span.count
     return torch.cat(parts).flatten(1)
+
+
+def rotate_append(
+    qkv: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    heads: Heads,
+) -> torch.Tensor:
+    """(n, H, D) queries of (n, (H + 2 KV) D), normalised and turned; keys and values are written to ``slots`` (n,) of
+    (slots, KV, D)."""
+    if runs_triton(qkv):
+        from grace_vlm.kernels.decoder_rows_triton import rotate_append as fused
+
+        return fused(qkv, rotation, slots, keys, values, heads)
+    h, kv = heads.num_heads, heads.num_kv_heads
+    query, key, value = qkv.view(len(qkv), h + 2 * kv, heads.head_dim).split([h, kv, kv], dim=1)
+    if heads.query_norm is not None and heads.key_norm is not None:
+        query = normalized(query, Norm(heads.query_norm, heads.epsilon))
+        key = normalized(key, Norm(heads.key_norm, heads.epsilon))
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    keys.index_copy_(0, slots, rotated(key, cos, sin))
+    values.index_copy_(0, slots, value)
+    return rotated(query, cos, sin)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

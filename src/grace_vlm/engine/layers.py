@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grace_vlm.kernels import runs_triton
 from grace_vlm.kernels.low_bit_linear import Norm, PackedLinear, interleaved, joined, low_bit_linear, pack_linear
+from grace_vlm.kernels.paged_attention import Heads
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
@@ -48,18 +50,34 @@ class Linear:
     def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.weight, PackedLinear):
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
-        y = F.linear(x if norm is None else normalized(x, norm), self.weight, self.bias)
+        given = x if norm is None else normalized(x, norm)
+        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
+            return torch.addmm(residual, given, self.weight.t())  # one launch
+        y = F.linear(given, self.weight, self.bias)
         if self.silu:
-            gate, value = y.chunk(2, dim=-1)
-            y = F.silu(gate) * value
+            y = gated(y)
         return y if residual is None else residual + y
 
 
 def normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """RMS norm over the last axis as Transformers' models do it: FP32 inside, rounded before the weight."""
+    if x.ndim == 2 and runs_triton(x):
+        from grace_vlm.kernels.decoder_rows_triton import rms_norm
+
+        return rms_norm(x.contiguous(), norm.weight, norm.epsilon)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
     return norm.weight * scaled.to(x.dtype)
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half of each row, (n, 2 d) -> (n, d)."""
+    if runs_triton(x):
+        from grace_vlm.kernels.decoder_rows_triton import gated as fused
+
+        return fused(x)
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,12 @@ class Weights:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def heads(self, layer: Layer) -> Heads:
+        """A layer's attention as kernels are told of it."""
+        q, k = layer.query_norm, layer.key_norm
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return Heads(*sizes) if q is None or k is None else Heads(*sizes, q.weight, k.weight, q.epsilon)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,56 @@
+"""Norms, gates, rotation and the cache in Triton (interpreted on a CPU) against the engine's references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grace_vlm.engine import forward, layers
+from grace_vlm.kernels import decoder_rows_triton as fused
+from grace_vlm.kernels.low_bit_linear import Norm
+from grace_vlm.kernels.paged_attention import Heads
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's functions do not call the kernels, on a GPU neither."""
+    monkeypatch.setattr(layers, "runs_triton", lambda *_: False)
+    monkeypatch.setattr(forward, "runs_triton", lambda *_: False)
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 96), (7, 128), (33, 2048), (0, 64)])
+def test_norm_and_gate(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = 3 * random(rows, size, dtype=dtype), random(size, dtype=dtype, seed=1)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
+    found, right = fused.rms_norm(x, weight, 1e-6), layers.normalized(x, Norm(weight, 1e-6))
+    torch.testing.assert_close(found, right, **tolerance)
+    torch.testing.assert_close(fused.gated(x), layers.gated(x), **tolerance)
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("h", "kv", "d"), [(4, 2, 32), (2, 1, 128), (3, 3, 64)])
+def test_rotation_and_the_cache(h: int, kv: int, d: int, has_norm: bool, dtype: torch.dtype) -> None:
+    qkv, angle = random(9, (h + 2 * kv) * d, dtype=dtype), torch.rand(9, d // 2).repeat(1, 2).to(DEVICE)
+    rotation = (angle.cos().to(dtype), angle.sin().to(dtype))
+    norms = {"query_norm": random(d, dtype=dtype, seed=2), "key_norm": random(d, dtype=dtype, seed=3), "epsilon": 1e-6}
+    heads = Heads(h, kv, d, **(norms if has_norm else {}))  # type: ignore[arg-type]
+    slots = torch.tensor([40, 3, 7, 8, 9, 30, 31, 0, 47], device=DEVICE)
+    caches = [torch.full((48, kv, d), float("nan"), dtype=dtype, device=DEVICE) for _ in range(4)]
+    found = fused.rotate_append(qkv, rotation, slots, caches[0], caches[1], heads)
+    right = forward.rotate_append(qkv, rotation, slots, caches[2], caches[3], heads)
+    tolerance = {"atol": 4e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
+    torch.testing.assert_close(found, right, **tolerance)
+    for ours, theirs in zip(caches[:2], caches[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+        assert int(ours.isnan().flatten(1).all(1).sum()) == 39
