@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import loaded_toy
+from worlds import loaded_toy, on_a_cpu
 
 from grace_vlm.engine.cache import PAGE_TOKENS, Pages, pages_for, slots_of
 from grace_vlm.engine.engine import Engine, EngineOptions
@@ -34,6 +34,7 @@ def drain(engine: Engine) -> dict[str, list[int]]:
     return found
 
 
+@on_a_cpu
 @pytest.mark.parametrize("is_ahead", [False, True])
 def test_three_hundred_requests_with_cancels_end_as_alone(is_ahead: bool) -> None:
     """Also where a step is launched before the last one is read, as on a GPU."""

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import FAMILIES, asked, loaded_toy, pictures
+from worlds import DEVICE, FAMILIES, asked, loaded_toy, on_a_cpu, pictures
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM, Asked
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import RequestError
+from grace_vlm.kernels.low_bit_linear import PackedLinear
 from grace_vlm.models.load import LoadedModel, end_ids
+from grace_vlm.quant.affine import bake, quantize_tensor
+from grace_vlm.quant.scale_init import minmax_scale
+from grace_vlm.quant.scheme import QuantScheme
 
 GREEDY = SamplingParams(max_tokens=12)
 
@@ -29,7 +33,7 @@ def stock_tokens(loaded: LoadedModel, text: str, images: list[Path], max_new_tok
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     opened = [Image.open(path).convert("RGB") for path in images]
-    inputs = loaded.processor(text=[rendered], images=opened or None, return_tensors="pt")
+    inputs = loaded.processor(text=[rendered], images=opened or None, return_tensors="pt").to(DEVICE)
     out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
     ends = end_ids(loaded)
@@ -41,6 +45,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return pictures(tmp_path_factory.mktemp("pictures"), 8)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_tokens(family: str, paths: list[Path]) -> None:
     """Fifty prompts a family: together, in a cache that holds a few at a time, and in pieces of 32 tokens."""
@@ -55,6 +60,35 @@ def test_transformers_tokens(family: str, paths: list[Path]) -> None:
         assert [list(answer.token_ids) for answer in answers] == expected
         assert llm.engine.pages.num_free == llm.engine.pages.num_pages
         assert not llm.engine.has_work
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_first_differences_on_a_gpu_are_near_ties(family: str, bits: int, paths: list[Path]) -> None:
+    """W4 kernels and BF16 against Transformers on the baked weights: where tokens part, its own two best are close."""
+    loaded, codes = loaded_toy(family), {}
+    for name, module in loaded.model.model.language_model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear) and bits == 4:
+            weight, scheme = module.weight.detach().float(), QuantScheme(4, 64)
+            codes[f"model.language_model.layers.{name}"] = quantize_tensor(weight, minmax_scale(weight, scheme), scheme)
+            module.weight.data = bake(codes[f"model.language_model.layers.{name}"])
+    prompts = asked(paths, 50)
+    llm = LLM(copy.deepcopy(loaded), quantized=codes)
+    if bits == 4 and family == "tiny":
+        assert isinstance(llm.engine.weights.layers[0].qkv.weight, PackedLinear)
+    answers = llm.generate([text for text, _ in prompts], [images for _, images in prompts], GREEDY)
+    differing = 0
+    for (text, images), answer in zip(prompts, answers, strict=True):
+        expected = stock_tokens(loaded, text, images, 12)
+        place = next((n for n, (a, b) in enumerate(zip(answer.token_ids, expected, strict=False)) if a != b), None)
+        if place is None:
+            continue
+        differing += 1
+        prefix = SamplingParams(max_tokens=place + 1, logprobs=20, ignore_eos=True)
+        seen = dict(llm.generate([text], [images], prefix)[0].choices[place].top_logprobs)
+        assert seen[answer.token_ids[place]] - seen.get(expected[place], -1e9) < 0.1, (text, place)
+    assert differing <= 15
 
 
 def test_a_conversation_and_where_pictures_go(paths: list[Path]) -> None:
@@ -100,6 +134,7 @@ def test_a_stream_is_the_answer(paths: list[Path]) -> None:
     assert llm.engine.pages.num_free == llm.engine.pages.num_pages
 
 
+@on_a_cpu
 def test_streams_at_once_do_not_take_each_others_tokens() -> None:
     llm = LLM(loaded_toy("tiny"))
     params = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -115,6 +150,7 @@ def test_streams_at_once_do_not_take_each_others_tokens() -> None:
     assert found == expected
 
 
+@on_a_cpu
 def test_answers_of_a_long_list_come_as_they_end(paths: list[Path]) -> None:
     llm = LLM(loaded_toy("tiny"), options=EngineOptions(max_running=2, cache_tokens=1024))
     taken = []
@@ -148,6 +184,7 @@ def test_a_stop_text_ends_an_answer() -> None:
     )
 
 
+@on_a_cpu
 def test_seeds_decide_whatever_runs_beside() -> None:
     llm = LLM(loaded_toy("tiny"))
     params = [SamplingParams(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True) for seed in (1, 2, 1)]
@@ -201,7 +238,7 @@ def test_weights_are_held_once() -> None:
     assert llm.engine.weights.num_bytes + norms + llm.engine.weights.last_norm.weight.nbytes == before + head
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's path")
+@on_a_cpu
 def test_log_probabilities(paths: list[Path]) -> None:
     loaded = loaded_toy("tiny")
     llm = LLM(copy.deepcopy(loaded))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -14,6 +15,8 @@ from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+on_a_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="exact in FP32; BF16 on a GPU has near-ties")
 FAMILIES = ("tiny", "qwen2_vl", "qwen2_5_vl", "llava")
 TEXTS = [
     "what shape is in the picture?", "is there a red circle?", "count the blue triangles, please", "yes", "no",
@@ -30,6 +33,8 @@ def loaded_toy(size: str, seed: int = 0) -> LoadedModel:
     head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=generator) / head.weight.shape[1] ** 0.5)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
+    if DEVICE.type == "cuda":
+        model.to(DEVICE, torch.bfloat16)
     return LoadedModel(model, processor, adapter_for(model.config.model_type), f"toy:{size}")
 
 
