@@ -40,7 +40,7 @@ def poison() -> None:
         del blocks
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("out", "inputs", "group"), SHAPES)
@@ -105,7 +105,7 @@ def test_tiles_of_every_shape(bits: int, out: int, inputs: int, group: int) -> N
             assert torch.equal(more, y + rest.to(GPU))
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
 def test_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     monkeypatch.setenv("GRACE_KERNELS", kernels)
     packed = pack_linear(weight(4, 4096, 2048, 128), GPU)

@@ -134,6 +134,8 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.float16
     assert path_of(1, here, torch.bfloat16) == "torch"
     assert path_of(1, there, torch.float32) == "torch"
+    assert [path_of(n, there, half) for n in (1, 64, 65, 5000)] == ["cuda", "cuda", "dense", "dense"]
+    monkeypatch.setenv("GRACE_KERNELS", "tiles")
     assert [path_of(n, there, half) for n in (1, 16, 17, 64, 65, 5000)] == ["cuda"] * 2 + ["tiles"] * 4
     kept = replace(there, dense=torch.zeros(1))
     assert [path_of(n, kept, torch.bfloat16) for n in (64, 65)] == ["tiles", "dense"]
@@ -155,7 +157,7 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACE_KERNELS", "fast")
     with pytest.raises(ConfigError) as caught:
         path_of(1, there, half)
-    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected cuda, triton or torch, or leave it out"
+    assert str(caught.value) == "GRACE_KERNELS is 'fast'; expected tiles, cuda, triton or torch, or leave it out"
 
 
 def test_what_was_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

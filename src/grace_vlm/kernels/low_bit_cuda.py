@@ -132,25 +132,27 @@ def _layout_defines(packed: PackedLinear, is_half: bool) -> dict[str, int]:
     }
 
 
-def setup_for(num_tokens: int, packed: PackedLinear) -> Setup | TileSetup | None:
+def setup_for(num_tokens: int, packed: PackedLinear, with_tiles: bool) -> Setup | TileSetup | None:
     """What was measured for this GPU, such a layer and so many tokens, else what a rule says; None: torch is to do it.
 
-    Rules: tensor cores by warpgroups where the GPU has them and tokens are more than a few; else by warps up to
-    ``FEW_TOKENS``, and torch beyond.
+    Args:
+        with_tiles: the rule may say warpgroups, where the GPU has them and tokens are more than a few. They are not the
+            rule until a GPU has run them to the end.
     """
     is_exact = packed.scale.dtype == torch.bfloat16
-    return _setup_for(num_tokens, packed.num_bits, packed.out_features, packed.in_features, is_exact, packed.device)
+    layer = (packed.num_bits, packed.out_features, packed.in_features)
+    return _setup_for(num_tokens, *layer, is_exact, packed.device, with_tiles)
 
 
 @functools.cache
 def _setup_for(
-    num_tokens: int, num_bits: int, out: int, inputs: int, is_exact: bool, device: torch.device
+    num_tokens: int, num_bits: int, out: int, inputs: int, is_exact: bool, device: torch.device, with_tiles: bool
 ) -> Setup | TileSetup | None:
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
     has_tiles = is_exact and torch.cuda.get_device_capability(device) == (9, 0)
     if fields is not None and ("tokens" not in fields or has_tiles):
         return _read(fields)
-    if has_tiles and num_tokens > 16:
+    if has_tiles and with_tiles and num_tokens > 16:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         return tile_setup_of(num_tokens, out, processors)
     return setup_of(num_tokens, -(-inputs // SLAB)) if num_tokens <= FEW_TOKENS else None

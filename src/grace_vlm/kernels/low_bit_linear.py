@@ -6,9 +6,8 @@
 What runs is chosen by tokens and device (``path_of``):
 
     few tokens, on a GPU         low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
-    many, on a Hopper GPU        low_bit_tiles.cu, by NVRTC
-    more than 64, on others      torch on bf16(q s), made anew in pieces of 64 MB
-    more than 64                 torch on the BF16 copy if it was kept
+    more than 64, on a GPU       torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB
+    many, on a Hopper GPU        low_bit_tiles.cu, by NVRTC, where it was measured to be faster, or GRACE_KERNELS=tiles
     otherwise                    torch in FP32 on q s: the reference of the others
 
 What few and many are, and how a kernel is compiled, was measured for some GPUs (tuned.json) and is a rule elsewhere.
@@ -70,20 +69,26 @@ def interleaved(gate: QuantizedTensor, value: QuantizedTensor) -> QuantizedTenso
 
 def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     """What runs a layer of so many tokens. ``GRACE_KERNELS`` can forbid it."""
-    allowed, device = os.environ.get("GRACE_KERNELS", "cuda"), packed.device
-    if allowed not in ("cuda", "triton", "torch"):
-        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected cuda, triton or torch, or leave it out")
+    allowed, device = _allowed(), packed.device
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or allowed == "torch":
         return "torch"
     if num_tokens > FEW_TOKENS and packed.dense is not None and dtype == torch.bfloat16:
         return "dense"
     if allowed != "triton" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
-        setup = setup_for(num_tokens, packed)
+        setup = setup_for(num_tokens, packed, allowed == "tiles")
         if setup is not None:
             return "cuda" if isinstance(setup, Setup) else "tiles"
     if num_tokens > FEW_TOKENS:
         return "dense"
     return "triton" if runs_triton(packed.words) else "torch"
+
+
+def _allowed() -> str:
+    """The best that ``GRACE_KERNELS`` lets run."""
+    allowed = os.environ.get("GRACE_KERNELS", "cuda")
+    if allowed not in ("tiles", "cuda", "triton", "torch"):
+        raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
+    return allowed
 
 
 def low_bit_linear(
@@ -126,7 +131,7 @@ def low_bit_linear(
             out = flat.new_empty(0, width)
         elif path == "cuda":
             before = None if norm is None else (aligned(norm.weight.to(x.dtype)), norm.epsilon)
-            setup = setup_for(len(flat), packed)
+            setup = setup_for(len(flat), packed, _allowed() == "tiles")
             assert isinstance(setup, Setup)
             out = run_few(setup, aligned(flat), packed, bias, rest, before, silu)
         else:
@@ -157,7 +162,7 @@ def _parts(
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
         x = norm.weight.to(x.dtype) * scaled.to(x.dtype)
     if path == "tiles":
-        setup = setup_for(len(x), packed)
+        setup = setup_for(len(x), packed, _allowed() == "tiles")
         assert isinstance(setup, TileSetup)
         return run_many(setup, aligned(x), packed, bias, residual, silu)
     if path == "torch":
