@@ -112,6 +112,9 @@ class Engine:
         """Whose rows ``decode`` has, as they are after the last step."""
         self._queued: tuple[list[Request], torch.Tensor, torch.cuda.Event | None] | None = None
         """A step that is on its way: its requests, and the tokens it chooses."""
+        self._arrivals = [
+            torch.empty(self.options.max_running, dtype=torch.int64, pin_memory=self._is_ahead) for _ in range(2)
+        ]
         self._requests: dict[str, Request] = {}
 
     @property
@@ -203,14 +206,16 @@ class Engine:
     def _queue(self, requests: list[Request]) -> None:
         """The tokens of the step that was launched, on their way to the host."""
         tokens = self.decode.ids[: len(requests)]
-        if tokens.is_cuda:
-            arrived = torch.empty(len(requests), dtype=tokens.dtype, pin_memory=True)
-            arrived.copy_(tokens, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._queued = (requests, arrived, event)
-        else:
+        if not tokens.is_cuda:
             self._queued = (requests, tokens.clone(), None)
+            return
+        # Two places in turns: one is read while the other is on its way.
+        self._arrivals.reverse()
+        arrived = self._arrivals[0][: len(requests)]
+        arrived.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._queued = (requests, arrived, event)
 
     def _resolve(self) -> list[Event]:
         """What the step on its way chose. If nothing can have changed, the next one is launched before it is read."""
