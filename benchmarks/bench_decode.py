@@ -4,9 +4,9 @@
     python benchmarks/bench_decode.py --cases b1_c512,b64_c512 --impls ours_w4 --tokens 128
     python benchmarks/bench_decode.py --model random:Qwen/Qwen3-VL-2B-Instruct:2 --device cpu --cases b2_c32 --tokens 8
 
-Case ``b16_c512``: 16 requests with a prompt of 512 tokens each. Greedy, no end token. Metric ``tok_s``: tokens 2..n of
-all requests over the time from the last first token to the last token; ``step_ms``: of single steps. Random weights at
-the true sizes. The head and the cache are BF16.
+Case ``b16_c512``: 16 requests with a prompt of 512 tokens each. Greedy, no end token. Metric ``tok_s``: tokens of all
+requests from when each has its first until one has its last; ``step_ms``: of single steps. Random weights at the true
+sizes. The head and the cache are BF16.
 
     ours_w4                     linears of the decoder on W4G128 (rounded to nearest), engine/
     ours_bf16                   the same engine on BF16 weights
@@ -79,7 +79,8 @@ def wait(device: torch.device) -> None:
 
 
 def measure_engine(engine: Engine, count: int, length: int, num_tokens: int) -> tuple[float, list[float]]:
-    """(tokens a second, milliseconds of each step) once every request has its first token."""
+    """(tokens a second, milliseconds of each step) from when every request has its first token until one has its last:
+    all rows run."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     for number, prompt in enumerate(prompts(count, length, len(engine.weights.embeddings))):
         engine.add(f"{number}", prompt, params)
@@ -89,11 +90,16 @@ def measure_engine(engine: Engine, count: int, length: int, num_tokens: int) -> 
     wait(engine.weights.device)
     started, tokens, steps = time.perf_counter(), 0, []
     before = started
-    while engine.has_work:
-        tokens += sum(event.choice is not None for event in engine.step())
+    has_ended = False
+    while not has_ended:
+        events = engine.step()
+        has_ended = any(event.finish for event in events)
+        tokens += sum(event.choice is not None for event in events)
         now = time.perf_counter()
         steps.append(1000 * (now - before))
         before = now
+    for number in range(count):
+        engine.cancel(f"{number}")
     return tokens / (before - started), steps
 
 
@@ -102,7 +108,9 @@ def measure_transformers(loaded: LoadedModel, count: int, length: int, num_token
     from transformers import StaticCache
 
     model, device = loaded.model, next(loaded.model.parameters()).device
-    ids = torch.from_numpy(np.stack([p.ids for p in prompts(count, length, 1000)])).to(device)
+    words = model.config.get_text_config().vocab_size
+    ids = torch.from_numpy(np.stack([p.ids for p in prompts(count, length, words)])).to(device)
+    torch._dynamo.reset()  # a case is compiled for its own number of rows
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + num_tokens + 8)
 
     def forward(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -113,7 +121,7 @@ def measure_transformers(loaded: LoadedModel, count: int, length: int, num_token
         )  # fmt: skip
         return model.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
 
-    compiled = torch.compile(forward, mode="reduce-overhead", fullgraph=False)
+    compiled = torch.compile(forward, mode="reduce-overhead", dynamic=False)
     with torch.inference_mode():
         positions = torch.arange(length, device=device)
         states = model.model.language_model(
@@ -171,7 +179,9 @@ def main() -> None:
             codes = quantized(loaded.model) if impl == "ours_w4" else {}
             engine = Engine(loaded, codes, EngineOptions(cache_tokens=most, max_running=max(n for _, n, _ in cases)))
             del codes
-            write_rows(out.with_name(out.name.replace("decode", "memory")), memory_rows(impl, loaded, engine, place))
+            if device.type == "cuda":  # on a CPU all weights are FP32
+                memory = out.with_name(out.name.replace("decode", "memory") if "decode" in out.name else "memory.csv")
+                write_rows(memory, memory_rows(impl, loaded, engine, place))
         for case, count, length in cases:
             speeds, steps = [], []
             for repeat in range(args.repeats + 1):

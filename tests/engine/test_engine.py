@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from worlds import loaded_toy, on_a_cpu
 
 from grace_vlm.engine.cache import PAGE_TOKENS, Pages, pages_for, slots_of
-from grace_vlm.engine.engine import Engine, EngineOptions
+from grace_vlm.engine.engine import Engine, EngineOptions, Event
 from grace_vlm.engine.request import Prompt, Request
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.engine.scheduler import Scheduler
@@ -119,6 +119,24 @@ def test_a_step_ahead_is_taken_and_changes_nothing() -> None:
     assert answers[0] == answers[1]
     assert any(answers[0].values())
     assert len(launches[0]) <= len(launches[1]) <= len(launches[0]) + 3
+
+
+def test_steps_go_ahead_while_others_wait() -> None:
+    """A queue behind full rows changes nothing, so it must not stop the host from being ahead."""
+    engine = Engine(loaded_toy("tiny"), options=EngineOptions(max_running=2))
+    engine._is_ahead, taken = True, []
+    resolve = engine._resolve
+
+    def counted() -> list[Event]:
+        events = resolve()
+        taken.append(engine._queued is not None)
+        return events
+
+    engine._resolve = counted  # type: ignore[method-assign]
+    for number in range(6):
+        engine.add(f"{number}", text_prompt([5, 6, 7]), SamplingParams(max_tokens=20, ignore_eos=True))
+    drain(engine)
+    assert sum(taken) > 0.8 * len(taken)
 
 
 def test_names_and_empty_prompts() -> None:

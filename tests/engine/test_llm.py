@@ -14,7 +14,7 @@ from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM, Asked
 from grace_vlm.engine.sampling import SamplingParams
-from grace_vlm.errors import RequestError
+from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.kernels.low_bit_linear import PackedLinear
 from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.affine import bake, quantize_tensor
@@ -120,6 +120,41 @@ def test_one_picture_is_made_once(paths: list[Path]) -> None:
     assert small.engine.pictures.held_bytes == 0
 
 
+def test_a_picture_that_could_not_be_made_is_made_the_next_time(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    expected = llm.generate(["one", "two"], [paths[0], paths[1]], GREEDY)
+    again = LLM(loaded_toy("tiny"), options=EngineOptions(picture_bytes=0))
+    of, failures = again.engine.pictures.of, [torch.OutOfMemoryError("no room")]
+
+    def failing(images):  # type: ignore[no-untyped-def]
+        if failures:
+            raise failures.pop()
+        return of(images)
+
+    again.engine.pictures.of = failing  # type: ignore[method-assign]
+    for name, path in (("a", paths[0]), ("b", paths[1])):
+        again.engine.add(name, again.prompt("one" if name == "a" else "two", [path]), GREEDY)
+    with pytest.raises(torch.OutOfMemoryError):
+        again.engine.step()
+    found: dict[str, list[int]] = {"a": [], "b": []}
+    while again.engine.has_work:
+        for event in again.engine.step():
+            if event.choice:
+                found[event.request_id].append(event.choice.token)
+    assert [tuple(found["a"]), tuple(found["b"])] == [answer.token_ids for answer in expected]
+
+
+def test_what_the_forward_does_not_do_is_refused() -> None:
+    loaded = loaded_toy("qwen2_vl")
+    loaded.model.config.text_config.use_sliding_window = True
+    with pytest.raises(ConfigError, match="attends in a sliding window, which the engine does not; set use_sliding_w"):
+        LLM(loaded)
+    loaded = loaded_toy("tiny")
+    loaded.model.config.text_config.hidden_act = "gelu"
+    with pytest.raises(ConfigError, match="the decoder's activation is 'gelu'; the engine has silu"):
+        LLM(loaded)
+
+
 def test_a_stream_is_the_answer(paths: list[Path]) -> None:
     llm = LLM(loaded_toy("tiny"))
     params = SamplingParams(max_tokens=30, ignore_eos=True)
@@ -207,6 +242,7 @@ def test_seeds_decide_whatever_runs_beside() -> None:
         ),
         ([["a", IMAGE_MARKER, "c"]], None, "text 2 of the prompt is empty; expected words"),
         ("a", "x.png", "x.png: no such file"),
+        ("a\ud800", None, "text 1 of the prompt has half of a surrogate pair; expected whole characters"),
     ],
 )
 def test_what_cannot_be_asked_is_said(prompts: object, images: object, message: str) -> None:

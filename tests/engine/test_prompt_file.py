@@ -92,7 +92,9 @@ def test_generate_and_what_was_interrupted_goes_on(world: Path, grace: Any, tmp_
         ('{"prompt": 3}', "prompt is no text; expected a text, or a list of texts"),
         ('{"prompt": "a", "image": 3}', "image is no path; expected a path, or a list of paths"),
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens is 0; expected at least 1"),
-        ('{"prompt": "a", "max_tokens": "x"}', "a sampling value is of the wrong kind: {'max_tokens': 'x'}"),
+        ('{"prompt": "a", "max_tokens": "x"}', "max_tokens is 'x'; expected a whole number"),
+        ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens is 1.5; expected a whole number"),
+        ('{"prompt": "a", "stop": [1]}', "stop is [1]; expected a text, or a list of texts"),
         ('{"id": "1", "prompt": "a"}', "id '1' is an earlier line's too; give each its own"),
     ],
 )
@@ -102,6 +104,37 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(DataError) as caught:
         read_prompts(path, tmp_path, SamplingParams())
     assert str(caught.value) == f"{path}, line 2: {said}"
+
+
+def test_a_file_that_is_none_of_answers_stays_as_it_is(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, other = tmp_path / "prompts.jsonl", tmp_path / "notes.jsonl"
+    prompts.write_text('{"prompt": "yes"}\n')
+    other.write_text('{"id": 1, "note": "mine"}\n{"id": 2}\n')
+    args = ("generate", world / "model", "--data", prompts, "--device", "cpu", "--resume", "--out")
+    code, _, err = grace(*args, prompts)
+    assert (code, err) == (2, f"error: --out and --data are one file, {prompts}; pass another --out\n")
+    code, _, err = grace(*args, other)
+    line = f"error: {other}, line 1, is no answer; --resume goes on with a file of answers: pass another --out\n"
+    assert (code, err.splitlines(keepends=True)[-1]) == (3, line)
+    assert prompts.read_text() == '{"prompt": "yes"}\n'
+    assert other.read_text() == '{"id": 1, "note": "mine"}\n{"id": 2}\n'
+
+
+def test_sizes_that_nothing_runs_in(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "yes"}\n')
+    args = ("generate", world / "model", "--data", prompts, "--device", "cpu", "--out", tmp_path / "out.jsonl")
+    assert grace(*args, "--batch-size", 0)[2] == "error: max_running is 0; expected at least 1\n"
+    assert grace(*args, "--cache-tokens", -5)[2] == "error: cache_tokens is -5; expected at least 16\n"
+    assert grace(*args, "--batch-size", 3000, "--max-new-tokens", 2)[0] == 0
+
+
+def test_texts_that_json_allows(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(path, tmp_path, SamplingParams())[0].prompt == ["a\u2028b\x85c"]
+    path.write_text('{"prompt": "yes", "stop": "END"}\n')
+    assert read_prompts(path, tmp_path, SamplingParams())[0].sampling.stop == ("END",)
 
 
 def test_unknown_keys_are_named(tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.allclose(shares, logits.softmax(0), atol=0.03)
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0]])
+    for temperature in (1e-40, 1e-20, 1e-5):
+        assert choose(logits, [Chooser(SamplingParams(temperature=temperature, seed=1), [])])[0].token == 1
+
+
 def test_greedy_takes_the_largest_after_penalties() -> None:
     logits = torch.tensor([[3.0, 2.9, 0.0]])
     assert choose(logits, [Chooser(SamplingParams(), [])])[0].token == 0
@@ -104,6 +110,10 @@ def test_greedy_takes_the_largest_after_penalties() -> None:
         ({"frequency_penalty": float("inf")}, "frequency_penalty is inf; expected -100 to 100"),
         ({"stop": ("",)}, "stop is ('',); expected at most 16 texts, none of them empty"),
         ({"logprobs": 50}, "logprobs is 50; expected 0 to 20, or None"),
+        ({"seed": 1.5}, "seed is 1.5; expected a whole number, or None"),
+        ({"max_tokens": True}, "max_tokens is True; expected a whole number"),
+        ({"top_p": "x"}, "top_p is 'x'; expected a number"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; expected a list of ids"),
     ],
 )
 def test_what_is_out_of_range_is_said(wrong: dict[str, object], message: str) -> None:

@@ -31,9 +31,11 @@ def chat(
     temperature: float = typer.Option(0.0, "--temperature", help="0 is greedy."),
     top_p: float = typer.Option(1.0, "--top-p", help="Tokens that make up so much probability."),
     seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
+    cache_tokens: int = typer.Option(8192, "--cache-tokens", help="Longest conversation and answer, tokens."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output; needs --question."),
 ) -> None:
+    from grace_vlm.engine.engine import EngineOptions
     from grace_vlm.engine.llm import LLM
     from grace_vlm.engine.sampling import SamplingParams
 
@@ -42,7 +44,7 @@ def chat(
     if question is not None and not question.strip():
         raise RequestError("the question is empty; pass --question TEXT")
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    llm = LLM(model, device)
+    llm = LLM(model, device, EngineOptions(cache_tokens, max_running=1))
     if question is None:
         _talk(llm, list(image), sampling)
     elif as_json:
@@ -55,9 +57,13 @@ def chat(
 def _print(pieces: Iterator[str]) -> str:
     """Write an answer as it comes; the whole of it."""
     whole = ""
-    for piece in pieces:
-        whole += piece
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            whole += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:  # enough of this answer
+        if not sys.stdin.isatty():
+            raise
     print()
     return whole
 
@@ -94,4 +100,6 @@ def _talk(llm: LLM, images: list[Path], sampling: SamplingParams) -> None:
                 say(f"error: {error}")
                 images = []
                 continue
-            texts, shown, images = [*texts, text, answer or "-"], [*shown, *images], []
+            # What the model said is given to it again as words: never as a picture, never as nothing.
+            said = answer.replace(IMAGE_MARKER, " ").strip() or "-"
+            texts, shown, images = [*texts, text, said], [*shown, *images], []

@@ -23,6 +23,7 @@ def generate(
     resume: bool = typer.Option(False, "--resume", help="Keep the answers that --out has, ask the rest."),
     max_new_tokens: int = typer.Option(128, "--max-new-tokens", help="Longest answer, tokens."),
     temperature: float = typer.Option(0.0, "--temperature", help="0 is greedy."),
+    top_k: int = typer.Option(0, "--top-k", help="The so many likeliest tokens; 0 is all."),
     top_p: float = typer.Option(1.0, "--top-p", help="Tokens that make up so much probability."),
     seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
     batch_size: int = typer.Option(64, "--batch-size", help="Requests that run together."),
@@ -36,13 +37,15 @@ def generate(
     from grace_vlm.engine.sampling import SamplingParams
     from grace_vlm.errors import ConfigError, RequestError
 
+    if out.exists() and data.exists() and out.samefile(data):
+        raise ConfigError(f"--out and --data are one file, {out}; pass another --out")
     if out.exists() and not resume:
         raise ConfigError(f"{out} is there already; pass --resume to go on with it, or another --out")
-    sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed)
     asked = read_prompts(data, root or data.parent, sampling)
-    done = kept_answers(out) & {one.id for one in asked}
-    options = EngineOptions(cache_tokens=cache_tokens, max_running=batch_size)
+    options = EngineOptions(cache_tokens, batch_size, max_step_tokens=max(2048, batch_size))
     llm = LLM(model, device, options)
+    done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)
     failed, count = 0, len(done)
     with ProgressBar("answering") as bar, out.open("a", encoding="utf-8") as file:

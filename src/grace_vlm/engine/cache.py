@@ -59,11 +59,6 @@ class KeyValueCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    @staticmethod
-    def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Of keys and values of all layers."""
-        return 2 * num_layers * PAGE_TOKENS * num_kv_heads * head_dim * dtype.itemsize
-
 
 def slots_of(pages: list[int], first: int, count: int) -> list[int]:
     """Where tokens ``first`` to ``first + count`` of a request that owns ``pages`` lie."""

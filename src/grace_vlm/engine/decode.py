@@ -47,14 +47,17 @@ class DecodeStep:
 
     def load(self, requests: Sequence[Request]) -> None:
         """Lay requests, each with one token missing, into the rows, in order; the other rows are nobody's."""
-        size, width = self.rows_for(len(requests)), self._table.shape[1]
-        rows = [(r.chooser.answer[-1], r.next_position, r.num_done, r.pages) for r in requests]
-        rows += [(0, 0, 0, [])] * (size - len(rows))
-        table = [pages + [self._nobody] * (width - len(pages)) for *_, pages in rows]
-        self.ids[:size] = torch.tensor([row[0] for row in rows]).to(self.ids.device)
-        self._positions[:size] = torch.tensor([row[1] for row in rows]).to(self.ids.device)
-        self._lengths[:size] = torch.tensor([row[2] for row in rows], dtype=torch.int32).to(self.ids.device)
-        self._table[:size] = torch.tensor(table, dtype=torch.int32).to(self.ids.device)
+        count, size = len(requests), self.rows_for(len(requests))
+        device = self.ids.device
+        numbers = torch.zeros(3, size, dtype=torch.int64)
+        numbers[:, :count] = torch.tensor([(r.chooser.answer[-1], r.next_position, r.num_done) for r in requests]).T
+        there = numbers.to(device)
+        self.ids[:size], self._positions[:size], self._lengths[:size] = there[0], there[1], there[2]
+        # Of a request only its own pages are read; a row of nobody counts on through the whole of its line.
+        width = max(len(r.pages) for r in requests)
+        table = torch.tensor([r.pages + [self._nobody] * (width - len(r.pages)) for r in requests], dtype=torch.int32)
+        self._table[:count, :width] = table.to(device)
+        self._table[count:size] = self._nobody
 
     def rows_for(self, count: int) -> int:
         """The number of rows that so many requests run in."""

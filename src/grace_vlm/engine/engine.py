@@ -12,6 +12,7 @@ missing. Nothing here knows texts, files or HTTP.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,9 +26,12 @@ from grace_vlm.engine.pictures import PictureFeatures
 from grace_vlm.engine.request import Finish, Prompt, Request
 from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
-from grace_vlm.errors import RequestError
+from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.scheme import QuantizedTensor
+
+INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS = 16, 64, 8
+"""Of ``batch_invariant``: rows of every product, tokens of a prompt at a time, shares of a context."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,13 @@ class EngineOptions:
     picture_bytes: int = 256 << 20
     batch_invariant: bool = False
 
-
-INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS = 16, 64, 8
-"""Of ``batch_invariant``: rows of every product, tokens of a prompt at a time, shares of a context."""
+    def __post_init__(self) -> None:
+        """``ConfigError`` for sizes that nothing could run in."""
+        least = {"cache_tokens": PAGE_TOKENS, "max_running": 1, "picture_bytes": 0}
+        least["max_step_tokens"] = max(self.max_running, INVARIANT_PIECE if self.batch_invariant else 1)
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {smallest}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Engine:
         self._decoding: list[Request] = []
         """Whose rows ``decode`` has, as they are after the last step."""
         self._queued: tuple[list[Request], torch.Tensor, torch.cuda.Event | None] | None = None
-        """A step that is on its way: its requests, and the tokens it chooses."""
+        """A step that is on its way: its requests, their tokens on theirs, and when these may be read."""
         self._arrivals = [
             torch.empty(self.options.max_running, dtype=torch.int64, pin_memory=self._is_ahead) for _ in range(2)
         ]
@@ -158,20 +166,28 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward; what it chose, request by request. Nothing if nothing is to do."""
+        device = self.weights.device
+        # Triton, graphs and events go to the current GPU, whichever their tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return self._one_step()
+
+    def _one_step(self) -> list[Event]:
         if self._queued is not None:
             return self._resolve()
-        for request in self.scheduler.admit():
-            if request.prompt.images:
+        self.scheduler.admit()
+        for request in self.scheduler.running:
+            # Also of one that began when a step before failed here.
+            if request.prompt.images and request.features is None and request.is_reading:
                 request.features = self.pictures.of(request.prompt.images)
         planned = self.scheduler.plan()
         if not planned:
             return []
-        if all(request.num_done >= request.num_prompt for request, _ in planned):
-            return self._answer([request for request, _ in planned])
-        return self._read(planned)
+        if planned[0][0].is_reading:
+            return self._read(planned)
+        return self._answer([request for request, _ in planned])
 
     def _read(self, planned: list[tuple[Request, int]]) -> list[Event]:
-        """A forward over prompts, and over new tokens of answers beside them."""
+        """A forward over prompts, or pieces of them."""
         self._decoding, rows = [], _Rows()
         for request, count in planned:
             self._lay(rows, request, count)
@@ -179,7 +195,8 @@ class Engine:
         choosing = []
         for request, count in planned:
             request.num_done += count
-            if not request.num_missing:
+            if not request.is_reading:
+                request.features = None
                 choosing.append(request)
         if not choosing:
             return []
@@ -224,7 +241,7 @@ class Engine:
         self._queued = None
         ahead = (
             self._is_ahead
-            and not self.scheduler.waiting
+            and not self.scheduler.could_admit()
             and requests == self.scheduler.running
             and all(len(request.chooser.answer) + 2 <= request.params.max_tokens for request in requests)
         )
@@ -286,7 +303,6 @@ class Engine:
     def _chosen(self, request: Request, choice: Choice) -> Event:
         ends = set(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self.end_ids)
         request.chooser.answer.append(choice.token)
-        request.choices.append(choice)
         if choice.token in ends:
             request.finish = "stop"
         elif len(request.chooser.answer) == request.params.max_tokens:

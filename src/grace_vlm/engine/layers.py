@@ -15,8 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import runs_triton
-from grace_vlm.kernels.low_bit_linear import Norm, PackedLinear, interleaved, joined, low_bit_linear, pack_linear
+from grace_vlm.kernels.low_bit_linear import (
+    Norm,
+    PackedLinear,
+    interleaved,
+    joined,
+    low_bit_linear,
+    pack_linear,
+    path_of,
+)
 from grace_vlm.kernels.paged_attention import Heads
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -49,6 +58,8 @@ class Linear:
 
     def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.weight, PackedLinear):
+            if norm is not None and path_of(len(x), self.weight, x.dtype) != "cuda":
+                x, norm = normalized(x, norm), None  # the others would do it in eight launches
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
         given = x if norm is None else normalized(x, norm)
         if residual is not None and self.bias is None and x.is_cuda and not self.silu:
@@ -92,6 +103,18 @@ class Layer:
     mlp_norm: Norm
     gate_up: Linear
     down: Linear
+
+
+def _require_known(config: Any) -> None:
+    """``ConfigError`` for what the forward does not do."""
+    activation = getattr(config, "hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"the decoder's activation is {activation!r}; the engine has silu")
+    if getattr(config, "use_sliding_window", False):
+        raise ConfigError(
+            "the decoder attends in a sliding window, which the engine does not; set use_sliding_window to false in "
+            "config.json if prompts and answers stay below it"
+        )
 
 
 Rotary = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -159,6 +182,7 @@ def take_weights(
     """
     language = model.model.language_model
     config = language.config
+    _require_known(config)
     layers = []
     for number in range(len(language.layers)):
         layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized, rows))
@@ -216,8 +240,11 @@ def _linear(
     assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
     bias = None if biases[0] is None else torch.cat([_detached(b) for b in biases])  # type: ignore[misc]
     device = modules[0].weight.device
-    tensors = [quantized[name] for name in names if name in quantized]
-    if device.type == "cuda" and len(tensors) == len(modules) and _is_packable(tensors):
+    if device.type == "cuda" and all(name in quantized for name in names):
+        tensors = [quantized[name] for name in names]
+    else:
+        tensors = []
+    if tensors and _is_packable(tensors):
         assert not silu or bias is None
         one = interleaved(*tensors) if silu else joined(tensors)
         return Linear(pack_linear(one, device), bias, silu)

@@ -12,6 +12,7 @@ says where a picture goes; pictures without one come first.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from grace_vlm.media.image import ImageFault, load_image
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.quant.scheme import QuantizedTensor
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 TextOrTurns = str | Sequence[str]
 Picture = str | Path
 Pictures = Picture | Sequence[Picture] | None
@@ -101,7 +103,7 @@ class LLM:
             RequestError: a prompt, a picture or a parameter that cannot be used; nothing has run then.
         """
         many: list[TextOrTurns] = [prompts] if isinstance(prompts, str) else list(prompts)
-        pictures = _for_each(images, len(many), "images", is_one=isinstance(prompts, str))
+        pictures = _for_each(images, len(many), is_one=isinstance(prompts, str))
         params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(many)
         if len(params) != len(many):
             raise RequestError(f"sampling has {len(params)} entries for {len(many)} prompts; give one, or one each")
@@ -190,6 +192,11 @@ class LLM:
             raise RequestError(f"a conversation has {len(texts)} texts; expected an odd number, the user's last")
         if empty := [number for number, text in enumerate(texts) if not text.replace(IMAGE_MARKER, "").strip()]:
             raise RequestError(f"text {empty[0] + 1} of the prompt is empty; expected words")
+        for number, text in enumerate(texts, start=1):
+            if not text.isascii() and _SURROGATE.search(text):
+                raise RequestError(
+                    f"text {number} of the prompt has half of a surrogate pair; expected whole characters"
+                )
         texts = _marked(texts, len(images))
         turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
         row = Row(0, "prompt", tuple(str(image) for image in images), (*turns, Turn("assistant", "")))
@@ -239,7 +246,7 @@ def _listed(images: Pictures) -> list[Picture]:
     return [images] if isinstance(images, str | Path) else list(images)
 
 
-def _for_each(images: Pictures | Sequence[Pictures], count: int, what: str, is_one: bool) -> list[Pictures]:
+def _for_each(images: Pictures | Sequence[Pictures], count: int, is_one: bool) -> list[Pictures]:
     """The pictures of each prompt."""
     if images is None:
         return [None] * count
@@ -247,7 +254,7 @@ def _for_each(images: Pictures | Sequence[Pictures], count: int, what: str, is_o
         return [_listed(images)]  # type: ignore[arg-type]
     each: list[Pictures] = [images] if isinstance(images, str | Path) else list(images)
     if len(each) != count:
-        raise RequestError(f"{what} has {len(each)} entries for {count} prompts; give each its own, None for none")
+        raise RequestError(f"images has {len(each)} entries for {count} prompts; give each its own, None for none")
     return each
 
 

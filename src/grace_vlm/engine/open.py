@@ -28,7 +28,7 @@ STOCK = ("grace", "compressed-tensors")
 
 
 def open_model(path: str, device: str = "auto") -> tuple[LoadedModel, Mapping[str, QuantizedTensor]]:
-    """A model ready to run, and (codes, scale) of its quantized linears by module name, read when they are asked for;
+    """A model ready to run, and its quantized linears on their grids by module name, read when they are asked for;
     none of a hub id or the original LLaVA layout.
 
     Raises:

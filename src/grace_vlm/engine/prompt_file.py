@@ -35,7 +35,8 @@ def read_prompts(path: Path, root: Path, defaults: SamplingParams) -> list[Asked
         DataError: the first line that is none, or whose id an earlier one has: nothing was asked yet.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: U+2028 and others may stand in JSON as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; expected a file of JSON lines in UTF-8") from None
     found: dict[str, Asked] = {}
@@ -66,27 +67,33 @@ def _asked(line: str, number: int, root: Path, defaults: SamplingParams) -> Aske
     if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
         raise ValueError("image is no path; expected a path, or a list of paths")
     given = {name: row[name] for name in row if name in _FIELDS}
-    for name, value in given.items():
-        given[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        sampling = dataclasses.replace(defaults, **given)
-    except TypeError:
-        raise ValueError(f"a sampling value is of the wrong kind: {given}") from None
+    sampling = dataclasses.replace(defaults, **given)
     return Asked(str(row.get("id", number)), texts, [root / one for one in images], sampling)
 
 
 def kept_answers(out: Path) -> set[str]:
-    """Ids that have a text in a file of an interrupted run; the file then holds these lines alone."""
+    """Ids that have a text in a file of an interrupted run; the file then holds these lines alone.
+
+    Raises:
+        DataError: the file is none of answers; it stays as it is.
+    """
     if not out.exists():
         return set()
     kept: dict[str, bytes] = {}
-    for line in out.read_bytes().splitlines():
+    lines = [line for line in out.read_bytes().split(b"\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if "text" in row:
-                kept[str(row["id"])] = line + b"\n"
-        except (ValueError, KeyError, TypeError):  # the line that was being written
-            continue
+        except ValueError:
+            if number == len(lines):
+                break  # it was being written
+            row = None
+        if not isinstance(row, dict) or "id" not in row or not ("text" in row or "error" in row):
+            raise DataError(
+                f"{out}, line {number}, is no answer; --resume goes on with a file of answers: pass another --out"
+            )
+        if "text" in row:
+            kept[str(row["id"])] = line + b"\n"
     write_bytes_atomic(out, b"".join(kept.values()))
     return set(kept)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from grace_vlm.engine.sampling import Choice, Chooser, SamplingParams
+from grace_vlm.engine.sampling import Chooser, SamplingParams
 from grace_vlm.models.adapter import Grid
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -59,12 +59,11 @@ class Request:
     pages: list[int] = field(default_factory=list)
     features: Features | None = None
     num_done: int = 0
-    choices: list[Choice] = field(default_factory=list)
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
         self.chooser = Chooser(self.params, self.prompt.ids.tolist())
-        self._next_position = int(self.prompt.positions[:, -1].max()) + 1 - len(self.prompt.ids)
+        self._position_offset = int(self.prompt.positions[:, -1].max()) + 1 - len(self.prompt.ids)
 
     @property
     def num_prompt(self) -> int:
@@ -86,9 +85,14 @@ class Request:
         return self.num_tokens - self.num_done
 
     @property
+    def is_reading(self) -> bool:
+        """Whether tokens of the prompt are missing."""
+        return self.num_done < self.num_prompt
+
+    @property
     def next_position(self) -> int:
         """Of the token that runs next, where that is one of the answer."""
-        return self.num_done + self._next_position
+        return self.num_done + self._position_offset
 
     def ids(self, count: int) -> list[int]:
         """The next ``count`` tokens to run."""
@@ -101,5 +105,5 @@ class Request:
         """(3, count) of those tokens: an answer goes on after the largest of the prompt's last token."""
         first = self.num_done
         of_prompt = self.prompt.positions[:, first : first + count]
-        rest = np.arange(max(first, self.num_prompt), first + count, dtype=np.int64) + self._next_position
+        rest = np.arange(max(first, self.num_prompt), first + count, dtype=np.int64) + self._position_offset
         return np.concatenate([of_prompt, np.broadcast_to(rest, (3, len(rest)))], axis=1)

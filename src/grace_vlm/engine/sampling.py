@@ -52,7 +52,22 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """``RequestError`` for a value outside its range."""
+        """``RequestError`` for a value of another kind or outside its range."""
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            value, may_be_none = getattr(self, name), name in ("seed", "logprobs")
+            is_right = type(value) is int or (value is None and may_be_none)
+            _require(name, value, is_right, "a whole number" + (", or None" if may_be_none else ""))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if type(getattr(self, name)) not in (int, float):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected a number")
+        for name, kind, expected in (
+            ("stop", str, "a text, or a list of texts"),
+            ("stop_token_ids", int, "a list of ids"),
+        ):
+            value = (self.stop,) if name == "stop" and isinstance(self.stop, str) else getattr(self, name)
+            is_right = isinstance(value, list | tuple) and all(type(one) is kind for one in value)
+            _require(name, value, is_right, expected)
+            object.__setattr__(self, name, tuple(value))
         _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _require("temperature", self.temperature, 0 <= self.temperature <= 100, "0 (greedy) to 100")
         _require("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
@@ -145,7 +160,9 @@ def _sampled(logits: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
 
     params = [chooser.params for chooser in choosers]
-    probabilities = (logits / column([p.temperature for p in params])).softmax(-1)
+    # From the largest on: the smallest temperature then leaves it alone instead of infinities.
+    spread = logits - logits.amax(-1, keepdim=True)
+    probabilities = (spread / column([p.temperature for p in params])).softmax(-1)
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
     size = ordered.shape[1]

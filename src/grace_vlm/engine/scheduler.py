@@ -1,11 +1,11 @@
 """Which requests run, and how many tokens of each in a step.
 
 Requests are admitted in the order they came, each when the pages for its longest answer are free; a smaller one behind
-it waits too, so that none waits for ever. Admitted requests are never put back. Every step takes one token of each
-answer under way and fills the rest of its budget with prompts, in pieces if they are longer.
+it waits too, so that none waits for ever. Admitted requests are never put back. Prompts and answers take turns: a step
+has a token of each answer, which is the forward that is recorded, or prompts, in pieces if they are longer than a step.
 
-With a ``piece``, a prompt is always cut at the same places, and prompts and answers take turns: what a request's tokens
-run with then has nothing to do with what runs beside it.
+With a ``piece``, a prompt is always cut at the same places: what a request's tokens run with then has nothing to do
+with what runs beside it.
 """
 
 from __future__ import annotations
@@ -65,12 +65,18 @@ class Scheduler:
             admitted.append(request)
         return admitted
 
+    def could_admit(self) -> bool:
+        """Whether a request would begin now."""
+        if not self.waiting or len(self.running) == self.max_running:
+            return False
+        return pages_for(self.waiting[0].most_tokens) <= self.pages.num_free
+
     def plan(self) -> list[tuple[Request, int]]:
-        """(request, number of its tokens) of the next step."""
+        """(request, number of its tokens) of the next step: of prompts alone, or of answers alone."""
         planned, budget = [], self.max_step_tokens
-        reading = [request for request in self.running if request.num_done < request.num_prompt]
-        answering = [request for request in self.running if request.num_done >= request.num_prompt]
-        if self.piece is not None and answering and reading:
+        reading = [request for request in self.running if request.is_reading]
+        answering = [request for request in self.running if not request.is_reading]
+        if answering and reading:
             # In turns, so that neither waits for the other to end.
             self._has_read = not self._has_read
             answering, reading = ([], reading) if self._has_read else (answering, [])
