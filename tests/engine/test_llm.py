@@ -74,7 +74,8 @@ def test_first_differences_on_a_gpu_are_near_ties(family: str, bits: int, paths:
             codes[f"model.language_model.layers.{name}"] = quantize_tensor(weight, minmax_scale(weight, scheme), scheme)
             module.weight.data = bake(codes[f"model.language_model.layers.{name}"])
     prompts = asked(paths, 50)
-    llm = LLM(copy.deepcopy(loaded), quantized=codes)
+    options = EngineOptions(max_running=8, max_step_tokens=48)  # prompts in pieces
+    llm = LLM(copy.deepcopy(loaded), quantized=codes, options=options)
     if bits == 4 and family == "tiny":
         assert isinstance(llm.engine.weights.layers[0].qkv.weight, PackedLinear)
     answers = llm.generate([text for text, _ in prompts], [images for _, images in prompts], GREEDY)

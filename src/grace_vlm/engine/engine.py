@@ -27,6 +27,7 @@ from grace_vlm.engine.request import Finish, Prompt, Request
 from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
 from grace_vlm.errors import ConfigError, RequestError
+from grace_vlm.models.decoder import borders_of, has_varlen
 from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -75,6 +76,7 @@ class _Rows:
     ids: list[int] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     visual: list[int] = field(default_factory=list)
     embeds: list[torch.Tensor] = field(default_factory=list)
@@ -263,12 +265,12 @@ class Engine:
 
     def _lay(self, rows: _Rows, request: Request, count: int) -> None:
         """The next tokens of a request, after those that are there."""
-        first, done, device = len(rows.ids), request.num_done, self.weights.device
+        first, done = len(rows.ids), request.num_done
         rows.ids += request.ids(count)
         rows.positions.append(torch.from_numpy(request.positions(count).copy()))
         rows.slots += slots_of(request.pages, done, count)
-        slots = torch.tensor(slots_of(request.pages, 0, done + count), dtype=torch.int64)
-        rows.spans.append(Span(count, slots.to(device)))
+        rows.context += slots_of(request.pages, 0, done + count)
+        rows.spans.append(Span(count, done + count))
         if done + count == request.num_tokens:
             rows.wanted.append(first + count - 1)
         if request.features is None:
@@ -288,13 +290,19 @@ class Engine:
 
         embeds = self.weights.embeddings[there(rows.ids)]
         visual = there(rows.visual)
+        borders = None
+        if has_varlen(embeds) and not self.options.batch_invariant:
+            counts, lengths = zip(*((span.count, span.length) for span in rows.spans), strict=True)
+            borders = (borders_of(counts, device), borders_of(lengths, device))
         if rows.embeds:
             embeds = embeds.index_copy(0, visual, torch.cat(rows.embeds).to(embeds.dtype))
         return Step(
             embeds=embeds,
             positions=torch.cat(rows.positions, dim=1).to(device),
-            spans=rows.spans,
             slots=there(rows.slots),
+            spans=rows.spans,
+            context=there(rows.context),
+            borders=borders,
             visual=visual,
             deepstack=[torch.cat(layer) for layer in zip(*rows.deepstack, strict=True)],
             wanted=there(rows.wanted),

@@ -21,19 +21,15 @@ from grace_vlm.engine.layers import Layer, Weights, normalized
 from grace_vlm.kernels import runs_triton
 from grace_vlm.kernels.low_bit_linear import Norm
 from grace_vlm.kernels.paged_attention import Heads
+from grace_vlm.models.decoder import attend_contexts
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of one request.
-
-    Args:
-        count: so many of them. slots: (past + count,) int64 on the device, where all its tokens up to the last of these
-            lie in the cache.
-    """
+    """Rows of one request: so many of them, and the tokens that it has with them."""
 
     count: int
-    slots: torch.Tensor
+    length: int
 
 
 @dataclass(frozen=True)
@@ -41,16 +37,19 @@ class Step:
     """What one forward is given.
 
     Args:
-        embeds: (n, d). positions: (3, n) int64. spans: their counts sum to n. slots: (n,) int64, where the rows' keys
-            and values go.
+        embeds: (n, d). positions: (3, n) int64. slots: (n,) int64, where the rows' keys and values go.
+        spans: their counts sum to n. context: (sum of lengths,) int64, where all tokens of the spans lie in the cache.
+        borders: of rows and of contexts, where one kernel attends for all spans; None: it is done span by span.
         visual: (v,) int64 rows of visual tokens. deepstack: (v, d) each, added to those rows after the first layers.
         wanted: (r,) int64 rows that are returned.
     """
 
     embeds: torch.Tensor
     positions: torch.Tensor
-    spans: Sequence[Span]
     slots: torch.Tensor
+    spans: Sequence[Span]
+    context: torch.Tensor
+    borders: tuple[torch.Tensor, torch.Tensor] | None
     visual: torch.Tensor
     deepstack: Sequence[torch.Tensor]
     wanted: torch.Tensor
@@ -82,12 +81,13 @@ def _attention(
     """(n, heads * head_dim)."""
     qkv = layer.qkv(x, norm=layer.attention_norm)
     query = rotate_append(qkv, rotation, step.slots, cache.keys[number], cache.values[number], weights.heads(layer))
-    parts, first = [], 0
-    for span in step.spans:
-        keys, values = cache.keys[number][span.slots], cache.values[number][span.slots]
-        parts.append(attend(query[first : first + span.count], keys, values))
-        first += span.count
-    return torch.cat(parts).flatten(1)
+    keys, values = cache.keys[number][step.context], cache.values[number][step.context]
+    counts, lengths = [span.count for span in step.spans], [span.length for span in step.spans]
+    if step.borders is not None:
+        longest = (max(counts), max(lengths))
+        return attend_contexts(query, keys, values, step.borders, longest).flatten(1)
+    parts = zip(query.split(counts), keys.split(lengths), values.split(lengths), strict=True)
+    return torch.cat([attend(*part) for part in parts]).flatten(1)
 
 
 def rotate_append(

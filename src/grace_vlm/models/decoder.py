@@ -82,6 +82,28 @@ def attend_segments(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
+def attend_contexts(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    borders: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+) -> torch.Tensor:
+    """Causal attention of the last tokens of several contexts, in one kernel, for ``has_varlen``.
+
+    Args:
+        query: (n, heads, d). keys, values: (m, kv_heads, d), contexts end to end; a context's last keys are those of its
+            queries.
+        borders, longest: of queries and of contexts, as ``attend_segments`` has them.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = query.shape[1] // keys.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (keys, values))
+    out: Any = varlen_attn(query.contiguous(), k.contiguous(), v.contiguous(), *borders, *longest, **_causal())
+    return out
+
+
 def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
