@@ -92,8 +92,8 @@ def attend_contexts(
     """Causal attention of the last tokens of several contexts, in one kernel, for ``has_varlen``.
 
     Args:
-        query: (n, heads, d). keys, values: (m, kv_heads, d), contexts end to end; a context's last keys are those of its
-            queries.
+        query: (n, heads, d). keys, values: (m, kv_heads, d), contexts end to end; the last keys of each are those of
+            its queries.
         borders, longest: of queries and of contexts, as ``attend_segments`` has them.
     """
     from torch.nn.attention.varlen import varlen_attn
