@@ -103,7 +103,9 @@ def measure_engine(engine: Engine, count: int, length: int, num_tokens: int) -> 
     return tokens / (before - started), steps
 
 
-def measure_transformers(loaded: LoadedModel, count: int, length: int, num_tokens: int) -> tuple[float, list[float]]:
+def measure_transformers(
+    loaded: LoadedModel, count: int, length: int, num_tokens: int, compiled: bool = True
+) -> tuple[float, list[float]]:
     """The same of Transformers' own model: a prompt at once, then a compiled forward a token."""
     from transformers import StaticCache
 
@@ -121,7 +123,7 @@ def measure_transformers(loaded: LoadedModel, count: int, length: int, num_token
         )  # fmt: skip
         return model.lm_head(states.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
 
-    compiled = torch.compile(forward, mode="reduce-overhead", dynamic=False)
+    step = torch.compile(forward, mode="reduce-overhead", dynamic=False) if compiled else forward
     with torch.inference_mode():
         positions = torch.arange(length, device=device)
         states = model.model.language_model(
@@ -133,7 +135,7 @@ def measure_transformers(loaded: LoadedModel, count: int, length: int, num_token
         warm = 5
         for number in range(num_tokens - 1):
             before = time.perf_counter()
-            token = compiled(token.clone(), torch.tensor([length + number], device=device))
+            token = step(token.clone(), torch.tensor([length + number], device=device))
             wait(device)
             if number >= warm:
                 steps.append(1000 * (time.perf_counter() - before))
