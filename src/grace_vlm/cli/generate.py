@@ -26,6 +26,7 @@ def generate(
     top_k: int = typer.Option(0, "--top-k", help="The so many likeliest tokens; 0 is all."),
     top_p: float = typer.Option(1.0, "--top-p", help="Tokens that make up so much probability."),
     seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
+    json_schema: Path = typer.Option(None, "--json-schema", help="File with a JSON schema that every answer follows."),
     batch_size: int = typer.Option(64, "--batch-size", help="Requests that run together."),
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of all of them that fit in memory."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
@@ -33,7 +34,7 @@ def generate(
 ) -> None:
     from grace_vlm.engine.engine import EngineOptions
     from grace_vlm.engine.llm import LLM
-    from grace_vlm.engine.prompt_file import answer_line, kept_answers, read_prompts, remaining
+    from grace_vlm.engine.prompt_file import answer_line, kept_answers, read_prompts, read_text, remaining
     from grace_vlm.engine.sampling import SamplingParams
     from grace_vlm.errors import ConfigError, RequestError
 
@@ -41,7 +42,8 @@ def generate(
         raise ConfigError(f"--out and --data are one file, {out}; pass another --out")
     if out.exists() and not resume:
         raise ConfigError(f"{out} is there already; pass --resume to go on with it, or another --out")
-    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed)
+    schema = None if json_schema is None else read_text(json_schema)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
     options = EngineOptions(cache_tokens, batch_size, max_step_tokens=max(2048, batch_size))
     llm = LLM(model, device, options)

@@ -21,6 +21,7 @@ import torch
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, Pages, slots_of
 from grace_vlm.engine.decode import DecodeStep
 from grace_vlm.engine.forward import Span, Step, forward
+from grace_vlm.engine.guide import Guides
 from grace_vlm.engine.layers import Weights, take_weights
 from grace_vlm.engine.pictures import PictureFeatures
 from grace_vlm.engine.request import Finish, Prompt, Request
@@ -114,6 +115,7 @@ class Engine:
             self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings, piece
         )
         self.end_ids = end_ids(loaded)
+        self.guides = Guides(loaded.processor.tokenizer, len(own.embeddings), self.end_ids)
         most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
         self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
         self._is_ahead = own.device.type == "cuda"
@@ -136,7 +138,9 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request {request_id} is there already; give each a name of its own")
         self._require_usable(request_id, prompt)
+        guide = None if params.json_schema is None else self.guides.of_schema(str(params.json_schema))
         request = Request(request_id, prompt, params)
+        request.chooser.guide = guide
         self.scheduler.add(request)
         self._requests[request_id] = request
 
@@ -310,7 +314,7 @@ class Engine:
 
     def _chosen(self, request: Request, choice: Choice) -> Event:
         ends = set(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self.end_ids)
-        request.chooser.answer.append(choice.token)
+        request.chooser.take(choice.token)
         if choice.token in ends:
             request.finish = "stop"
         elif len(request.chooser.answer) == request.params.max_tokens:

@@ -34,11 +34,8 @@ def read_prompts(path: Path, root: Path, defaults: SamplingParams) -> list[Asked
     Raises:
         DataError: the first line that is none, or whose id an earlier one has: nothing was asked yet.
     """
-    try:
-        # Not splitlines: U+2028 and others may stand in JSON as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; expected a file of JSON lines in UTF-8") from None
+    # Not splitlines: U+2028 and others may stand in JSON as they are.
+    lines = read_text(path).split("\n")
     found: dict[str, Asked] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -51,6 +48,14 @@ def read_prompts(path: Path, root: Path, defaults: SamplingParams) -> list[Asked
             raise DataError(f"{path}, line {number}: id {one.id!r} is an earlier line's too; give each its own")
         found[one.id] = one
     return list(found.values())
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8; ``DataError`` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; expected a file in UTF-8") from None
 
 
 def _asked(line: str, number: int, root: Path, defaults: SamplingParams) -> Asked:

@@ -4,6 +4,7 @@ From raw logits z of one row, in this order:
 
     penalties     z_t <- z_t / r if z_t > 0 else z_t r      for tokens of the prompt or the answer (repetition)
                   z_t <- z_t - f count_t - p [count_t > 0]  for tokens of the answer (frequency, presence)
+    schema        z_t <- -inf                               for what cannot become a document of it (guide.py)
     greedy        the largest z                             temperature 0
     else          P = softmax(z / temperature), sorted; kept are the first k (top_k), then those before which less than
                   top_p lies, then those of at least min_p of the largest; u of the request's own generator chooses
@@ -15,13 +16,16 @@ Log-probabilities are of the raw logits.
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from grace_vlm.engine.guide import Guide
 from grace_vlm.errors import RequestError
 
 
@@ -35,6 +39,7 @@ class SamplingParams:
         seed: the same seed gives the same draws; None a new one.
         stop: texts before which the answer ends. stop_token_ids: tokens that end it, beside the model's own.
         ignore_eos: the model's own do not end it. logprobs: so many alternatives a token; None without.
+        json_schema: the answer is a document of it, as text or as an object; None without.
     """
 
     max_tokens: int = 128
@@ -50,6 +55,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """``RequestError`` for a value of another kind or outside its range."""
@@ -68,6 +74,10 @@ class SamplingParams:
             is_right = isinstance(value, list | tuple) and all(type(one) is kind for one in value)
             _require(name, value, is_right, expected)
             object.__setattr__(self, name, tuple(value))
+        if isinstance(self.json_schema, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        is_text = self.json_schema is None or isinstance(self.json_schema, str)
+        _require("json_schema", self.json_schema, is_text, "a JSON schema, as text or as an object")
         _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _require("temperature", self.temperature, 0 <= self.temperature <= 100, "0 (greedy) to 100")
         _require("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
@@ -84,7 +94,8 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Greedy, with nothing else to know of the logits than the largest."""
-        return self.temperature == 0 and not self.has_penalties and self.logprobs is None
+        knows_more = self.has_penalties or self.logprobs is not None or self.json_schema is not None
+        return self.temperature == 0 and not knows_more
 
     @property
     def has_penalties(self) -> bool:
@@ -99,11 +110,12 @@ def _require(name: str, value: object, is_right: bool, expected: str) -> None:
 
 @dataclass
 class Chooser:
-    """One request's choices: its parameters, its generator and what it has seen."""
+    """One request's choices: its parameters, its generator, what it has seen, and what it may say."""
 
     params: SamplingParams
     prompt: Sequence[int]
     answer: list[int] = field(default_factory=list)
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.params.seed)
@@ -112,11 +124,25 @@ class Chooser:
         """In [0, 1), the next of this request."""
         return self._random.random()
 
-    def penalized(self, logits: torch.Tensor) -> torch.Tensor:
-        """(V,) logits with this request's penalties."""
+    @property
+    def changes_logits(self) -> bool:
+        return self.params.has_penalties or self.guide is not None
+
+    def changed(self, logits: torch.Tensor) -> torch.Tensor:
+        """(V,) logits with this request's penalties, and without what it may not say."""
+        found = self._penalized(logits) if self.params.has_penalties else logits
+        if self.guide is not None:
+            found = found.masked_fill(~self.guide.allowed().to(found.device), float("-inf"))
+        return found
+
+    def take(self, token: int) -> None:
+        """The token is the answer's next one."""
+        self.answer.append(token)
+        if self.guide is not None:
+            self.guide.accept(token)
+
+    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
         params = self.params
-        if not params.has_penalties:
-            return logits
         size = logits.shape[0]
         counts = torch.bincount(torch.tensor(self.answer, dtype=torch.int64), minlength=size).to(logits)
         seen = torch.bincount(torch.tensor(self.prompt, dtype=torch.int64), minlength=size).to(logits) + counts > 0
@@ -142,8 +168,8 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
     """
     wide = logits.float()
     changed = wide
-    if any(chooser.params.has_penalties for chooser in choosers):
-        changed = torch.stack([chooser.penalized(row) for chooser, row in zip(choosers, wide, strict=True)])
+    if any(chooser.changes_logits for chooser in choosers):
+        changed = torch.stack([chooser.changed(row) for chooser, row in zip(choosers, wide, strict=True)])
     tokens = changed.argmax(dim=-1)
     drawn = [number for number, chooser in enumerate(choosers) if chooser.params.temperature > 0]
     if drawn:
