@@ -139,7 +139,8 @@ class Engine:
             raise RequestError(f"request {request_id} is there already; give each a name of its own")
         self._require_usable(request_id, prompt)
         guide = None if params.json_schema is None else self.guides.of_schema(str(params.json_schema))
-        request = Request(request_id, prompt, params)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
+        request = Request(request_id, prompt, params, ends)
         request.chooser.guide = guide
         self.scheduler.add(request)
         self._requests[request_id] = request
@@ -313,9 +314,8 @@ class Engine:
         )
 
     def _chosen(self, request: Request, choice: Choice) -> Event:
-        ends = set(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self.end_ids)
         request.chooser.take(choice.token)
-        if choice.token in ends:
+        if choice.token in request.ends:
             request.finish = "stop"
         elif len(request.chooser.answer) == request.params.max_tokens:
             request.finish = "length"

@@ -57,11 +57,11 @@ class Guides:
             self._known = llguidance.hf.from_tokenizer(self._tokenizer, self._num_words, self._end_ids)
         try:
             # White space wherever JSON allows it would let a model write nothing else until its last token.
-            plain = {"whitespace_flexible": False}
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=plain)
-            wrong = llguidance.LLMatcher.validate_grammar(grammar, self._known)
+            matcher = llguidance.LLMatcher
+            grammar = matcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+            wrong = matcher.validate_grammar(grammar, self._known)
         except ValueError as error:
             wrong = str(error)
         if wrong:
             raise RequestError(f"json_schema cannot be followed: {' '.join(wrong.split())}")
-        return Guide(llguidance.LLMatcher(self._known, grammar), self._num_words)
+        return Guide(matcher(self._known, grammar), self._num_words)

@@ -50,12 +50,14 @@ class Features:
 class Request:
     """A request inside the engine.
 
-    ``num_done``: tokens whose keys and values are in the cache; a new token is chosen whenever all are.
+    ``ends``: tokens that end the answer. ``num_done``: tokens whose keys and values are in the cache; a new token is
+    chosen whenever all are.
     """
 
     id: str
     prompt: Prompt
     params: SamplingParams
+    ends: frozenset[int] = frozenset()
     pages: list[int] = field(default_factory=list)
     features: Features | None = None
     num_done: int = 0
