@@ -7,8 +7,8 @@ import torch
 
 from grace_vlm.engine import forward, layers
 from grace_vlm.kernels import decoder_rows_triton as fused
+from grace_vlm.kernels.heads import Heads
 from grace_vlm.kernels.low_bit_linear import Norm
-from grace_vlm.kernels.paged_attention import Heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]

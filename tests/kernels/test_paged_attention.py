@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grace_vlm.kernels.paged_attention import Heads, paged_attention, paged_attention_reference, splits_for
+from grace_vlm.kernels.heads import Heads
+from grace_vlm.kernels.paged_attention import paged_attention, paged_attention_reference, splits_for
 from grace_vlm.kernels.paged_attention_triton import decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

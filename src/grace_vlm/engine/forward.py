@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from grace_vlm.engine.cache import KeyValueCache
 from grace_vlm.engine.layers import Layer, Weights, normalized
 from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.heads import Heads
 from grace_vlm.kernels.low_bit_linear import Norm
-from grace_vlm.kernels.paged_attention import Heads
 from grace_vlm.models.decoder import attend_contexts
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.heads import Heads
 from grace_vlm.kernels.low_bit_linear import (
     Norm,
     PackedLinear,
@@ -26,7 +27,6 @@ from grace_vlm.kernels.low_bit_linear import (
     pack_linear,
     path_of,
 )
-from grace_vlm.kernels.paged_attention import Heads
 from grace_vlm.quant.scheme import QuantizedTensor
 
 

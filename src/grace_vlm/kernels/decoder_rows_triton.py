@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace_vlm.kernels.paged_attention import Heads
+from grace_vlm.kernels.heads import Heads
 
 
 @triton.jit

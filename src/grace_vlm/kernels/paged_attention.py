@@ -9,26 +9,11 @@ Here are the call and the reference; ``paged_attention_triton.py`` does it on a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from grace_vlm.kernels import runs_triton
-
-BLOCK = 64
-"""Tokens of the context that a kernel reads at a time."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Of attention: query heads, key heads, numbers of a head; weights (D,) of the norms of q and k, or None."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_norm: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
-    epsilon: float = 0.0
+from grace_vlm.kernels.heads import BLOCK, Heads
 
 
 def splits_for(num_requests: int, num_kv_heads: int, num_processors: int, most_tokens: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace_vlm.kernels.paged_attention import BLOCK, Heads
+from grace_vlm.kernels.heads import BLOCK, Heads
 
 
 @triton.jit
