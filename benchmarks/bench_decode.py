@@ -142,11 +142,6 @@ def measure_transformers(
     return 1000 * count * len(steps) / sum(steps), steps
 
 
-def weight_bytes(model: Any) -> int:
-    """Of all parameters that are left in a model, each storage once."""
-    return sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-
-
 def memory_rows(name: str, loaded: LoadedModel, engine: Engine, place: Row) -> list[Row]:
     """What tower, projector and decoder take; what the decoder shares with the model counts once."""
     shared = {engine.weights.embeddings.data_ptr(), getattr(engine.weights.head.weight, "data_ptr", lambda: 0)()}

@@ -1,14 +1,14 @@
-"""Norms, gates, rotation and the cache in Triton (interpreted on a CPU) against the engine's references."""
+"""Norms, gates, rotation and the cache in Triton (interpreted on a CPU) against torch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from grace_vlm.engine import forward, layers
+from grace_vlm.kernels import decoder_rows as rows
 from grace_vlm.kernels import decoder_rows_triton as fused
+from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_linear import Norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
@@ -20,20 +20,19 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's functions do not call the kernels, on a GPU neither."""
-    monkeypatch.setattr(layers, "runs_triton", lambda *_: False)
-    monkeypatch.setattr(forward, "runs_triton", lambda *_: False)
+    """The calls do not use the kernels, on a GPU neither."""
+    monkeypatch.setattr(rows, "runs_triton", lambda *_: False)
 
 
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 96), (7, 128), (33, 2048), (0, 64)])
-def test_norm_and_gate(rows: int, size: int, dtype: torch.dtype) -> None:
-    x, weight = 3 * random(rows, size, dtype=dtype), random(size, dtype=dtype, seed=1)
+@pytest.mark.parametrize(("count", "size"), [(1, 96), (7, 128), (33, 2048), (0, 64)])
+def test_norm_and_gate(count: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = 3 * random(count, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
-    found, right = fused.rms_norm(x, weight, 1e-6), layers.normalized(x, Norm(weight, 1e-6))
+    found, right = fused.rms_norm(x, weight, 1e-6), rows.rms_norm(x, Norm(weight, 1e-6))
     torch.testing.assert_close(found, right, **tolerance)
-    torch.testing.assert_close(fused.gated(x), layers.gated(x), **tolerance)
+    torch.testing.assert_close(fused.gated(x), rows.gated(x), **tolerance)
 
 
 @pytest.mark.usefixtures("reference")
@@ -48,7 +47,7 @@ def test_rotation_and_the_cache(h: int, kv: int, d: int, has_norm: bool, dtype: 
     slots = torch.tensor([40, 3, 7, 8, 9, 30, 31, 0, 47], device=DEVICE)
     caches = [torch.full((48, kv, d), float("nan"), dtype=dtype, device=DEVICE) for _ in range(4)]
     found = fused.rotate_append(qkv, rotation, slots, caches[0], caches[1], heads)
-    right = forward.rotate_append(qkv, rotation, slots, caches[2], caches[3], heads)
+    right = rows.rotate_append(qkv, rotation, slots, caches[2], caches[3], heads)
     tolerance = {"atol": 4e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
     torch.testing.assert_close(found, right, **tolerance)
     for ours, theirs in zip(caches[:2], caches[2:], strict=True):

@@ -13,6 +13,7 @@ from grace_vlm.kernels.low_bit_cuda import (
     FEW_TOKENS,
     Setup,
     TileSetup,
+    read_setup,
     run_few,
     run_many,
     setup_of,
@@ -68,8 +69,8 @@ def pickable(num_bits: int) -> list[tuple[int, Setup | TileSetup]]:
                 found.setdefault(tile_setup_of(tokens, out, 132), tokens)
     for name, won in json.loads(FILE.read_text()).get(torch.cuda.get_device_name(), {}).items():
         for measured, fields in won.items():
-            if fields and name.startswith(f"w{num_bits} "):
-                setup = Setup(**fields) if "eights" in fields else TileSetup(**fields)
+            setup = read_setup(fields)
+            if setup is not None and name.startswith(f"w{num_bits} "):
                 found.setdefault(setup, int(measured) - (int(measured) > 4))
     return [(tokens, setup) for setup, tokens in found.items()]
 

@@ -17,7 +17,7 @@ from grace_vlm.kernels import low_bit_cuda
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels import tuned as tuned_module
 from grace_vlm.kernels.fragments import PackedLinear
-from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, defines_of, setup_of
+from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, defines_of, read_setup, setup_of
 from grace_vlm.kernels.low_bit_linear import (
     Norm,
     interleaved,
@@ -184,7 +184,7 @@ def test_the_data_that_ships_can_be_read() -> None:
     for layers in json.loads(tuned_module.FILE.read_text()).values():
         for won in layers.values():
             for found in won.values():
-                assert not found or (Setup(**found) if "eights" in found else TileSetup(**found))
+                assert not found or read_setup(found)
 
 
 def test_what_stands_around_must_fit() -> None:

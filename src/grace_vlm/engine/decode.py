@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache
-from grace_vlm.engine.layers import Weights, normalized
+from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, pages_for
+from grace_vlm.engine.layers import Weights
 from grace_vlm.engine.request import Request
+from grace_vlm.kernels.decoder_rows import rms_norm
 from grace_vlm.kernels.paged_attention import paged_attention, splits_for
 
 
@@ -32,7 +33,7 @@ class DecodeStep:
         self.weights, self.cache, self.most_tokens, self.splits = weights, cache, most_tokens, splits
         self._sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         device = weights.device
-        width = -(-most_tokens // PAGE_TOKENS) + 1
+        width = pages_for(most_tokens) + 1
         self._nobody = cache.num_pages - 1
         self.ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -92,8 +93,7 @@ class DecodeStep:
         weights, cache = self.weights, self.cache
         x = weights.embeddings[self.ids[:size]]
         rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
-        fastest = splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
-        splits = self.splits or fastest
+        splits = self.splits or splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
         for number, (layer, heads) in enumerate(zip(weights.layers, self._heads, strict=True)):
             attended = paged_attention(
                 layer.qkv(x, norm=layer.attention_norm),
@@ -108,7 +108,7 @@ class DecodeStep:
             )
             x = layer.attention_out(attended, residual=x)
             x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
-        logits = weights.head(normalized(x, weights.last_norm))
+        logits = weights.head(rms_norm(x, weights.last_norm))
         self.ids[:size] = logits.argmax(dim=-1)
         self._positions[:size] += 1
         self._lengths[:size] += 1

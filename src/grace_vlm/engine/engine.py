@@ -6,8 +6,8 @@
         for event in engine.step():
             ...
 
-A step admits what fits, runs one forward over tokens of all running requests and chooses a token for each that has none
-missing. Nothing here knows texts, files or HTTP.
+A step admits what fits, runs one forward, over a token of every answer or over prompts, and chooses a token for each
+request that has none missing. Nothing here knows texts, files or HTTP.
 """
 
 from __future__ import annotations

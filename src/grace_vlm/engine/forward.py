@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from grace_vlm.engine.cache import KeyValueCache
-from grace_vlm.engine.layers import Layer, Weights, normalized
-from grace_vlm.kernels import runs_triton
-from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_linear import Norm
+from grace_vlm.engine.layers import Layer, Weights
+from grace_vlm.kernels.decoder_rows import rms_norm, rotate_append
+from grace_vlm.kernels.paged_attention import attend
 from grace_vlm.models.decoder import attend_contexts
 
 
@@ -66,7 +64,7 @@ def forward(weights: Weights, cache: KeyValueCache, step: Step) -> torch.Tensor:
         x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
         if number < len(step.deepstack):
             x = x.index_add(0, step.visual, step.deepstack[number].to(x.dtype))
-    return normalized(x.index_select(0, step.wanted), weights.last_norm)
+    return rms_norm(x.index_select(0, step.wanted), weights.last_norm)
 
 
 def _attention(
@@ -88,46 +86,3 @@ def _attention(
         return attend_contexts(query, keys, values, step.borders, longest).flatten(1)
     parts = zip(query.split(counts), keys.split(lengths), values.split(lengths), strict=True)
     return torch.cat([attend(*part) for part in parts]).flatten(1)
-
-
-def rotate_append(
-    qkv: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    heads: Heads,
-) -> torch.Tensor:
-    """(n, H, D) queries of (n, (H + 2 KV) D), normalised and turned; keys and values are written to ``slots`` (n,) of
-    (slots, KV, D)."""
-    if runs_triton(qkv):
-        from grace_vlm.kernels.decoder_rows_triton import rotate_append as fused
-
-        return fused(qkv, rotation, slots, keys, values, heads)
-    h, kv = heads.num_heads, heads.num_kv_heads
-    query, key, value = qkv.view(len(qkv), h + 2 * kv, heads.head_dim).split([h, kv, kv], dim=1)
-    if heads.query_norm is not None and heads.key_norm is not None:
-        query = normalized(query, Norm(heads.query_norm, heads.epsilon))
-        key = normalized(key, Norm(heads.key_norm, heads.epsilon))
-    cos, sin = (part.unsqueeze(1) for part in rotation)
-    keys.index_copy_(0, slots, rotated(key, cos, sin))
-    values.index_copy_(0, slots, value)
-    return rotated(query, cos, sin)
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (n, heads, d): the first half turns with the second; cos, sin (n, 1, d)."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin
-
-
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(n, heads, d): causal attention of the last n tokens of a context of (L, kv_heads, d), n <= L."""
-    count, length = len(query), len(keys)
-    mask = None
-    if 1 < count < length:
-        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
-    grouped = query.shape[1] != keys.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < count == length, enable_gqa=grouped)
-    return out[0].transpose(0, 1)

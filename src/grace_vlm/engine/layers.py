@@ -16,17 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
+from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_linear import (
-    Norm,
-    PackedLinear,
-    interleaved,
-    joined,
-    low_bit_linear,
-    pack_linear,
-    path_of,
-)
+from grace_vlm.kernels.low_bit_linear import PackedLinear, interleaved, joined, low_bit_linear, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
@@ -58,37 +51,14 @@ class Linear:
 
     def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.weight, PackedLinear):
-            if norm is not None and path_of(len(x), self.weight, x.dtype) != "cuda":
-                x, norm = normalized(x, norm), None  # the others would do it in eight launches
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
-        given = x if norm is None else normalized(x, norm)
+        given = x if norm is None else rms_norm(x, norm)
         if residual is not None and self.bias is None and x.is_cuda and not self.silu:
             return torch.addmm(residual, given, self.weight.t())  # one launch
         y = F.linear(given, self.weight, self.bias)
         if self.silu:
             y = gated(y)
         return y if residual is None else residual + y
-
-
-def normalized(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """RMS norm over the last axis as Transformers' models do it: FP32 inside, rounded before the weight."""
-    if x.ndim == 2 and runs_triton(x):
-        from grace_vlm.kernels.decoder_rows_triton import rms_norm
-
-        return rms_norm(x.contiguous(), norm.weight, norm.epsilon)
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-    return norm.weight * scaled.to(x.dtype)
-
-
-def gated(x: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of each row, (n, 2 d) -> (n, d)."""
-    if runs_triton(x):
-        from grace_vlm.kernels.decoder_rows_triton import gated as fused
-
-        return fused(x)
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
 
 
 @dataclass(frozen=True)
@@ -252,14 +222,8 @@ def _linear(
 
 
 def _is_packable(tensors: Sequence[QuantizedTensor]) -> bool:
-    """Whether low-bit kernels take tensors as one weight: 4 or 8 bits, groups of a multiple of 32, rows of 16."""
-    first = tensors[0]
-    group = first.shape[1] // first.scale.shape[1]
-    return (
-        first.scheme.num_bits in (4, 8)
-        and group % 32 == 0
-        and all(tensor.scheme == first.scheme and tensor.shape[0] % 16 == 0 for tensor in tensors)
-    )
+    """Whether low-bit kernels take tensors as one weight."""
+    return all(tensor.scheme == tensors[0].scheme and has_kernel(tensor) for tensor in tensors)
 
 
 def _norm(module: Any) -> Norm:

@@ -6,24 +6,15 @@ bits of it, so that two pictures are never taken for one; the picture that was a
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
+from grace_vlm.data.row_key import pixels_digest
 from grace_vlm.engine.request import EngineImage, Features
 from grace_vlm.models.adapter import Adapter
-
-
-def content_key(image: EngineImage) -> bytes:
-    """SHA-256 of a picture's grid, its pixels' dtype and their bytes."""
-    pixels = image.pixels.contiguous()
-    digest = hashlib.sha256(f"{image.grid} {pixels.dtype} {tuple(pixels.shape)}".encode())
-    digest.update(np.ascontiguousarray(pixels.view(torch.uint8).numpy()).data)
-    return digest.digest()
 
 
 class PictureFeatures:
@@ -42,7 +33,7 @@ class PictureFeatures:
     @torch.inference_mode()
     def of(self, images: Sequence[EngineImage]) -> Features:
         """Of the pictures of one request, in order, end to end; at least one."""
-        keys = [content_key(image) for image in images]
+        keys = [pixels_digest(image.grid, image.pixels) for image in images]
         fresh: dict[bytes, Features] = {}
         for key, image in zip(keys, images, strict=True):
             if key in self._kept:

@@ -1,10 +1,10 @@
-"""What stands between the products of a decoder, row by row, in Triton: norms, gates, rotation and the cache.
+"""``decoder_rows`` in Triton.
 
     rms_norm        (n, d) -> (n, d)                                   x / rms(x), rounded, times the weight
     gated           (n, 2 d) -> (n, d)                                 silu(first half), rounded, times the second
     rotate_append   (n, (H + 2 KV) D) -> (n, H, D), and the cache      norm of q and k, rotation; k and v to their slots
 
-Each rounds where a Transformers model rounds. The references are in ``engine.layers`` and ``engine.forward``.
+Each rounds where the reference rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _rms_norm(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """As ``engine.layers.normalized``, for contiguous (n, d)."""
+    """Of contiguous (n, d)."""
     out, size = torch.empty_like(x), x.shape[-1]
     if len(x):
         _rms_norm[(len(x),)](x, weight, out, epsilon, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=4)

@@ -72,6 +72,13 @@ class PackedLinear:
         return self.words.device
 
 
+def has_kernel(tensor: QuantizedTensor) -> bool:
+    """Whether ``pack_linear`` takes a weight."""
+    out_features, in_features = tensor.shape
+    group = in_features // tensor.scale.shape[1]
+    return tensor.scheme.num_bits in (4, 8) and out_features % TILE == 0 and group % BLOCK == 0
+
+
 def pack_linear(tensor: QuantizedTensor, device: torch.device | str = "cpu", keep_bf16: bool = False) -> PackedLinear:
     """Codes and scales of a weight in the kernels' layout.
 
@@ -84,7 +91,7 @@ def pack_linear(tensor: QuantizedTensor, device: torch.device | str = "cpu", kee
     """
     out_features, in_features = tensor.shape
     bits, group = tensor.scheme.num_bits, in_features // tensor.scale.shape[1]
-    if bits not in (4, 8) or out_features % TILE or group % BLOCK:
+    if not has_kernel(tensor):
         raise ConfigError(
             f"a {out_features} x {in_features} weight of {bits} bits in groups of {group} has no fast kernel; expected "
             f"4 or 8 bits, out_features a multiple of {TILE} and groups of a multiple of {BLOCK}"

@@ -151,14 +151,14 @@ def _setup_for(
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
     has_tiles = is_exact and torch.cuda.get_device_capability(device) == (9, 0)
     if fields is not None and ("tokens" not in fields or has_tiles):
-        return _read(fields)
+        return read_setup(fields)
     if has_tiles and with_tiles and num_tokens > 16:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         return tile_setup_of(num_tokens, out, processors)
     return setup_of(num_tokens, -(-inputs // SLAB)) if num_tokens <= FEW_TOKENS else None
 
 
-def _read(fields: Fields) -> Setup | TileSetup | None:
+def read_setup(fields: Fields) -> Setup | TileSetup | None:
     """A setup as ``tuned.json`` has it."""
     if not fields:
         return None

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import aligned, runs_triton
+from grace_vlm.kernels.decoder_rows import Norm, rms_norm
 from grace_vlm.kernels.fragments import TILE, PackedLinear, pack_linear, row_scales, unpack_codes
 from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, run_few, run_many, setup_for
 from grace_vlm.kernels.nvrtc import has_nvrtc
@@ -38,14 +38,6 @@ __all__ = ["Norm", "PackedLinear", "interleaved", "joined", "low_bit_linear", "p
 Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
 SCRATCH_BYTES = 64 << 20
 """Of bf16(q s) at a time."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm before the layer: ``weight`` (in,), ``epsilon``."""
-
-    weight: torch.Tensor
-    epsilon: float
 
 
 def joined(tensors: list[QuantizedTensor]) -> QuantizedTensor:
@@ -75,7 +67,7 @@ def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     if num_tokens > FEW_TOKENS and packed.dense is not None and dtype == torch.bfloat16:
         return "dense"
     if allowed != "triton" and has_nvrtc() and torch.cuda.get_device_capability(device) >= (8, 0):
-        setup = setup_for(num_tokens, packed, allowed == "tiles")
+        setup = _setup(num_tokens, packed)
         if setup is not None:
             return "cuda" if isinstance(setup, Setup) else "tiles"
     if num_tokens > FEW_TOKENS:
@@ -89,6 +81,11 @@ def _allowed() -> str:
     if allowed not in ("tiles", "cuda", "triton", "torch"):
         raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
     return allowed
+
+
+def _setup(num_tokens: int, packed: PackedLinear) -> Setup | TileSetup | None:
+    """What NVRTC's kernels are compiled for, as far as ``GRACE_KERNELS`` lets them."""
+    return setup_for(num_tokens, packed, with_tiles=_allowed() == "tiles")
 
 
 def low_bit_linear(
@@ -131,7 +128,7 @@ def low_bit_linear(
             out = flat.new_empty(0, width)
         elif path == "cuda":
             before = None if norm is None else (aligned(norm.weight.to(x.dtype)), norm.epsilon)
-            setup = setup_for(len(flat), packed, _allowed() == "tiles")
+            setup = _setup(len(flat), packed)
             assert isinstance(setup, Setup)
             out = run_few(setup, aligned(flat), packed, bias, rest, before, silu)
         else:
@@ -158,11 +155,9 @@ def _parts(
 ) -> torch.Tensor:
     """Norm, layer, activation and residual one after the other."""
     if norm is not None:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-        x = norm.weight.to(x.dtype) * scaled.to(x.dtype)
+        x = rms_norm(x, norm)
     if path == "tiles":
-        setup = setup_for(len(x), packed, _allowed() == "tiles")
+        setup = _setup(len(x), packed)
         assert isinstance(setup, TileSetup)
         return run_many(setup, aligned(x), packed, bias, residual, silu)
     if path == "torch":

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.decoder_rows import rotate_append_reference
 from grace_vlm.kernels.heads import BLOCK, Heads
 
 
@@ -59,25 +61,23 @@ def paged_attention_reference(
     page_tokens: int,
 ) -> torch.Tensor:
     """The same in torch, request by request."""
-    h, kv, d = heads.num_heads, heads.num_kv_heads, heads.head_dim
-    query, key, value = qkv.view(len(qkv), h + 2 * kv, d).split([h, kv, kv], dim=1)
-    if heads.query_norm is not None and heads.key_norm is not None:
-        query, key = _rms(query, heads.query_norm, heads.epsilon), _rms(key, heads.key_norm, heads.epsilon)
-    cos, sin = (part.unsqueeze(1) for part in rotation)
-    query, key = (x * cos + torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1) * sin for x in (query, key))
-    out = []
-    for number, length in enumerate(lengths.tolist()):
+    contexts = []
+    for line, length in zip(table.long(), lengths.tolist(), strict=True):
         token = torch.arange(length + 1, device=qkv.device)
-        slots = table[number, token // page_tokens].long() * page_tokens + token % page_tokens
-        keys[slots[-1]], values[slots[-1]] = key[number], value[number]
-        own = torch.nn.functional.scaled_dot_product_attention(
-            query[number].view(1, h, 1, d), keys[slots].transpose(0, 1)[None], values[slots].transpose(0, 1)[None],
-            enable_gqa=h != kv,
-        )  # fmt: skip
-        out.append(own.reshape(h * d))
-    return torch.stack(out)
+        contexts.append(line[token // page_tokens] * page_tokens + token % page_tokens)
+    slots = torch.stack([context[-1] for context in contexts])
+    query = rotate_append_reference(qkv, rotation, slots, keys, values, heads)
+    out = [attend(own[None], keys[context], values[context]) for own, context in zip(query, contexts, strict=True)]
+    return torch.cat(out).flatten(1)
 
 
-def _rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(n, heads, d): causal attention of the last n tokens of a context of (L, kv_heads, d), n <= L."""
+    count, length = len(query), len(keys)
+    mask = None
+    if 1 < count < length:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
+    grouped = query.shape[1] != keys.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < count == length, enable_gqa=grouped)
+    return out[0].transpose(0, 1)

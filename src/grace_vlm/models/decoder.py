@@ -88,19 +88,24 @@ def attend_contexts(
     values: torch.Tensor,
     borders: tuple[torch.Tensor, torch.Tensor],
     longest: tuple[int, int],
+    causal: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last tokens of several contexts, in one kernel, for ``has_varlen``.
+
+    Keys are repeated to the query's heads: torch 2.11 has no grouped form of it.
 
     Args:
         query: (n, heads, d). keys, values: (m, kv_heads, d), contexts end to end; the last keys of each are those of
             its queries.
         borders, longest: of queries and of contexts, as ``attend_segments`` has them.
+        causal: ``_causal()`` where a compiler cannot ask; nothing in it for attention over all of a context.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    how = _causal() if causal is None else causal
     repeats = query.shape[1] // keys.shape[1]
     k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (keys, values))
-    out: Any = varlen_attn(query.contiguous(), k.contiguous(), v.contiguous(), *borders, *longest, **_causal())
+    out: Any = varlen_attn(query.contiguous(), k.contiguous(), v.contiguous(), *borders, *longest, **how)
     return out
 
 
@@ -113,20 +118,12 @@ def attend_varlen(
     longest: int,
     causal: dict[str, Any],
 ) -> torch.Tensor:
-    """All segments in one kernel; ``causal``: what says so to it, nothing for attention over all of a segment.
-
-    Keys are repeated to the query's heads: torch 2.11 has no grouped form of it.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    repeats = query.shape[1] // key.shape[1]
+    """All segments in one kernel; ``causal``: what says so to it, nothing for attention over all of a segment."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
     default = query.shape[-1] ** -0.5
     if scaling is not None and scaling != default:
         q = q * (scaling / default)
-    out: Any = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), borders, borders, longest, longest, **causal)
-    return out.unsqueeze(0)
+    return attend_contexts(q, k, v, (borders, borders), (longest, longest), causal).unsqueeze(0)
 
 
 def has_varlen(x: torch.Tensor) -> bool:
