@@ -9,7 +9,8 @@ tokens:
     bf16_arithmetic   products and sums between layers in BF16: what a teacher on a GPU is, up to its kernels
     bf16_stored       the reference's last hidden states, rounded to BF16: grace teacher cache --hidden bf16
     fp8_stored        the same in E4M3 with one FP32 scale a token: --hidden fp8
-    fp8_linears       decoder linears in E4M3, rows and tokens scaled (models/fp8.py): model.teacher_precision=fp8
+    fp8_linears       linears of decoder and tower in E4M3, rows and tokens scaled (models/fp8.py):
+                      model.teacher_precision=fp8
 
 p is the reference's distribution over the vocabulary, q the other's; the head is the same and multiplies in FP32.
 Metrics, with percentiles over tokens: KL(p || q) at T = 1 and 2, in nats, without the factor T^2; |difference of gates|
@@ -47,7 +48,7 @@ NUM_BATCHES = 8
 CHUNK = 256
 """Tokens whose logits exist at one time."""
 TEMPERATURES = (1, 2)
-DECODER = SimpleNamespace(parts={"language": r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj"})
+DECODER = SimpleNamespace(parts={"language": r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj", "tower": "none"})
 """What ``to_fp8`` asks of an adapter, for a language model without pictures."""
 
 States = list[torch.Tensor]
@@ -195,7 +196,7 @@ SAYS = {
     "bf16_stored": "states stored in BF16",
     "fp8_stored": "states stored in E4M3, a scale a token",
     "bf16_arithmetic": "BF16 arithmetic, nothing stored",
-    "fp8_linears": "decoder linears in FP8",
+    "fp8_linears": "linears in FP8",
 }
 CASES = {"smollm2_135m": "SmolLM2-135M, text", "toy_teacher": "toy teacher, scenes"}
 

@@ -42,14 +42,16 @@ def test_a_linear_is_near_itself_and_survives_float(bias: bool) -> None:
 
 
 @torch.no_grad()
-def test_only_the_decoders_linears_change(world: World) -> None:
+def test_only_linears_of_decoder_and_tower_change(world: World) -> None:
     processor = build_toy_processor(TEXTS * 4, vocab_size=384)
     model = build_toy_model("student", processor, seed=3).eval()
     ids = torch.tensor([[5, 9, 20, 31, 44, 60]])
     before = model(input_ids=ids).logits
     to_fp8(model, adapter_for("qwen3_vl"))
     kinds = [type(module).__name__ for module in model.modules()]
-    assert kinds.count("Fp8Linear") == 7 * 4
+    depth = model.config.vision_config.depth
+    assert kinds.count("Fp8Linear") == 7 * 4 + 4 * depth
+    assert not any(isinstance(module, Fp8Linear) for module in model.model.visual.merger.modules())
     assert isinstance(model.lm_head, torch.nn.Linear)
     after = model(input_ids=ids).logits
     relative = float((after - before).norm() / before.norm())

@@ -2,9 +2,9 @@
 
 Weights are E4M3 with one FP32 scale a row (output), activations E4M3 with one scale a token, made on the fly; products
 are summed in FP32 and come out in BF16 (``torch._scaled_mm``, row-wise). Without such a GPU the same rounded values are
-multiplied in the working precision, so tests on a CPU see the same teacher. Biases, norms, the head and the vision
-tower stay as they are. The teacher differs from its BF16 self by this rounding: the gate and the divergence are then
-against that teacher.
+multiplied in the working precision, so tests on a CPU see the same teacher. Decoder and vision tower are rounded;
+biases, norms, the projector and the head stay as they are. The teacher differs from its BF16 self by this rounding: the
+gate and the divergence are then against that teacher.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from grace_vlm.models.adapter import Adapter
+from grace_vlm.quant.plan import Part
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0
+ROUNDED: tuple[Part, ...] = ("language", "tower")
+"""Parts whose linears are."""
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +60,9 @@ class Fp8Linear(nn.Module):
 
 
 def to_fp8(model: Any, adapter: Adapter) -> None:
-    """Replace the decoder's linears, in place."""
+    """Replace the linears of decoder and vision tower, in place."""
+    rounded = "|".join(adapter.parts[part] for part in ROUNDED)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and re.fullmatch(adapter.parts["language"], name):
+        if isinstance(module, nn.Linear) and re.fullmatch(rounded, name):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, Fp8Linear(module))

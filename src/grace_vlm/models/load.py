@@ -157,7 +157,7 @@ def load_model(
     """Open a model for training or evaluation.
 
     A checkpoint in the original LLaVA layout is converted as it is read; ``vision_tower`` then says where its CLIP
-    tower is, if it is not where its configuration says. With ``precision`` fp8 the decoder's linears are rounded before
+    tower is, if it is not where its configuration says. With ``precision`` fp8 decoder and tower are rounded before
     they reach the device (``fp8.py``), for a teacher.
 
     A packed checkpoint (compressed-tensors) is opened by stock Transformers and dequantized at load; its weights are

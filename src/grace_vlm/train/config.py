@@ -37,7 +37,8 @@ class ModelConfig(_Section):
     )
     teacher: str | None = Field(None, description="model folder, run folder or hub id; kd and grace need it")
     teacher_precision: Literal["bf16", "fp8"] = Field(
-        "bf16", description="fp8: the teacher's decoder linears in E4M3, a scale a row; it differs a little"
+        "bf16",
+        description="fp8: linears of the teacher's decoder and tower in E4M3, a scale a row; it differs a little",
     )
     teacher_device: str | None = Field(
         None,

@@ -22,6 +22,7 @@ from typing import Any
 from grace_vlm.losses.linear_gdkd import WORKSPACE_BYTES, chunking
 from grace_vlm.losses.signal import triangle
 from grace_vlm.models.adapter import Adapter
+from grace_vlm.models.fp8 import ROUNDED
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.adamw8 import BLOCK
 from grace_vlm.train.config import Recipe
@@ -331,7 +332,7 @@ def _memory(
 
 def _teacher_weights(recipe: Recipe, theirs: _Sizes) -> int:
     is_fp8 = recipe.model.teacher_precision == "fp8"
-    return 2 * theirs.num_parameters - is_fp8 * theirs.linear_parameters.get("language", 0)
+    return 2 * theirs.num_parameters - is_fp8 * sum(theirs.linear_parameters.get(part, 0) for part in ROUNDED)
 
 
 def _teacher_memory(recipe: Recipe, teacher: Teacher, load: Load) -> dict[str, int]:
