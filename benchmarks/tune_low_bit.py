@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +28,18 @@ from record import percentiles, time_interleaved
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as operator
-from grace_vlm.kernels.fragments import SLAB, TILE, PackedLinear, pack_linear
-from grace_vlm.kernels.low_bit_cuda import FEW_TOKENS, Setup, TileSetup, defines_of, run_few, run_many, tile_defines_of
+from grace_vlm.kernels.fragments import SLAB, PackedLinear, pack_linear
+from grace_vlm.kernels.low_bit_cuda import (
+    FEW_TOKENS,
+    Setup,
+    TileSetup,
+    defines_of,
+    run_few,
+    run_many,
+    tile_defines_of,
+    tile_microseconds,
+    tile_setups,
+)
 from grace_vlm.kernels.nvrtc import FOLDER, compile_text
 from grace_vlm.kernels.tuned import FILE
 from grace_vlm.quant.affine import dequantize
@@ -38,7 +47,7 @@ from grace_vlm.quant.scheme import QuantScheme
 
 FEW, MANY = (1, 8, 16, 32, 64), (128, 256, 512, 1024, 4096)
 """Numbers of tokens: each stands for those below it."""
-GROUP_SIZE, ROUNDS = 128, 15
+GROUP_SIZE, ROUNDS, LIKELY = 128, 15, 10
 SHARED_BYTES = 48 << 10
 """Of a block, without asking for more."""
 Candidate = Setup | TileSetup | None
@@ -54,24 +63,20 @@ def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
             yield Setup(eights, rows, warps, depth)
 
 
-def tile_setups(num_tokens: int, packed: PackedLinear) -> Iterator[TileSetup]:
-    """Blocks of up to twice the tokens; their inputs shared by as many as still keep all multiprocessors at work."""
-    num_tiles = packed.out_features // TILE
-    for tokens, groups, split in itertools.product((32, 64, 128), (1, 2), (1, 2)):
-        if (tokens >= 2 * num_tokens and tokens > 32) or (tokens, groups, split) == (128, 2, 2):
-            continue  # the last does not fit in registers
-        for spread in (1, 2, 4):
-            setup = TileSetup(tokens, 1, groups, split, spread)
-            if spread == 1 or math.prod(setup.grid(num_tokens, num_tiles)) <= 300:
-                yield setup
-    if num_tokens >= 128 and packed.num_bits == 4:
-        yield from (TileSetup(tokens, 2, 2) for tokens in (64, 128))
-
-
-def candidates(num_tokens: int, packed: PackedLinear) -> list[Candidate]:
-    few = list(few_setups(num_tokens, -(-packed.in_features // SLAB))) if num_tokens <= FEW_TOKENS else [None]
-    is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    return [*few, *(tile_setups(num_tokens, packed) if is_hopper and num_tokens > 8 else ())]
+def candidates(num_tokens: int, packed: PackedLinear, thorough: bool) -> list[Candidate]:
+    """What is tried: the kernel for few tokens, or torch for many; and on a Hopper GPU tiles, of which only the
+    likeliest unless ``thorough``. There the kernel for few tokens never won at 64, nor tiles at 16."""
+    few: list[Candidate] = list(few_setups(num_tokens, -(-packed.in_features // SLAB)))
+    if torch.cuda.get_device_capability() != (9, 0):
+        return few if num_tokens <= FEW_TOKENS else [None]
+    processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
+    layer = (num_tokens, packed.out_features, packed.in_features, processors)
+    tiles: list[Candidate] = sorted(tile_setups(num_tokens), key=lambda setup: tile_microseconds(setup, *layer))
+    if thorough:
+        return [*(few if num_tokens <= FEW_TOKENS else [None]), *tiles]
+    if num_tokens <= 16:
+        return few
+    return [*(few if num_tokens < FEW_TOKENS else ()), *tiles[:LIKELY], *([None] if num_tokens > 512 else ())]
 
 
 def text_of(packed: PackedLinear, setup: Candidate) -> tuple[str, dict[str, int]] | None:
@@ -114,11 +119,13 @@ def runner(setup: Candidate, packed: PackedLinear) -> Callable[[torch.Tensor], t
     return lambda x: operator._dense(x, packed, None)
 
 
-def best(name: str, num_tokens: int, copies: Sequence[PackedLinear], exact: torch.Tensor) -> tuple[Candidate, float]:
+def best(
+    name: str, num_tokens: int, copies: Sequence[PackedLinear], exact: torch.Tensor, setups: Sequence[Candidate]
+) -> tuple[Candidate, float]:
     """The fastest candidate and its microseconds."""
     x = torch.randn(num_tokens, exact.shape[1], device=exact.device).bfloat16()
     runs = {}
-    for setup in candidates(num_tokens, copies[0]):
+    for setup in setups:
         linears = [runner(setup, packed) for packed in copies]
         try:
             y = linears[0](x)
@@ -130,22 +137,25 @@ def best(name: str, num_tokens: int, copies: Sequence[PackedLinear], exact: torc
     samples = time_interleaved({str(setup): run for setup, run in runs.items()}, exact.device, ROUNDS, 2)
     times = {setup: 1000 * percentiles(samples[str(setup)])[1] / len(copies) for setup in runs}
     winner = min(times, key=lambda setup: times[setup])
-    ranked = sorted(times.items(), key=lambda item: item[1])[:3]
+    ranked = sorted(times.items(), key=lambda item: item[1])[:5]
     print(f"{name} m{num_tokens}: " + ", ".join(f"{setup} {us:.2f} us" for setup, us in ranked), flush=True)
     return winner, times[winner]
 
 
-def tune(bits: int, shape: Shape, tokens: Sequence[int], device: torch.device) -> dict[str, dict[str, int]]:
+def tune(
+    bits: int, shape: Shape, tokens: Sequence[int], device: torch.device, thorough: bool
+) -> dict[str, dict[str, int]]:
     """What won for one layer, as ``tuned.json`` has it."""
     scheme = QuantScheme(bits, GROUP_SIZE)
     tensor = random_weight(shape, scheme, device)
     exact = dequantize(tensor.codes, tensor.scale.double(), torch.float64)
     copies = [pack_linear(tensor, device) for _ in range(num_copies("ours", shape, scheme))]
-    wanted = [text_of(copies[0], setup) for n in tokens for setup in candidates(n, copies[0])]
+    setups = {num_tokens: candidates(num_tokens, copies[0], thorough) for num_tokens in tokens}
+    wanted = [text_of(copies[0], setup) for some in setups.values() for setup in some]
     compile_all([job for job in wanted if job is not None])
     found: dict[str, dict[str, int]] = {}
     for num_tokens in tokens:
-        winner, _ = best(f"w{bits} {shape}", num_tokens, copies, exact)
+        winner, _ = best(f"w{bits} {shape}", num_tokens, copies, exact, setups[num_tokens])
         found[str(num_tokens)] = {} if winner is None else asdict(winner)
         release(device)
     return found
@@ -156,6 +166,7 @@ def main() -> None:
     made.add_argument("--bits", type=int, nargs="*", default=[4, 8], choices=(4, 8))
     made.add_argument("--shapes", default=SHAPES, help="OUTxIN with commas")
     made.add_argument("--tokens", default=",".join(map(str, FEW + MANY)), help="with commas")
+    made.add_argument("--thorough", action="store_true", help="every setup that fits, not only the likeliest")
     made.add_argument("--out", type=Path, default=FILE)
     args = made.parse_args()
     device, gpu = torch.device("cuda"), torch.cuda.get_device_name()
@@ -163,7 +174,7 @@ def main() -> None:
     for bits in args.bits:
         for text in args.shapes.split(","):
             out, inputs = map(int, text.split("x"))
-            won = tune(bits, Shape(out, inputs), tokens, device)
+            won = tune(bits, Shape(out, inputs), tokens, device, args.thorough)
             content = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
             layers = content.setdefault(gpu, {})
             layers.setdefault(f"w{bits} {text}", {}).update(won)

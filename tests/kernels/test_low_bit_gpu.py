@@ -29,9 +29,10 @@ SHAPES = [(4096, 2048, 128), (2048, 6144, 128), (64, 576, 64), (48, 96, 32), (80
 TOKENS = [1, 2, 7, 8, 9, 16, 31, 33, 64, 65, 130, 1000]
 TILES = [
     TileSetup(tokens, *rest)
-    for tokens in (32, 64, 128)
-    for rest in ((1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 1, 2, 2), (1, 1, 2, 4))
-]
+    for tokens in (32, 64, 128, 256)
+    for rest in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 2, 2), (1, 2, 4), (2, 1, 2))
+    if (tokens, *rest) != (256, 3, 1)
+] + [TileSetup(128, 3, arranged=True), TileSetup(256, 2, 1, 2, arranged=True)]
 
 
 def poison() -> None:

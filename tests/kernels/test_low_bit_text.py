@@ -15,7 +15,15 @@ from low_bit_cases import bound, error, exact, inputs_of, weight
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels.fragments import PackedLinear, pack_linear
-from grace_vlm.kernels.low_bit_cuda import Setup, TileSetup, defines_of, setup_of, tile_defines_of, tile_setup_of
+from grace_vlm.kernels.low_bit_cuda import (
+    Setup,
+    TileSetup,
+    defines_of,
+    setup_of,
+    tile_defines_of,
+    tile_setup_of,
+    tile_setups,
+)
 from grace_vlm.kernels.low_bit_linear import Norm, interleaved, low_bit_linear
 from grace_vlm.kernels.nvrtc import compile_text, has_nvrtc
 
@@ -108,6 +116,18 @@ def test_what_is_fused(tmp_path: Path, dtype: torch.dtype) -> None:
     assert error(found, right.double()) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+def run_arrange(tmp_path: Path, x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """What ``low_bit_cuda._arranged`` does, on a CPU; what is behind the last token stays poisoned."""
+    tokens, inputs = x.shape
+    slabs, padded = -(-inputs // 64), -(-tokens // multiple) * multiple
+    y = torch.full((slabs, padded, 64), float("nan"), dtype=x.dtype)
+    layout = {"BITS": 4, "HALF": 0, "GROUP": 0, "WIDE": 0, "TAIL": 0, "WARPS": 8}
+    compiled(tmp_path, "arrange.cpp", layout).launch(
+        -(-tokens * slabs * 2 // 256), at(x), at(y), tokens, padded, inputs
+    )
+    return y
+
+
 def run_tiles(
     tmp_path: Path,
     setup: TileSetup,
@@ -118,8 +138,10 @@ def run_tiles(
     silu: bool = False,
 ) -> torch.Tensor:
     """The text for many tokens, on a CPU; the result is poisoned before."""
-    library = compiled(tmp_path, "tiles.cpp", tile_defines_of(packed, setup, x.dtype == torch.float16, silu))
     tokens, tiles = x.shape[0], packed.out_features // 16
+    if setup.arranged:
+        x = run_arrange(tmp_path, x, setup.tokens)
+    library = compiled(tmp_path, "tiles.cpp", tile_defines_of(packed, setup, x.dtype == torch.float16, silu))
     out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
     library.launch(
         *setup.grid(tokens, tiles), at(packed.words), at(packed.scale), at(x),
@@ -130,17 +152,19 @@ def run_tiles(
 
 TILE_CASES = [
     (4, 80, 128, 64, 70, TileSetup(64), torch.bfloat16),
-    (4, 48, 96, 32, 20, TileSetup(32, 2), torch.float16),
-    (4, 16, 320, 320, 130, TileSetup(128), torch.bfloat16),
-    (4, 144, 704, 64, 33, TileSetup(32, 1, 2), torch.bfloat16),
+    (4, 48, 96, 32, 20, TileSetup(32, 3), torch.float16),
+    (4, 16, 320, 320, 130, TileSetup(256), torch.bfloat16),
+    (4, 144, 704, 64, 33, TileSetup(32, 2), torch.bfloat16),
     (4, 272, 448, 64, 33, TileSetup(32, 2, 2), torch.bfloat16),
-    (4, 32, 576, 64, 66, TileSetup(64, 1, 1, 2), torch.bfloat16),
-    (4, 80, 704, 352, 70, TileSetup(32, 1, 1, 2, 4), torch.bfloat16),
-    (4, 272, 192, 64, 60, TileSetup(64, 1, 2, 1, 2), torch.bfloat16),
-    (4, 16, 64, 64, 30, TileSetup(32, 1, 1, 2, 2), torch.bfloat16),
+    (4, 32, 576, 64, 66, TileSetup(64, 1, 2), torch.bfloat16),
+    (4, 80, 704, 352, 70, TileSetup(32, 1, 2, 4), torch.bfloat16),
+    (4, 272, 192, 64, 60, TileSetup(64, 2, 1, 2), torch.bfloat16),
+    (4, 16, 64, 64, 30, TileSetup(32, 1, 2, 2), torch.bfloat16),
+    (4, 80, 320, 64, 70, TileSetup(128, arranged=True), torch.bfloat16),
+    (8, 32, 96, 32, 40, TileSetup(32, 1, 2, 2, arranged=True), torch.float16),
     (8, 80, 192, 64, 40, TileSetup(64), torch.float16),
-    (8, 32, 96, 32, 70, TileSetup(64, 1, 1, 2), torch.bfloat16),
-    (8, 32, 480, 480, 30, TileSetup(32, 2), torch.bfloat16),
+    (8, 32, 96, 32, 70, TileSetup(64, 1, 2), torch.bfloat16),
+    (8, 32, 480, 480, 30, TileSetup(32, 3), torch.bfloat16),
 ]
 
 
@@ -161,7 +185,7 @@ def test_what_is_fused_for_many_tokens(tmp_path: Path, silu: bool) -> None:
     packed = pack_linear(interleaved(weight(4, 16, 128, 32, seed=2), weight(4, 16, 128, 32, seed=3)))
     x, bias = inputs_of(65, 128, torch.bfloat16), inputs_of(1, 32, torch.bfloat16, seed=4)[0]
     rest = inputs_of(65, 16 if silu else 32, torch.bfloat16, seed=5)
-    found = run_tiles(tmp_path, TileSetup(64, 1, 1, 2, 4), x, packed, bias, rest, silu)
+    found = run_tiles(tmp_path, TileSetup(64, 1, 2, 4), x, packed, bias, rest, silu)
     assert error(found, low_bit_linear(x, packed, bias=bias, residual=rest, silu=silu).double()) < 8e-3
 
 
@@ -199,19 +223,28 @@ def test_the_text_for_many_tokens_compiles(tmp_path: Path, monkeypatch: pytest.M
     for bits in (4, 8):
         packed = pack_linear(weight(bits, 16, 128, 64))
         for tokens in (65, 256, 4096):
-            defines = tile_defines_of(packed, tile_setup_of(tokens, 4096, 132), is_half=bits == 8, silu=tokens == 65)
+            defines = tile_defines_of(
+                packed, tile_setup_of(tokens, 4096, 2048, 132), is_half=bits == 8, silu=tokens == 65
+            )
             assert compile_text(text, "sm_90a", {name: int(value) for name, value in defines.items()})
 
 
 def test_setups_for_many_tokens() -> None:
-    assert tile_setup_of(20, 2048, 132) == TileSetup(32, 1, 1, 2, 4)
-    assert tile_setup_of(64, 12288, 132) == TileSetup(64, 1, 1, 2)
-    assert tile_setup_of(65, 2048, 132) == TileSetup(128, 1, 1, 2, 4)
-    assert tile_setup_of(256, 4096, 132) == TileSetup(128, 1, 1, 2)
-    assert tile_setup_of(1024, 2048, 132) == TileSetup(128, 1, 2)
-    assert tile_setup_of(1024, 12288, 132) == TileSetup(128, 2, 2)
+    """What won in the sweep of an H100, where the rule finds it; and blocks enough for its multiprocessors."""
+    assert tile_setup_of(64, 12288, 2048, 132) == TileSetup(64, 3, 1, 2)
+    assert tile_setup_of(64, 22016, 4096, 132) == TileSetup(64, 3)
+    assert tile_setup_of(256, 2048, 6144, 132) == TileSetup(128, 1, 2, 2, arranged=True)
+    assert tile_setup_of(1024, 12288, 2048, 132) == TileSetup(256, 2, arranged=True)
+    assert tile_setup_of(1024, 22016, 4096, 132) == TileSetup(128, 3, arranged=True)
+    for tokens in (17, 33, 65, 300, 5000):
+        for setup in tile_setups(tokens):
+            assert setup.shared_bytes(silu=False) <= 227 << 10, setup
+            assert setup.threads * setup.blocks * 40 < 65536
+            workers = setup.threads // 128 - 1
+            given = 128 * setup.blocks * (workers * setup.registers + setup.OTHER_REGISTERS)
+            assert given <= 65536, setup
     with pytest.raises(AssertionError):
-        TileSetup(64, 1, 1, 4)
+        TileSetup(64, 1, 4)
 
 
 def test_the_reference_of_the_fused_forms_is_transformers() -> None:

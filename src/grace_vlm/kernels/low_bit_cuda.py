@@ -6,7 +6,9 @@ A setup is what was measured for the GPU, the layer and the number of tokens (``
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,27 +62,45 @@ def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, si
 
 @dataclass(frozen=True)
 class TileSetup:
-    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, pieces of 64 rows of a warpgroup, warpgroups that share
-    rows, warpgroups that share inputs, and blocks that share them too."""
+    """How ``low_bit_tiles.cu`` is compiled: tokens of a block, warpgroups of 64 rows each, warpgroups that share their
+    inputs, and blocks that share them too. ``arranged``: another kernel lays the tokens out first
+    (``low_bit_arrange.cu``), which pays where many blocks read them."""
 
     tokens: int
-    tall: int = 1
     groups: int = 1
     split: int = 1
     spread: int = 1
+    arranged: bool = False
 
-    STAGES: ClassVar = 4
-    """Slabs of tokens in shared memory."""
+    OTHER_REGISTERS: ClassVar = 40
+    """Of a thread that brings tokens."""
 
     def __post_init__(self) -> None:
         # A place in shared memory belongs to one warpgroup, which gives it back when it has begun with its next slab:
         # two would take each other's, and a single place each would be waited for in a circle.
-        assert self.STAGES % (2 * self.split) == 0
+        assert self.split in (1, 2)
         assert self.tokens % (8 * self.spread) == 0
+
+    @property
+    def stages(self) -> int:
+        """Slabs of tokens in shared memory."""
+        return 8 if self.tokens < 128 else 6
+
+    @property
+    def blocks(self) -> int:
+        """Of a multiprocessor at a time: two where both their sums fit in its registers."""
+        return 2 if self.threads == 256 and self.tokens < 256 else 1
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies: its share of what the others leave of 65,536."""
+        at_first = 65536 // (self.threads * self.blocks) // 8 * 8
+        workers = self.threads // 128 - 1
+        return min(240, ((workers + 1) * min(at_first, 248) - self.OTHER_REGISTERS) // workers // 8 * 8)
 
     def grid(self, num_tokens: int, num_tiles: int) -> tuple[int, int, int]:
         """Blocks along rows, tokens and inputs."""
-        return -(-num_tiles // (4 * self.tall * self.groups)), -(-num_tokens // self.tokens), self.spread
+        return -(-num_tiles // (4 * self.groups)), -(-num_tokens // self.tokens), self.spread
 
     @property
     def threads(self) -> int:
@@ -89,19 +109,41 @@ class TileSetup:
 
     def shared_bytes(self, silu: bool) -> int:
         """Of a block, as the text counts them, and what it takes to begin at a multiple of 1,024."""
-        sums = 4 * self.groups * self.tall * 64 * self.tokens if self.split * self.spread > 1 else 0
-        lines = 2 * self.groups * self.tokens // self.spread * ((32 if silu else 64) * self.tall + 8)
-        return max(2 * self.STAGES * 64 * self.tokens, sums + lines) + 1024
+        sums = 4 * self.groups * 64 * self.tokens if self.split * self.spread > 1 else 0
+        lines = 2 * self.groups * self.tokens // self.spread * ((32 if silu else 64) + 8)
+        return max(2 * self.stages * 64 * self.tokens, sums + lines) + 1024
 
 
-def tile_setup_of(num_tokens: int, out_features: int, num_processors: int) -> TileSetup:
-    """By rule: the largest blocks of which there are enough for every multiprocessor."""
-    tokens = next((n for n in (32, 64) if num_tokens <= n), 128)
-    large = [TileSetup(128, 2, 2), TileSetup(128, 1, 2)] if tokens == 128 else []
-    for setup in (*large, TileSetup(tokens, 1, 1, 2), TileSetup(tokens, 1, 1, 2, 2)):
-        if math.prod(setup.grid(num_tokens, out_features // TILE)) >= num_processors * 7 // 8:
-            return setup
-    return TileSetup(tokens, 1, 1, 2, 4)
+def tile_setups(num_tokens: int) -> Iterator[TileSetup]:
+    """All that can be compiled without spilling registers and are not twice as large as the tokens."""
+    for tokens, groups, split, spread in itertools.product((32, 64, 128, 256), (1, 2, 3), (1, 2), (1, 2, 4)):
+        if groups * split > {128: 3, 256: 2}.get(tokens, 4) or (tokens > 32 and tokens >= 2 * num_tokens):
+            continue
+        yield TileSetup(tokens, groups, split, spread)
+        if tokens >= 128:
+            yield TileSetup(tokens, groups, split, spread, arranged=True)
+
+
+def tile_microseconds(
+    setup: TileSetup, num_tokens: int, out_features: int, in_features: int, num_processors: int
+) -> float:
+    """What a layer takes on an H100, roughly: the numbers are of its 64 inputs of a block, from the sweep in
+    docs/kernels.md. Products, decoding and copies of one multiprocessor overlap; the longest counts."""
+    blocks = math.prod(setup.grid(num_tokens, out_features // TILE))
+    slabs = -(-in_features // SLAB) / setup.spread
+    copied = 0.0 if setup.arranged else 0.005 * setup.tokens
+    busy = max(0.0014 * setup.tokens * setup.groups, 0.14 * setup.groups, copied)
+    turns, waves = -(-blocks // num_processors), -(-blocks // (num_processors * setup.blocks))
+    inside = slabs * max(turns * busy, waves * 0.3 / setup.split)
+    before = 1.5 + num_tokens * in_features * 2e-6 if setup.arranged else 0.0
+    return before + inside + waves * {1: 2.5, 2: 4.0, 4: 5.8}[setup.spread]
+
+
+@functools.cache
+def tile_setup_of(num_tokens: int, out_features: int, in_features: int, num_processors: int) -> TileSetup:
+    """By rule, for layers that nobody measured."""
+    layer = (out_features, in_features, num_processors)
+    return min(tile_setups(num_tokens), key=lambda setup: tile_microseconds(setup, num_tokens, *layer))
 
 
 def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu: bool) -> dict[str, int]:
@@ -109,14 +151,15 @@ def tile_defines_of(packed: PackedLinear, setup: TileSetup, is_half: bool, silu:
     return {
         **_layout_defines(packed, is_half),
         "TOKENS": setup.tokens,
-        "TALL": setup.tall,
         "WGS": setup.groups,
         "SPLIT": setup.split,
         "SPREAD": setup.spread,
-        "STAGES": setup.STAGES,
-        "DEPTH": 4 if setup.tall == 1 and packed.num_bits == 4 else 2,
-        # Registers for two where both their tokens' sums fit.
-        "BLOCKS": 2 if setup.threads == 256 and setup.tokens <= 64 and setup.tall == 1 else 1,
+        "STAGES": setup.stages,
+        "DEPTH": 4 if packed.num_bits == 4 else 2,
+        "BLOCKS": setup.blocks,
+        "OWN": setup.registers,
+        "OTHER": setup.OTHER_REGISTERS,
+        "ARRANGED": setup.arranged,
         "SILU": silu,
     }
 
@@ -136,8 +179,7 @@ def setup_for(num_tokens: int, packed: PackedLinear, with_tiles: bool) -> Setup 
     """What was measured for this GPU, such a layer and so many tokens, else what a rule says; None: torch is to do it.
 
     Args:
-        with_tiles: the rule may say warpgroups, where the GPU has them and tokens are more than a few. They are not the
-            rule until a GPU has run them to the end.
+        with_tiles: ``low_bit_tiles.cu`` may be used, where the GPU has warpgroups.
     """
     is_exact = packed.scale.dtype == torch.bfloat16
     layer = (packed.num_bits, packed.out_features, packed.in_features)
@@ -149,12 +191,12 @@ def _setup_for(
     num_tokens: int, num_bits: int, out: int, inputs: int, is_exact: bool, device: torch.device, with_tiles: bool
 ) -> Setup | TileSetup | None:
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
-    has_tiles = is_exact and torch.cuda.get_device_capability(device) == (9, 0)
+    has_tiles = with_tiles and is_exact and torch.cuda.get_device_capability(device) == (9, 0)
     if fields is not None and ("tokens" not in fields or has_tiles):
         return read_setup(fields)
-    if has_tiles and with_tiles and num_tokens > 16:
+    if has_tiles and num_tokens > 16:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return tile_setup_of(num_tokens, out, processors)
+        return tile_setup_of(num_tokens, out, inputs, processors)
     return setup_of(num_tokens, -(-inputs // SLAB)) if num_tokens <= FEW_TOKENS else None
 
 
@@ -162,7 +204,10 @@ def read_setup(fields: Fields) -> Setup | TileSetup | None:
     """A setup as ``tuned.json`` has it."""
     if not fields:
         return None
-    return Setup(**fields) if "eights" in fields else TileSetup(**fields)
+    if "eights" in fields:
+        return Setup(**fields)
+    shape = (fields[name] for name in ("tokens", "groups", "split", "spread"))
+    return TileSetup(*shape, arranged=bool(fields["arranged"]))
 
 
 def run_few(
@@ -204,12 +249,24 @@ def run_many(
     kernel = load_kernel("low_bit_tiles.cu", "low_bit_tiles", _hashable(defines), x.get_device())
     out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
     others = [_like(tensor, x) for tensor in (bias, residual)]
+    given = _arranged(x, setup.tokens) if setup.arranged else x
     kernel(
         setup.grid(tokens, tiles),
         setup.threads,
-        [packed.words, packed.scale, x, *others, out, tokens, tiles, packed.in_features],
+        [packed.words, packed.scale, given, *others, out, tokens, tiles, packed.in_features],
         setup.shared_bytes(silu),
     )
+    return out
+
+
+def _arranged(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(tokens, in) as ``low_bit_arrange.cu`` says, tokens up to a ``multiple``; what is behind the last is not set."""
+    tokens, inputs = x.shape
+    padded, slabs = -(-tokens // multiple) * multiple, -(-inputs // SLAB)
+    out = torch.empty(slabs, padded, SLAB, dtype=x.dtype, device=x.device)
+    layout = (("BITS", 4), ("HALF", 0), ("GROUP", 0), ("WIDE", 0), ("TAIL", 0))
+    kernel = load_kernel("low_bit_arrange.cu", "low_bit_arrange", layout, x.get_device())
+    kernel((-(-tokens * slabs * 2 // 256), 1, 1), 256, [x, out, tokens, padded, inputs])
     return out
 
 

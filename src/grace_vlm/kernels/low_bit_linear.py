@@ -5,14 +5,16 @@
 
 What runs is chosen by tokens and device (``path_of``):
 
-    few tokens, on a GPU         low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC
-    more than 64, on a GPU       torch on the BF16 copy if it was kept, else on bf16(q s), made anew in pieces of 64 MB
-    many, on a Hopper GPU        low_bit_tiles.cu, by NVRTC, where it was measured to be faster, or GRACE_KERNELS=tiles
+    more than 64, with a copy    torch on the BF16 weight, if it was kept
+    many, on a Hopper GPU        low_bit_tiles.cu, by NVRTC: more than 16
+    few, on a GPU                low_bit_linear.cu, by NVRTC; Triton where there is no NVRTC: up to 64
+    many, on another GPU         torch on bf16(q s), made anew in pieces of 64 MB
     otherwise                    torch in FP32 on q s: the reference of the others
 
 What few and many are, and how a kernel is compiled, was measured for some GPUs (tuned.json) and is a rule elsewhere.
-``GRACE_KERNELS=torch`` or ``triton`` forbids what comes before it. With ``norm`` and ``silu`` the layer's neighbours
-run inside; they round as separate layers do, so that a fused model is the unfused one up to the order of sums.
+``GRACE_KERNELS=cuda``, ``triton`` or ``torch`` forbids ``tiles`` and what comes before it in that order. With ``norm``
+and ``silu`` the layer's neighbours run inside; they round as separate layers do, so that a fused model is the unfused
+one up to the order of sums.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
 
 def _allowed() -> str:
     """The best that ``GRACE_KERNELS`` lets run."""
-    allowed = os.environ.get("GRACE_KERNELS", "cuda")
+    allowed = os.environ.get("GRACE_KERNELS", "tiles")
     if allowed not in ("tiles", "cuda", "triton", "torch"):
         raise ConfigError(f"GRACE_KERNELS is {allowed!r}; expected tiles, cuda, triton or torch, or leave it out")
     return allowed

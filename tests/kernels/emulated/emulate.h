@@ -23,19 +23,38 @@ static thread_local Index threadIdx, blockIdx;
 #define CONSUMERS 0
 #define SHARED_WORDS 0
 #endif
-// PTX ISA, "barrier": sixteen of them; who syncs waits until so many have come, who arrives does not.
-struct Named {
+// PTX ISA, "barrier" (sixteen of them) and "mbarrier": how often all have come, and how many have since.
+struct Meeting {
     std::mutex mutex;
     std::condition_variable all_here;
-    int here = 0, times = 0;
+    int count = 0, here = 0, times = 0;
+    int come(int wanted) {  // in which time
+        std::unique_lock<std::mutex> lock(mutex);
+        const int now = times;
+        if (++here == wanted) {
+            here = 0;
+            ++times;
+            all_here.notify_all();
+        }
+        return now;
+    }
+    template <class Test> void wait(Test test) {
+        std::unique_lock<std::mutex> lock(mutex);
+        all_here.wait(lock, [&] { return test(times); });
+    }
 };
+#ifdef TOKENS
+#define GATES (2 * STAGES)
+#else
+#define GATES 1
+#endif
 // What the threads of a block share.
 struct Block {
     std::barrier<> whole{32 * WARPS};
     std::unique_ptr<std::barrier<>> warps[WARPS], groups[CONSUMERS + 1];
     u32 operands[WARPS][32][6];
     float shared_float[WARPS][32];
-    Named named[16];
+    Meeting barriers[16], gates[GATES];
     alignas(1024) u16 memory[SHARED_WORDS + 1];
     Block() {
         for (auto &warp : warps) warp = std::make_unique<std::barrier<>>(32);
@@ -112,23 +131,34 @@ static void queue_products() {}
 #define wait_for_products(left)
 #define TAKE_REGISTERS
 #define GIVE_REGISTERS
-static void show_to_products() {}
 static void keep(u32 (*)[4]) {}
 static void settle(float *) {}
 static u16 *shared_memory() { return own_block->memory; }
-static void come_to(int barrier, int count, bool waits) {
-    Named &own = own_block->named[barrier];
-    std::unique_lock<std::mutex> lock(own.mutex);
-    const int now = own.times;
-    if (++own.here == count) {
-        own.here = 0;
-        ++own.times;
-        own.all_here.notify_all();
-    } else if (waits)
-        own.all_here.wait(lock, [&] { return own.times != now; });
+static void sync_at(int barrier, int count) {
+    Meeting &own = own_block->barriers[barrier];
+    const int now = own.come(count);
+    own.wait([now](int times) { return times != now; });
 }
-static void sync_at(int barrier, int count) { come_to(barrier, count, true); }
-static void arrive_at(int barrier, int count) { come_to(barrier, count, false); }
+static void make_gate(int gate, int count) { own_block->gates[gate].count = count; }
+static void come_to(int gate) { own_block->gates[gate].come(own_block->gates[gate].count); }
+static void come_when_copied(int gate) { come_to(gate); }
+static void show_gates() {}
+static void copy_piece(int gate, u32 address, const char *from, int bytes) {
+    memcpy((char *)own_block->memory + address, from, bytes);
+    come_to(gate);
+}
+// Open once more than it was when the parity was the other.
+static void wait_at(int gate, u32 parity) {
+    own_block->gates[gate].wait([parity](int times) { return (u32)(times & 1) != parity; });
+}
+static u32 address_of(const u16 *shared) { return (u32)((char *)shared - (char *)own_block->memory); }
+static void copy_pair(u32 address, const char *from, bool is_there) {
+    char *to = (char *)own_block->memory + address;
+    if (is_there)
+        memcpy(to, from, 4);
+    else
+        memset(to, 0, 4);
+}
 // Of a cluster: the threads that are still there, those of one warpgroup for each of its rows.
 #define CLUSTER
 static std::unique_ptr<std::barrier<>> cluster;
@@ -142,7 +172,9 @@ static inline u32 times(u32 a, u32 b) {
 }
 // PTX ISA, "Register fragments for wgmma.mma_async.m64k16" (A: as mma's, a warp every 16 rows) and "Shared memory matrix
 // layout": rows of 128 bytes whose 16-byte pieces are exchanged by the row's place among eight.
-static inline void multiply_group(float *d, const u32 *a, const u16 *tile, int step) {
+static inline u64 described(const u16 *tiles) { return (u64)tiles; }
+static inline void multiply_group(float *d, const u32 *a, u64 tiles, int stage, int step) {
+    const u16 *tile = (const u16 *)tiles + 64 * TOKENS * stage;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     for (int i = 0; i < 4; ++i) own_block->operands[warp][lane][i] = a[i];
     own_block->groups[warp / 4]->arrive_and_wait();
