@@ -161,7 +161,7 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = {"eights": 1, "rows": 2, "warps": 4, "depth": 2}, {"tokens": 64, "tall": 2}
+    few, many = {"eights": 1, "rows": 2, "warps": 4, "depth": 2}, {"tokens": 64, "groups": 2}
     won: dict[str, dict[str, int]] = {"8": few, "64": {**few, "eights": 8}, "256": {}, "1024": many}
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"GPU": {"w4 4096x2048": won, "w8 64x64": {"8": {}}}}))

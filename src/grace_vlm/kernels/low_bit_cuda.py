@@ -206,8 +206,8 @@ def read_setup(fields: Fields) -> Setup | TileSetup | None:
         return None
     if "eights" in fields:
         return Setup(**fields)
-    shape = (fields[name] for name in ("tokens", "groups", "split", "spread"))
-    return TileSetup(*shape, arranged=bool(fields["arranged"]))
+    sizes = {name: fields[name] for name in ("tokens", "groups", "split", "spread")}
+    return TileSetup(**sizes, arranged=bool(fields["arranged"]))
 
 
 def run_few(
