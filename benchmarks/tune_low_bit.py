@@ -66,17 +66,18 @@ def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
 def candidates(num_tokens: int, packed: PackedLinear, thorough: bool) -> list[Candidate]:
     """What is tried: the kernel for few tokens, or torch for many; and on a Hopper GPU tiles, of which only the
     likeliest unless ``thorough``. There the kernel for few tokens never won at 64, nor tiles at 16."""
-    few: list[Candidate] = list(few_setups(num_tokens, -(-packed.in_features // SLAB)))
+    is_few = num_tokens <= FEW_TOKENS
+    few: list[Candidate] = list(few_setups(num_tokens, -(-packed.in_features // SLAB))) if is_few else [None]
     if torch.cuda.get_device_capability() != (9, 0):
-        return few if num_tokens <= FEW_TOKENS else [None]
+        return few
     processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
     layer = (num_tokens, packed.out_features, packed.in_features, processors)
     tiles: list[Candidate] = sorted(tile_setups(num_tokens), key=lambda setup: tile_microseconds(setup, *layer))
     if thorough:
-        return [*(few if num_tokens <= FEW_TOKENS else [None]), *tiles]
-    if num_tokens <= 16:
+        return [*few, *tiles]
+    if num_tokens <= 8:
         return few
-    return [*(few if num_tokens < FEW_TOKENS else ()), *tiles[:LIKELY], *([None] if num_tokens > 512 else ())]
+    return [*(() if FEW_TOKENS <= num_tokens <= 512 else few), *tiles[:LIKELY]]
 
 
 def text_of(packed: PackedLinear, setup: Candidate) -> tuple[str, dict[str, int]] | None:

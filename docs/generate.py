@@ -105,6 +105,40 @@ published step of 512 rows in a third of the time, for one GiB more.
 """
 
 
+def kernels() -> str:
+    """docs/kernels.md with its table made from benchmarks/results."""
+    text = (HERE / "kernels.md").read_text(encoding="utf-8")
+    begin, end = "<!-- linear:begin -->\n", "<!-- linear:end -->"
+    table = "\n".join(_linear_table(path) for path in sorted(RESULTS.glob("w[48]_linear.csv")))
+    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+
+
+def _linear_table(path: Path) -> str:
+    """Layers and numbers of tokens down, implementations across."""
+    impls = ("floor", "bf16", "tinygemm", "humming", "gemlite", "ours", "ours_bf16copy")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    rows = _plots().read_rows(path)
+    for row in rows:
+        shape, _, tokens = row["case"].partition("_m")
+        found.setdefault((shape, tokens), {})[row["impl"]] = float(row["p50"])
+    shown = [impl for impl in impls if any(impl in cells for cells in found.values())]
+    lines = []
+    for (shape, tokens), cells in found.items():
+        peer = min((cells[impl] for impl in ("tinygemm", "humming", "gemlite") if impl in cells), default=None)
+        ratios = [cells["ours"] / of if of else None for of in (peer, cells["bf16"])]
+        numbers = [
+            format(cells[impl], ".3g" if cells[impl] < 100 else ".0f") if impl in cells else "" for impl in shown
+        ]
+        lines.append(
+            f"| {shape} | {tokens} | {' | '.join(numbers)} | {' | '.join(f'{r:.2f}' if r else '' for r in ratios)} |"
+        )
+    where = "{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**rows[0])
+    return (
+        f"{path.name[1]} bits:\n\n| layer | tokens | {' | '.join(shown)} | ours / best peer | ours / bf16 |\n"
+        f"|---|---|{'---|' * len(shown)}---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
+    )
+
+
 def performance() -> str:
     """docs/performance.md with its tables made from benchmarks/results."""
     text = (HERE / "performance.md").read_text(encoding="utf-8")
@@ -193,6 +227,7 @@ def main() -> None:
     (HERE / "training.md").write_text(training(), encoding="utf-8")
     (HERE / "performance.md").write_text(performance(), encoding="utf-8")
     (HERE / "numerics.md").write_text(numerics(), encoding="utf-8")
+    (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")
