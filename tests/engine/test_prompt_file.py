@@ -12,6 +12,7 @@ import pytest
 from worlds import loaded_toy, pictures
 
 from grace_vlm.cli.main import main
+from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.prompt_file import kept_answers, read_prompts
 from grace_vlm.engine.sampling import SamplingParams
@@ -127,6 +128,20 @@ def test_sizes_that_nothing_runs_in(world: Path, grace: Any, tmp_path: Path) -> 
     assert grace(*args, "--batch-size", 0)[2] == "error: max_running is 0; expected at least 1\n"
     assert grace(*args, "--cache-tokens", -5)[2] == "error: cache_tokens is -5; expected at least 16\n"
     assert grace(*args, "--batch-size", 3000, "--max-new-tokens", 2)[0] == 0
+
+
+def test_a_cache_of_a_byte_a_number(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "yes"}\n')
+    args = ("generate", world / "model", "--data", prompts, "--device", "cpu", "--max-new-tokens", 5, "--out", out)
+    assert grace(*args, "--kv-cache", "int4")[2] == "error: kv_cache is 'int4'; expected model or fp8\n"
+    assert grace(*args, "--kv-cache", "fp8")[0] == 0
+    llm = LLM(str(world / "model"), "cpu", EngineOptions(kv_cache="fp8"))
+    expected = llm.generate("yes", sampling=SamplingParams(max_tokens=5))[0].text
+    assert json.loads(out.read_text())["text"] == expected
+    args = ("chat", world / "model", "--question", "yes", "--device", "cpu", "--max-new-tokens", 5, "--kv-cache")
+    assert grace(*args, "fp8")[1] == expected + "\n"
+    assert grace(*args, "16")[2] == "error: kv_cache is '16'; expected model or fp8\n"
 
 
 def test_texts_that_json_allows(tmp_path: Path) -> None:
