@@ -82,7 +82,7 @@ def measure_engine(engine: Engine, count: int, length: int, num_tokens: int) -> 
     """(tokens a second, milliseconds of each step) from when every request has its first token until one has its last:
     all rows run."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    for number, prompt in enumerate(prompts(count, length, len(engine.weights.embeddings))):
+    for number, prompt in enumerate(prompts(count, length, engine.weights.embeddings.num_words)):
         engine.add(f"{number}", prompt, params)
     first: set[str] = set()
     while len(first) < count:
@@ -144,7 +144,8 @@ def measure_transformers(
 
 def memory_rows(name: str, loaded: LoadedModel, engine: Engine, place: Row) -> list[Row]:
     """What tower, projector and decoder take; what the decoder shares with the model counts once."""
-    shared = {engine.weights.embeddings.data_ptr(), getattr(engine.weights.head.weight, "data_ptr", lambda: 0)()}
+    ends = (engine.weights.embeddings.weight, engine.weights.head.linear.weight)
+    shared = {weight.data_ptr() for weight in ends if isinstance(weight, torch.Tensor)}
     rest = sum({p.data_ptr(): p.nbytes for p in loaded.model.parameters() if p.data_ptr() not in shared}.values())
     sizes = {"all": rest + engine.weights.num_bytes, "decoder": engine.weights.num_bytes}
     return [row_of("memory", case, name, "weights_gb", [size / GB], "GB", place) for case, size in sizes.items()]

@@ -7,6 +7,7 @@ The reference is the engine on a CPU: FP32 arithmetic over BF16 weights, an FP32
 
     bf16_cache    keys and values kept in BF16: what a GPU has without options
     fp8_cache     EngineOptions(kv_cache="fp8")
+    int8_head     EngineOptions(int8_head=True), with embeddings, which are tied in all of these models
 
 Every prompt is answered greedily by both. ``same_answer``: share of answers that are the same to the last token;
 ``first_difference``: of the others, the number of tokens before they part, and ``gap``, by how many nats the reference
@@ -46,7 +47,11 @@ BENCH = "engine_divergence"
 OUT = ROOT / "benchmarks" / "results" / f"{BENCH}.csv"
 NUM_QUESTIONS = 600
 NUM_TEXTS, TEXT_TOKENS, ANSWER_TOKENS = 16, 512, 48
-OPTIONS = {"bf16_cache": EngineOptions(), "fp8_cache": EngineOptions(kv_cache="fp8")}
+OPTIONS = {
+    "bf16_cache": EngineOptions(),
+    "fp8_cache": EngineOptions(kv_cache="fp8"),
+    "int8_head": EngineOptions(int8_head=True),
+}
 
 Open = Callable[[], LoadedModel]
 
@@ -199,7 +204,7 @@ CASES = {
     "toy_student": "toy student, scenes",
     "smollm2_135m": "SmolLM2-135M, text",
 }
-SAYS = {"bf16_cache": "cache in BF16", "fp8_cache": "cache in E4M3"}
+SAYS = {"bf16_cache": "cache in BF16", "fp8_cache": "cache in E4M3", "int8_head": "head and embeddings in 8 bits"}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -144,6 +144,22 @@ def test_a_cache_of_a_byte_a_number(world: Path, grace: Any, tmp_path: Path) -> 
     assert grace(*args, "16")[2] == "error: kv_cache is '16'; expected model or fp8\n"
 
 
+def test_a_vocabulary_in_eight_bits(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "yes", "logprobs": 0}\n')
+    args = (world / "model", "--device", "cpu", "--max-new-tokens", 5, "--int8-head")
+    assert grace("generate", *args, "--data", prompts, "--out", out)[0] == 0
+    params = SamplingParams(max_tokens=5, logprobs=0)
+    int8, plain = (
+        LLM(str(world / "model"), "cpu", options).generate("yes", sampling=params)[0]
+        for options in (EngineOptions(int8_head=True), EngineOptions())
+    )
+    logprob = json.loads(out.read_text())["tokens"][0][1]
+    assert logprob == pytest.approx(int8.choices[0].logprob, abs=1e-6)
+    assert logprob != pytest.approx(plain.choices[0].logprob, abs=1e-6)
+    assert grace("chat", *args, "--question", "yes")[1] == int8.text + "\n"
+
+
 def test_texts_that_json_allows(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")

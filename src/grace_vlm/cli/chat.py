@@ -33,6 +33,7 @@ def chat(
     seed: int = typer.Option(None, "--seed", help="The same seed, the same draws."),
     cache_tokens: int = typer.Option(8192, "--cache-tokens", help="Longest conversation and answer, tokens."),
     kv_cache: str = typer.Option("model", "--kv-cache", help="model: its dtype; fp8: half of BF16's memory."),
+    int8_head: bool = typer.Option(False, "--int8-head", help="Vocabulary in 8 bits: half of BF16's memory."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output; needs --question."),
 ) -> None:
@@ -45,7 +46,8 @@ def chat(
     if question is not None and not question.strip():
         raise RequestError("the question is empty; pass --question TEXT")
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    options = EngineOptions(cache_tokens, max_running=1, kv_cache=kv_cache)  # type: ignore[arg-type]
+    kept = {"kv_cache": kv_cache, "int8_head": int8_head}
+    options = EngineOptions(cache_tokens, max_running=1, **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     if question is None:
         _talk(llm, list(image), sampling)

@@ -51,6 +51,7 @@ class EngineOptions:
             forward. picture_bytes: of kept pictures' features.
         batch_invariant: a request's tokens and log-probabilities are the same to the last bit whatever runs beside it.
         kv_cache: ``fp8`` keeps keys and values in a byte each, without a scale (``kernels/cache_rows.py``).
+        int8_head: the head, and embeddings that are tied to it, in 8 bits with a scale a row (``vocabulary.py``).
     """
 
     cache_tokens: int = 16_384
@@ -59,6 +60,7 @@ class EngineOptions:
     picture_bytes: int = 256 << 20
     batch_invariant: bool = False
     kv_cache: CacheKind = "model"
+    int8_head: bool = False
 
     def __post_init__(self) -> None:
         """``ConfigError`` for sizes that nothing could run in, and words that are no choice."""
@@ -125,7 +127,8 @@ class Engine:
         self.model, config = loaded.model, loaded.model.config.get_text_config()
         is_fixed = self.options.batch_invariant
         rows, piece, splits = (INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS) if is_fixed else (None, None, None)
-        self.weights: Weights = take_weights(loaded.model, loaded.adapter.head(loaded.model), quantized or {}, rows)
+        head = loaded.adapter.head(loaded.model)
+        self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head)
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights
@@ -137,7 +140,7 @@ class Engine:
             self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings, piece
         )
         self.end_ids = end_ids(loaded)
-        self.guides = Guides(loaded.processor.tokenizer, len(own.embeddings), self.end_ids)
+        self.guides = Guides(loaded.processor.tokenizer, own.embeddings.num_words, self.end_ids)
         most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
         self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
         self._is_ahead = own.device.type == "cuda"
@@ -169,7 +172,7 @@ class Engine:
 
     def _require_usable(self, name: str, prompt: Prompt) -> None:
         """``RequestError`` for what would end a forward, and with it the requests beside."""
-        words = len(self.weights.embeddings)
+        words = self.weights.embeddings.num_words
         if not len(prompt.ids):
             raise RequestError(f"request {name} has an empty prompt; expected at least one token")
         if prompt.ids.min() < 0 or prompt.ids.max() >= words:
@@ -315,7 +318,7 @@ class Engine:
         def there(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)
 
-        embeds = self.weights.embeddings[there(rows.ids)]
+        embeds = self.weights.embeddings(there(rows.ids))
         visual = there(rows.visual)
         borders = None
         if has_varlen(embeds) and not self.options.batch_invariant:
