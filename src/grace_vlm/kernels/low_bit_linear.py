@@ -39,7 +39,7 @@ __all__ = ["Norm", "PackedLinear", "interleaved", "joined", "low_bit_linear", "p
 Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
 SCRATCH_BYTES = 64 << 20
 """Of bf16(q s) at a time."""
-REFERENCE_ELEMENTS = 1 << 26
+REFERENCE_ELEMENTS = 1 << 24
 """Of q s in FP32 at a time: a vocabulary's head would be gigabytes at once."""
 
 
