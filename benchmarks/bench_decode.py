@@ -6,10 +6,12 @@
 
 Case ``b16_c512``: 16 requests with a prompt of 512 tokens each. Greedy, no end token. Metric ``tok_s``: tokens of all
 requests from when each has its first until one has its last; ``step_ms``: of single steps. Random weights at the true
-sizes. The head and the cache are BF16.
+sizes. The head and the cache are BF16, unless the name says otherwise.
 
     ours_w4                     linears of the decoder on W4G128 (rounded to nearest), engine/
     ours_bf16                   the same engine on BF16 weights
+    ours_w4_fp8_cache, ours_w4_int8_head, ours_w4_int8_head_fp8_cache
+                                W4 with EngineOptions(kv_cache="fp8"), int8_head=True, both; only where --impls asks
     transformers_bf16_static    Transformers: static cache, torch.compile(mode="reduce-overhead") of one token's forward
 
 ``memory.csv``: ``weights_gb``, what the model takes on the GPU with its tower, cases ``all`` and ``decoder`` (linears,
@@ -44,6 +46,12 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 CASES = "b1_c512,b16_c512,b64_c512,b1_c8192"
 IMPLS = ("ours_w4", "ours_bf16", "transformers_bf16_static")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ours_w4_fp8_cache": {"kv_cache": "fp8"},
+    "ours_w4_int8_head": {"int8_head": True},
+    "ours_w4_int8_head_fp8_cache": {"kv_cache": "fp8", "int8_head": True},
+}
+"""Of an engine, by impl; none for the others."""
 TEXTS = ["what shape is in the picture?", "is there a red circle?", "a blue triangle", "yes", "no"]
 
 
@@ -82,7 +90,7 @@ def measure_engine(engine: Engine, count: int, length: int, num_tokens: int) -> 
     """(tokens a second, milliseconds of each step) from when every request has its first token until one has its last:
     all rows run."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    for number, prompt in enumerate(prompts(count, length, len(engine.weights.embeddings))):
+    for number, prompt in enumerate(prompts(count, length, engine.weights.embeddings.num_words)):
         engine.add(f"{number}", prompt, params)
     first: set[str] = set()
     while len(first) < count:
@@ -144,7 +152,8 @@ def measure_transformers(
 
 def memory_rows(name: str, loaded: LoadedModel, engine: Engine, place: Row) -> list[Row]:
     """What tower, projector and decoder take; what the decoder shares with the model counts once."""
-    shared = {engine.weights.embeddings.data_ptr(), getattr(engine.weights.head.weight, "data_ptr", lambda: 0)()}
+    ends = (engine.weights.embeddings.weight, engine.weights.head.linear.weight)
+    shared = {weight.data_ptr() for weight in ends if isinstance(weight, torch.Tensor)}
     rest = sum({p.data_ptr(): p.nbytes for p in loaded.model.parameters() if p.data_ptr() not in shared}.values())
     sizes = {"all": rest + engine.weights.num_bytes, "decoder": engine.weights.num_bytes}
     return [row_of("memory", case, name, "weights_gb", [size / GB], "GB", place) for case, size in sizes.items()]
@@ -167,14 +176,18 @@ def main() -> None:
     if not all(found):
         made.error("--cases has a word that is no bROWS_cTOKENS, for example b16_c512")
     cases = [(match[0], int(match[1]), int(match[2])) for match in found if match]
+    if unknown := set(args.impls.split(",")) - {*IMPLS, *OPTIONS}:
+        made.error(f"--impls has {', '.join(sorted(unknown))}; there are {', '.join((*IMPLS, *OPTIONS))}")
     place, out = place_of(device), args.out or results_file("decode", device)
     for impl in args.impls.split(","):
         loaded = open_random(args.model, device)
         engine = None
         if impl.startswith("ours"):
             most = max(count * pages_for(length + args.tokens) for _, count, length in cases) * PAGE_TOKENS
-            codes = quantized(loaded.model) if impl == "ours_w4" else {}
-            engine = Engine(loaded, codes, EngineOptions(cache_tokens=most, max_running=max(n for _, n, _ in cases)))
+            codes = quantized(loaded.model) if impl.startswith("ours_w4") else {}
+            rows = max(count for _, count, _ in cases)
+            options = EngineOptions(cache_tokens=most, max_running=rows, **OPTIONS.get(impl, {}))
+            engine = Engine(loaded, codes, options)
             del codes
             if device.type == "cuda":  # on a CPU all weights are FP32
                 memory = out.with_name(out.name.replace("decode", "memory") if "decode" in out.name else "memory.csv")

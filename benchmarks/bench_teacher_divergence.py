@@ -130,20 +130,25 @@ def compare(case: str, reference: States, others: dict[str, States], head: torch
     return rows
 
 
-@torch.no_grad()
-def text(gguf: Path) -> list[Row]:
-    """SmolLM2 on Python's help topics."""
-    import pydoc_data.topics
-
+def open_smollm2(gguf: Path) -> tuple[Any, Any]:
+    """Its tokenizer and the model, in BF16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": gguf.name}
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **options)
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
     del read.config.quantization_config
     # A model that came from GGUF refuses to be cast; the same weights in a new one do not.
     model: Any = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16).eval()
     model.load_state_dict(read.state_dict())
+    return AutoTokenizer.from_pretrained(gguf.parent, **options), model
+
+
+@torch.no_grad()
+def text(gguf: Path) -> list[Row]:
+    """SmolLM2 on Python's help topics."""
+    import pydoc_data.topics
+
+    tokenizer, model = open_smollm2(gguf)
     topics = "\n\n".join(content for _, content in sorted(pydoc_data.topics.topics.items()))
     ids = torch.tensor(tokenizer(topics).input_ids[-WINDOW_TOKENS * NUM_WINDOWS :]).split(WINDOW_TOKENS)
 

@@ -214,6 +214,17 @@ def _divergence() -> Any:
     return bench_teacher_divergence
 
 
+def engine() -> str:
+    """docs/engine.md with its table made from benchmarks/results."""
+    text = (HERE / "engine.md").read_text(encoding="utf-8")
+    begin, end = "<!-- divergence:begin -->\n", "<!-- divergence:end -->"
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    import bench_engine_divergence
+
+    table = bench_engine_divergence.table(_plots().read_rows(RESULTS / "engine_divergence.csv"))
+    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+
+
 def _plots() -> Any:
     """``benchmarks/plot_loss.py``."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
@@ -228,6 +239,7 @@ def main() -> None:
     (HERE / "performance.md").write_text(performance(), encoding="utf-8")
     (HERE / "numerics.md").write_text(numerics(), encoding="utf-8")
     (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
+    (HERE / "engine.md").write_text(engine(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")

@@ -12,6 +12,7 @@ import pytest
 from worlds import loaded_toy, pictures
 
 from grace_vlm.cli.main import main
+from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.prompt_file import kept_answers, read_prompts
 from grace_vlm.engine.sampling import SamplingParams
@@ -127,6 +128,36 @@ def test_sizes_that_nothing_runs_in(world: Path, grace: Any, tmp_path: Path) -> 
     assert grace(*args, "--batch-size", 0)[2] == "error: max_running is 0; expected at least 1\n"
     assert grace(*args, "--cache-tokens", -5)[2] == "error: cache_tokens is -5; expected at least 16\n"
     assert grace(*args, "--batch-size", 3000, "--max-new-tokens", 2)[0] == 0
+
+
+def test_a_cache_of_a_byte_a_number(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "yes"}\n')
+    args = ("generate", world / "model", "--data", prompts, "--device", "cpu", "--max-new-tokens", 5, "--out", out)
+    assert grace(*args, "--kv-cache", "int4")[2] == "error: kv_cache is 'int4'; expected model or fp8\n"
+    assert grace(*args, "--kv-cache", "fp8")[0] == 0
+    llm = LLM(str(world / "model"), "cpu", EngineOptions(kv_cache="fp8"))
+    expected = llm.generate("yes", sampling=SamplingParams(max_tokens=5))[0].text
+    assert json.loads(out.read_text())["text"] == expected
+    args = ("chat", world / "model", "--question", "yes", "--device", "cpu", "--max-new-tokens", 5, "--kv-cache")
+    assert grace(*args, "fp8")[1] == expected + "\n"
+    assert grace(*args, "16")[2] == "error: kv_cache is '16'; expected model or fp8\n"
+
+
+def test_a_vocabulary_in_eight_bits(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "yes", "logprobs": 0}\n')
+    args = (world / "model", "--device", "cpu", "--max-new-tokens", 5, "--int8-head")
+    assert grace("generate", *args, "--data", prompts, "--out", out)[0] == 0
+    params = SamplingParams(max_tokens=5, logprobs=0)
+    int8, plain = (
+        LLM(str(world / "model"), "cpu", options).generate("yes", sampling=params)[0]
+        for options in (EngineOptions(int8_head=True), EngineOptions())
+    )
+    logprob = json.loads(out.read_text())["tokens"][0][1]
+    assert logprob == pytest.approx(int8.choices[0].logprob, abs=1e-6)
+    assert logprob != pytest.approx(plain.choices[0].logprob, abs=1e-6)
+    assert grace("chat", *args, "--question", "yes")[1] == int8.text + "\n"
 
 
 def test_texts_that_json_allows(tmp_path: Path) -> None:

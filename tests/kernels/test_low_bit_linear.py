@@ -112,6 +112,19 @@ def test_pieces_of_scratch_memory_make_the_same_layer(monkeypatch: pytest.Monkey
     assert error(low_bit_linear(x, packed, bias=bias), whole.double()) < 4e-3
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_reference_takes_a_wide_weight_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, x = weight(bits, 80, 128, 64), inputs_of(5, 128, torch.float32).to(DEVICE)
+    bias = inputs_of(1, 80, torch.float32)[0].to(DEVICE)
+    monkeypatch.setattr(module, "path_of", lambda *_: "torch")
+    packed, seen, values = pack_linear(tensor, DEVICE), [], module._values
+    monkeypatch.setattr(module, "_values", lambda part: seen.append(part.out_features) or values(part))
+    whole = low_bit_linear(x, packed, bias=bias)
+    monkeypatch.setattr(module, "REFERENCE_ELEMENTS", 40 * 128)
+    torch.testing.assert_close(low_bit_linear(x, packed, bias=bias), whole, atol=1e-5, rtol=1e-5)
+    assert seen == [80, 32, 32, 16]
+
+
 @dataclass(frozen=True)
 class Elsewhere(PackedLinear):
     """A layer on a GPU that is not here."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grace_vlm.kernels.cache_rows import FP8
+from grace_vlm.kernels.decoder_rows import rotate_append_reference
 from grace_vlm.kernels.heads import Heads
 from grace_vlm.kernels.paged_attention import paged_attention, paged_attention_reference, splits_for
 from grace_vlm.kernels.paged_attention_triton import decode
@@ -13,6 +15,9 @@ from grace_vlm.kernels.paged_attention_triton import decode
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 PAGE = 16
+needs_fp8 = pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no E4M3 on this GPU"
+)
 
 
 def case(h: int, kv: int, d: int, lengths: list[int], has_norm: bool, seed: int = 0):  # type: ignore[no-untyped-def]
@@ -46,6 +51,31 @@ def test_triton_is_torch(h: int, kv: int, d: int, splits: int, has_norm: bool) -
     for number in (2, 3):  # the cache: one new slot a request, all others as they were
         torch.testing.assert_close(ours[number], right[number], **tolerance)
         assert int((ours[number] != arguments[number]).flatten(1).any(1).sum()) == 7
+
+
+@needs_fp8
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("h", "kv", "d"), [(4, 2, 32), (6, 1, 128)])
+def test_a_cache_of_a_byte_a_number(h: int, kv: int, d: int, splits: int) -> None:
+    """Triton against torch, and torch against attention over what the cache has then, widened."""
+    qkv, rotation, keys, values, table, lengths, heads, page = case(h, kv, d, [0, 1, 15, 16, 63, 64, 200], False)
+    ours, right = ([keys.to(FP8), values.to(FP8)] for _ in range(2))
+    found = decode(qkv, rotation, *ours, table, lengths, heads, page, splits)
+    expected = paged_attention_reference(qkv, rotation, *right, table, lengths, heads, page)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if DTYPE is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(found, expected, **tolerance)
+    for kept, theirs, before in zip(ours, right, (keys, values), strict=True):
+        assert kept.nbytes * qkv.element_size() == before.nbytes
+        torch.testing.assert_close(kept.float(), theirs.float(), atol=1e-6, rtol=0 if DTYPE is torch.float32 else 0.13)
+        assert int((kept.float() != before.to(FP8).float()).flatten(1).any(1).sum()) == 7
+    query = rotate_append_reference(qkv, rotation, torch.arange(7, device=DEVICE), keys, values, heads)
+    for number, length in enumerate(lengths.tolist()):
+        token = torch.arange(length + 1, device=DEVICE)
+        slots = table[number].long()[token // PAGE] * PAGE + token % PAGE
+        own_keys, own_values = (x[slots].to(DTYPE).repeat_interleave(h // kv, dim=1) for x in right)
+        weights = (torch.einsum("hd,thd->ht", query[number], own_keys) / d**0.5).float().softmax(dim=-1)
+        whole = torch.einsum("ht,thd->hd", weights.to(DTYPE), own_values)
+        torch.testing.assert_close(expected[number], whole.flatten(), **tolerance)
 
 
 def test_a_request_does_not_see_those_beside_it() -> None:

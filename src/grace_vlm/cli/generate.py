@@ -29,6 +29,8 @@ def generate(
     json_schema: Path = typer.Option(None, "--json-schema", help="File with a JSON schema that every answer follows."),
     batch_size: int = typer.Option(64, "--batch-size", help="Requests that run together."),
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of all of them that fit in memory."),
+    kv_cache: str = typer.Option("model", "--kv-cache", help="model: its dtype; fp8: half of BF16's memory."),
+    int8_head: bool = typer.Option(False, "--int8-head", help="Vocabulary in 8 bits: half of BF16's memory."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -45,7 +47,8 @@ def generate(
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
-    options = EngineOptions(cache_tokens, batch_size, max_step_tokens=max(2048, batch_size))
+    kept = {"kv_cache": kv_cache, "int8_head": int8_head}
+    options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size), **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,11 @@ def pages_for(num_tokens: int) -> int:
 
 
 class KeyValueCache:
-    """Keys and values, (layers, pages * PAGE_TOKENS, kv_heads, head_dim) each: a token's place is its slot."""
+    """Keys and values, (layers, pages * PAGE_TOKENS, kv_heads, head_dim) each: a token's place is its slot.
+
+    Args:
+        dtype: the model's, or E4M3, a byte a number (``kernels/cache_rows.py``).
+    """
 
     def __init__(
         self,
@@ -58,6 +62,11 @@ class KeyValueCache:
         shape = (num_layers, num_pages * PAGE_TOKENS, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page, keys and values of all layers."""
+        return (self.keys.nbytes + self.values.nbytes) // self.num_pages
 
 
 def slots_of(pages: list[int], first: int, count: int) -> list[int]:

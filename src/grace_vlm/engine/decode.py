@@ -91,7 +91,7 @@ class DecodeStep:
 
     def _forward(self, size: int) -> torch.Tensor:
         weights, cache = self.weights, self.cache
-        x = weights.embeddings[self.ids[:size]]
+        x = weights.embeddings(self.ids[:size])
         rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
         splits = self.splits or splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
         for number, (layer, heads) in enumerate(zip(weights.layers, self._heads, strict=True)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
@@ -28,6 +29,7 @@ from grace_vlm.engine.request import Finish, Prompt, Request
 from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
 from grace_vlm.errors import ConfigError, RequestError
+from grace_vlm.kernels.cache_rows import FP8
 from grace_vlm.models.decoder import borders_of, has_varlen
 from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -36,14 +38,20 @@ INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS = 16, 64, 8
 """Of ``batch_invariant``: rows of every product, tokens of a prompt at a time, shares of a context."""
 
 
+CacheKind = Literal["model", "fp8"]
+"""What keys and values are kept in: the model's dtype, or E4M3."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine.
+    """Sizes of an engine, and what it keeps in fewer bits.
 
     Args:
         cache_tokens: of all running requests together. max_running: requests at a time. max_step_tokens: of one
             forward. picture_bytes: of kept pictures' features.
         batch_invariant: a request's tokens and log-probabilities are the same to the last bit whatever runs beside it.
+        kv_cache: ``fp8`` keeps keys and values in a byte each, without a scale (``kernels/cache_rows.py``).
+        int8_head: the head, and embeddings that are tied to it, in 8 bits with a scale a row (``vocabulary.py``).
     """
 
     cache_tokens: int = 16_384
@@ -51,14 +59,30 @@ class EngineOptions:
     max_step_tokens: int = 2_048
     picture_bytes: int = 256 << 20
     batch_invariant: bool = False
+    kv_cache: CacheKind = "model"
+    int8_head: bool = False
 
     def __post_init__(self) -> None:
-        """``ConfigError`` for sizes that nothing could run in."""
+        """``ConfigError`` for sizes that nothing could run in, and words that are no choice."""
         least = {"cache_tokens": PAGE_TOKENS, "max_running": 1, "picture_bytes": 0}
         least["max_step_tokens"] = max(self.max_running, INVARIANT_PIECE if self.batch_invariant else 1)
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {smallest}")
+        if self.kv_cache not in get_args(CacheKind):
+            raise ConfigError(f"kv_cache is {self.kv_cache!r}; expected {' or '.join(get_args(CacheKind))}")
+
+
+def _cache_dtype(options: EngineOptions, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the cache; ``ConfigError`` on a GPU whose kernels cannot read E4M3."""
+    if options.kv_cache == "model":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"kv_cache is 'fp8' and {name} cannot convert from it; expected compute capability 8.9 or newer, or 'model'"
+        )
+    return FP8
 
 
 @dataclass(frozen=True)
@@ -103,19 +127,20 @@ class Engine:
         self.model, config = loaded.model, loaded.model.config.get_text_config()
         is_fixed = self.options.batch_invariant
         rows, piece, splits = (INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS) if is_fixed else (None, None, None)
-        self.weights: Weights = take_weights(loaded.model, loaded.adapter.head(loaded.model), quantized or {}, rows)
+        head = loaded.adapter.head(loaded.model)
+        self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head)
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights
         # One page more, for rows of a step that no request has.
         shape = (len(own.layers), num_pages + 1, own.num_kv_heads, own.head_dim)
-        self.cache = KeyValueCache(*shape, own.dtype, own.device)
+        self.cache = KeyValueCache(*shape, _cache_dtype(self.options, own.dtype, own.device), own.device)
         self.pages = Pages(num_pages)
         self.scheduler = Scheduler(
             self.pages, self.options.max_running, self.options.max_step_tokens, config.max_position_embeddings, piece
         )
         self.end_ids = end_ids(loaded)
-        self.guides = Guides(loaded.processor.tokenizer, len(own.embeddings), self.end_ids)
+        self.guides = Guides(loaded.processor.tokenizer, own.embeddings.num_words, self.end_ids)
         most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
         self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
         self._is_ahead = own.device.type == "cuda"
@@ -147,7 +172,7 @@ class Engine:
 
     def _require_usable(self, name: str, prompt: Prompt) -> None:
         """``RequestError`` for what would end a forward, and with it the requests beside."""
-        words = len(self.weights.embeddings)
+        words = self.weights.embeddings.num_words
         if not len(prompt.ids):
             raise RequestError(f"request {name} has an empty prompt; expected at least one token")
         if prompt.ids.min() < 0 or prompt.ids.max() >= words:
@@ -293,7 +318,7 @@ class Engine:
         def there(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device)
 
-        embeds = self.weights.embeddings[there(rows.ids)]
+        embeds = self.weights.embeddings(there(rows.ids))
         visual = there(rows.visual)
         borders = None
         if has_varlen(embeds) and not self.options.batch_invariant:

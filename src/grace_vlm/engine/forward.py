@@ -17,6 +17,7 @@ import torch
 
 from grace_vlm.engine.cache import KeyValueCache
 from grace_vlm.engine.layers import Layer, Weights
+from grace_vlm.kernels.cache_rows import read_rows
 from grace_vlm.kernels.decoder_rows import rms_norm, rotate_append
 from grace_vlm.kernels.paged_attention import attend
 from grace_vlm.models.decoder import attend_contexts
@@ -79,7 +80,8 @@ def _attention(
     """(n, heads * head_dim)."""
     qkv = layer.qkv(x, norm=layer.attention_norm)
     query = rotate_append(qkv, rotation, step.slots, cache.keys[number], cache.values[number], weights.heads(layer))
-    keys, values = cache.keys[number][step.context], cache.values[number][step.context]
+    # The rows' own too come as the cache keeps them, so that it changes nothing where a prompt is cut.
+    keys, values = (read_rows(kept[number], step.context, x.dtype) for kept in (cache.keys, cache.values))
     counts, lengths = [span.count for span in step.spans], [span.length for span in step.spans]
     if step.borders is not None:
         longest = (max(counts), max(lengths))

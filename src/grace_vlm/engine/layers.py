@@ -12,53 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from grace_vlm.engine.linear import Linear, detached
+from grace_vlm.engine.vocabulary import Embeddings, Head, take_vocabulary
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
+from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_linear import PackedLinear, interleaved, joined, low_bit_linear, pack_linear
+from grace_vlm.kernels.low_bit_linear import PackedLinear, interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x W^T + b.
-
-    Args:
-        weight: (out, in), or packed. bias: (out,) or None. silu: the outputs are gates and values; silu(gate) * value
-            comes out. A dense weight then has all gates first, a packed one is ``interleaved``.
-        rows: so many rows are one product, whatever is asked, so that a row's numbers do not depend on how many there
-            are; None: all at once, by whatever is fastest for so many.
-    """
-
-    weight: torch.Tensor | PackedLinear
-    bias: torch.Tensor | None = None
-    silu: bool = False
-    rows: int | None = None
-
-    def __call__(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(n, out') of (n, in), normalised before where a norm is given, with ``residual`` (n, out') added after."""
-        if self.rows is None:
-            return self._product(x, norm, residual)
-        padding = (0, 0, 0, -len(x) % self.rows)
-        pieces = F.pad(x, padding).split(self.rows)
-        rest = [None] * len(pieces) if residual is None else F.pad(residual, padding).split(self.rows)
-        parts = [self._product(piece, norm, own) for piece, own in zip(pieces, rest, strict=True)]
-        return torch.cat(parts)[: len(x)]
-
-    def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.weight, PackedLinear):
-            return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
-        given = x if norm is None else rms_norm(x, norm)
-        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
-            return torch.addmm(residual, given, self.weight.t())  # one launch
-        y = F.linear(given, self.weight, self.bias)
-        if self.silu:
-            y = gated(y)
-        return y if residual is None else residual + y
 
 
 @dataclass(frozen=True)
@@ -95,14 +58,15 @@ class Weights:
     """Of a decoder and its head.
 
     Args:
-        embeddings: (V, d). last_norm: before the head. rotary: (x, (3, n) positions) -> cos, sin, (n, head_dim) each.
+        embeddings, head: of V words. last_norm: before the head.
+        rotary: (x, (3, n) positions) -> cos, sin, (n, head_dim) each.
         num_heads, num_kv_heads, head_dim: of attention.
     """
 
-    embeddings: torch.Tensor
+    embeddings: Embeddings
     layers: tuple[Layer, ...]
     last_norm: Norm
-    head: Linear
+    head: Head
     rotary: Rotary
     num_heads: int
     num_kv_heads: int
@@ -125,14 +89,14 @@ class Weights:
     @property
     def num_bytes(self) -> int:
         """Of all that is read while tokens are made; a tied head once."""
-        dense = {self.embeddings.data_ptr(): self.embeddings.nbytes}
-        packed = 0
-        for linear in (self.head, *(x for layer in self.layers for x in linears_of(layer))):
-            if isinstance(linear.weight, PackedLinear):
-                packed += linear.weight.num_bytes
+        linears = (x for layer in self.layers for x in linears_of(layer))
+        found = {}
+        for weight in (self.embeddings.weight, self.head.linear.weight, *(linear.weight for linear in linears)):
+            if isinstance(weight, PackedLinear):
+                found[weight.words.data_ptr()] = weight.num_bytes
             else:
-                dense[linear.weight.data_ptr()] = linear.weight.nbytes
-        return sum(dense.values()) + packed
+                found[weight.data_ptr()] = weight.nbytes
+        return sum(found.values())
 
 
 def linears_of(layer: Layer) -> tuple[Linear, ...]:
@@ -141,14 +105,18 @@ def linears_of(layer: Layer) -> tuple[Linear, ...]:
 
 
 def take_weights(
-    model: Any, head: nn.Linear, quantized: Mapping[str, QuantizedTensor], rows: int | None = None
+    model: Any,
+    head: nn.Linear,
+    quantized: Mapping[str, QuantizedTensor],
+    rows: int | None = None,
+    int8_head: bool = False,
 ) -> Weights:
     """The weights of a vision-language model's decoder; its own layers are empty after.
 
     Args:
         model: Transformers' model, on its device, in the dtype of the activations.
         quantized: codes and scales by module name, which run by low-bit kernels; nothing on a CPU so far.
-        rows: of every product, see ``Linear``.
+        rows: of every product, see ``Linear``. int8_head: see ``take_vocabulary``.
     """
     language = model.model.language_model
     config = language.config
@@ -158,12 +126,13 @@ def take_weights(
         layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized, rows))
         language.layers[number] = nn.Identity()
     language.layers = nn.ModuleList()
+    embeddings, last = take_vocabulary(language.embed_tokens, head, rows, int8_head)
     heads = config.num_attention_heads
     return Weights(
-        embeddings=language.embed_tokens.weight.detach(),
+        embeddings=embeddings,
         layers=tuple(layers),
         last_norm=_norm(language.norm),
-        head=Linear(head.weight.detach(), _detached(head.bias), rows=rows),
+        head=last,
         rotary=_rotary(language),
         num_heads=heads,
         num_kv_heads=config.num_key_value_heads,
@@ -208,7 +177,7 @@ def _linear(
     """Modules of one input as one product; packed if all of them are quantized alike and a kernel takes them."""
     biases = [module.bias for module in modules]
     assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
-    bias = None if biases[0] is None else torch.cat([_detached(b) for b in biases])  # type: ignore[misc]
+    bias = None if biases[0] is None else torch.cat([detached(b) for b in biases])  # type: ignore[misc]
     device = modules[0].weight.device
     if device.type == "cuda" and all(name in quantized for name in names):
         tensors = [quantized[name] for name in names]
@@ -228,7 +197,3 @@ def _is_packable(tensors: Sequence[QuantizedTensor]) -> bool:
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
-
-
-def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach()

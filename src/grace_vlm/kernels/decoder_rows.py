@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.cache_rows import put_rows
 from grace_vlm.kernels.heads import Heads
 
 
@@ -55,7 +56,8 @@ def rotate_append(
     """(n, H, D) queries of (n, (H + 2 KV) D), normalised and turned; keys and values go to the cache.
 
     Args:
-        rotation: cos and sin, (n, D) each. slots: (n,) int64, where in keys and values, (slots, KV, D) each.
+        rotation: cos and sin, (n, D) each. slots: (n,) int64, where in keys and values, (slots, KV, D) each,
+            in the dtype of qkv or E4M3 (``cache_rows``).
     """
     if runs_triton(qkv):
         from grace_vlm.kernels.decoder_rows_triton import rotate_append as fused
@@ -79,8 +81,8 @@ def rotate_append_reference(
         query = rms_norm(query, Norm(heads.query_norm, heads.epsilon))
         key = rms_norm(key, Norm(heads.key_norm, heads.epsilon))
     cos, sin = (part.unsqueeze(1) for part in rotation)
-    keys.index_copy_(0, slots, _rotated(key, cos, sin))
-    values.index_copy_(0, slots, value)
+    put_rows(keys, slots, _rotated(key, cos, sin))
+    put_rows(values, slots, value)
     return _rotated(query, cos, sin)
 
 

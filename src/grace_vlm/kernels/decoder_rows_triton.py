@@ -4,7 +4,7 @@
     gated           (n, 2 d) -> (n, d)                                 silu(first half), rounded, times the second
     rotate_append   (n, (H + 2 KV) D) -> (n, H, D), and the cache      norm of q and k, rotation; k and v to their slots
 
-Each rounds where the reference rounds.
+Each rounds where the reference rounds; what goes to the cache once more, to the cache's dtype (``cache_rows``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grace_vlm.kernels.cache_rows_triton import as_kept
 from grace_vlm.kernels.heads import Heads
 
 
@@ -61,6 +62,7 @@ def _rotate_append(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = queries.dtype.element_ty
+    KEPT: tl.constexpr = keys.dtype.element_ty
     HALF: tl.constexpr = D // 2
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, HALF)
@@ -69,8 +71,8 @@ def _rotate_append(
     slot = tl.load(slots + row)
     if head >= H + KV:
         to = (slot * KV + head - H - KV) * D + d
-        tl.store(values + to, low.to(DTYPE))
-        tl.store(values + to + HALF, high.to(DTYPE))
+        tl.store(values + to, as_kept(low, KEPT))
+        tl.store(values + to + HALF, as_kept(high, KEPT))
     else:
         is_query = head < H
         if HAS_NORM:
@@ -88,8 +90,8 @@ def _rotate_append(
             tl.store(queries + to + HALF, turned_high.to(DTYPE))
         else:
             to = (slot * KV + head - H) * D + d
-            tl.store(keys + to, turned_low.to(DTYPE))
-            tl.store(keys + to + HALF, turned_high.to(DTYPE))
+            tl.store(keys + to, as_kept(turned_low.to(DTYPE).to(tl.float32), KEPT))
+            tl.store(keys + to + HALF, as_kept(turned_high.to(DTYPE).to(tl.float32), KEPT))
 
 
 def rotate_append(

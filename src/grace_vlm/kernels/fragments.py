@@ -132,15 +132,15 @@ def _joined(parts: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 def unpack_codes(packed: PackedLinear) -> torch.Tensor:
     """(out, in) int8: the neutral codes again."""
     words, tiles, lanes = packed.words, packed.out_features // TILE, (8, 4)
-    shift = _SHIFTS[packed.num_bits].to(words.device)
     if packed.num_bits == 4:
+        shift = _SHIFTS[4].to(words.device)
         stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1, 1) >> shift) & 15
         # tile slab g t b s p r e -> tile r g slab b t s p e
         codes = stored.permute(0, 7, 2, 1, 4, 3, 5, 6, 8) - 8
     else:
-        stored = (words.view(tiles, -1, *lanes, 2, 2, 1, 1) >> shift) & 255
-        # tile block g t s p r e -> tile r g block t s p e
-        codes = stored.permute(0, 6, 2, 1, 3, 4, 5, 7) - 128
+        # As bytes, a quarter of what words would move. Tile block g t s p r e -> tile r g block t s p e
+        stored = words.view(torch.uint8).view(tiles, -1, *lanes, 2, 2, 2, 2).permute(0, 6, 2, 1, 3, 4, 5, 7)
+        codes = (stored ^ 128).view(torch.int8)
     return codes.reshape(packed.out_features, -1)[:, : packed.in_features].to(torch.int8)
 
 

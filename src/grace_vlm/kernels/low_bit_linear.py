@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -40,6 +41,8 @@ __all__ = ["Norm", "PackedLinear", "interleaved", "joined", "low_bit_linear", "p
 Path = Literal["tiles", "cuda", "triton", "torch", "dense"]
 SCRATCH_BYTES = 64 << 20
 """Of bf16(q s) at a time."""
+REFERENCE_ELEMENTS = 1 << 24
+"""Of q s in FP32 at a time: a vocabulary's head would be gigabytes at once."""
 
 
 def joined(tensors: list[QuantizedTensor]) -> QuantizedTensor:
@@ -163,7 +166,7 @@ def _parts(
         assert isinstance(setup, TileSetup)
         return run_many(setup, aligned(x), packed, bias, residual, silu)
     if path == "torch":
-        y = F.linear(x.float(), _values(packed), None if bias is None else bias.float()).to(x.dtype)
+        y = _reference(x.float(), packed, None if bias is None else bias.float()).to(x.dtype)
     elif path == "triton":
         from grace_vlm.kernels.low_bit_triton import linear
 
@@ -174,6 +177,23 @@ def _parts(
         pairs = y.view(y.shape[0], -1, 2, 8)
         y = (F.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(y.shape[0], -1)
     return y if residual is None else y + residual
+
+
+def _reference(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    """(tokens, out) in FP32, some rows of the weight at a time."""
+    rows = max(TILE, REFERENCE_ELEMENTS // packed.in_features // TILE * TILE)
+    parts = []
+    for first in range(0, packed.out_features, rows):
+        own = None if bias is None else bias[first : first + rows]
+        parts.append(F.linear(x, _values(_row_tiles(packed, first, rows)), own))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _row_tiles(packed: PackedLinear, first_row: int, num_rows: int) -> PackedLinear:
+    """At most so many rows of a weight, both numbers a multiple of 16; the same memory."""
+    tiles = slice(first_row // TILE, (first_row + num_rows) // TILE)
+    words = packed.words[tiles]
+    return replace(packed, words=words, scale=packed.scale[tiles], out_features=len(words) * TILE, dense=None)
 
 
 def _values(packed: PackedLinear) -> torch.Tensor:
@@ -201,4 +221,4 @@ def _dequantize_rows(packed: PackedLinear, out: torch.Tensor, first_row: int) ->
 
         dequantize_rows(packed, out, first_row)
     else:
-        out.copy_(_values(packed)[first_row : first_row + len(out)])
+        out.copy_(_values(_row_tiles(packed, first_row, len(out))))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels.cache_rows import read_rows
 from grace_vlm.kernels.decoder_rows import rotate_append_reference
 from grace_vlm.kernels.heads import BLOCK, Heads
 
@@ -39,7 +40,8 @@ def paged_attention(
 
     Args:
         qkv: (B, (H + 2 KV) D). rotation: cos and sin, (B, D) each.
-        keys, values: (slots, KV, D), a layer's cache. table: (B, pages) int32, the requests' pages in order.
+        keys, values: (slots, KV, D), a layer's cache, in the dtype of qkv or E4M3 (``cache_rows``).
+        table: (B, pages) int32, the requests' pages in order.
         lengths: (B,) int32, tokens that a request has there already; the new one goes behind them.
         splits: shares of the context, a power of two.
     """
@@ -67,7 +69,10 @@ def paged_attention_reference(
         contexts.append(line[token // page_tokens] * page_tokens + token % page_tokens)
     slots = torch.stack([context[-1] for context in contexts])
     query = rotate_append_reference(qkv, rotation, slots, keys, values, heads)
-    out = [attend(own[None], keys[context], values[context]) for own, context in zip(query, contexts, strict=True)]
+    out = []
+    for own, context in zip(query, contexts, strict=True):
+        there = [read_rows(cache, context, qkv.dtype) for cache in (keys, values)]
+        out.append(attend(own[None], *there))
     return torch.cat(out).flatten(1)
 
 

@@ -5,7 +5,8 @@ order by a second kernel, or by none where there is one share. The last share ha
 writes it and its value to the cache, and adds them from registers, so nobody waits for the write. Shares are blocks of
 the context's length alone, so a request's result does not depend on what runs beside.
 
-Numbers are rounded where a Transformers model rounds them: after the norm, after its weight, after the rotation.
+Numbers are rounded where a Transformers model rounds them: after the norm, after its weight, after the rotation; keys
+and values once more, to what the cache keeps, the new token's too, so that it sees itself as others will see it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from grace_vlm.kernels.cache_rows_triton import as_kept
 from grace_vlm.kernels.heads import BLOCK, Heads
 
 
@@ -33,7 +35,8 @@ def _decode(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = keys.dtype.element_ty
+    DTYPE: tl.constexpr = qkv.dtype.element_ty
+    KEPT: tl.constexpr = keys.dtype.element_ty
     HALF: tl.constexpr = D // 2
     REPEATS: tl.constexpr = H // KV
     request, kv, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -63,14 +66,14 @@ def _decode(
         inside = token < end
         page = tl.load(table + request * table_stride + token // PAGE, mask=inside, other=0).to(tl.int64)
         at = ((page * PAGE + token % PAGE) * KV + kv) * D
-        key_low = tl.load(keys + at[None, :] + d[:, None], mask=inside[None, :], other=0.0)
-        key_high = tl.load(keys + at[None, :] + HALF + d[:, None], mask=inside[None, :], other=0.0)
+        key_low = tl.load(keys + at[None, :] + d[:, None], mask=inside[None, :], other=0.0).to(DTYPE)
+        key_high = tl.load(keys + at[None, :] + HALF + d[:, None], mask=inside[None, :], other=0.0).to(DTYPE)
         scores = (tl.dot(turned_low, key_low) + tl.dot(turned_high, key_high)) * scale
         scores = tl.where(inside[None, :], scores, -1e30)
         higher = tl.maximum(largest, tl.max(scores, axis=1))
         shares = tl.where(inside[None, :], tl.exp(scores - higher[:, None]), 0.0)
         fade = tl.exp(largest - higher)
-        value = tl.load(values + at[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        value = tl.load(values + at[:, None] + full[None, :], mask=inside[:, None], other=0.0).to(DTYPE)
         sums = sums * fade[:, None] + tl.dot(shares.to(DTYPE), value)
         total = total * fade + tl.sum(shares, axis=1)
         largest = higher
@@ -80,19 +83,19 @@ def _decode(
         key_low, key_high = tl.load(at_key).to(tl.float32), tl.load(at_key + HALF).to(tl.float32)
         if HAS_NORM:
             key_low, key_high = _normed(key_low, key_high, key_norm, d, epsilon, D, DTYPE)
-        new_low = (key_low * cos_low - key_high * sin_low).to(DTYPE)
-        new_high = (key_high * cos_high + key_low * sin_high).to(DTYPE)
-        new_value = tl.load(own + (H + KV + kv) * D + full[None, :])
+        new_low = as_kept((key_low * cos_low - key_high * sin_low).to(DTYPE).to(tl.float32), KEPT)
+        new_high = as_kept((key_high * cos_high + key_low * sin_high).to(DTYPE).to(tl.float32), KEPT)
+        new_value = as_kept(tl.load(own + (H + KV + kv) * D + full[None, :]).to(tl.float32), KEPT)
         page = tl.load(table + request * table_stride + length // PAGE).to(tl.int64)
         at = ((page * PAGE + length % PAGE) * KV + kv) * D
         tl.store(keys + at + d[None, :], new_low)
         tl.store(keys + at + HALF + d[None, :], new_high)
-        tl.store(values + at + full[None, :], new_value.to(DTYPE))
+        tl.store(values + at + full[None, :], new_value)
         score = tl.sum(turned_low.to(tl.float32) * new_low.to(tl.float32), axis=1)
         score = (score + tl.sum(turned_high.to(tl.float32) * new_high.to(tl.float32), axis=1)) * scale
         higher = tl.maximum(largest, score)
         fade, weight = tl.exp(largest - higher), tl.exp(score - higher)
-        sums = sums * fade[:, None] + weight[:, None] * new_value.to(DTYPE).to(tl.float32)
+        sums = sums * fade[:, None] + weight[:, None] * new_value.to(tl.float32)
         total = total * fade + weight
         largest = higher
 

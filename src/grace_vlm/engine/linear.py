@@ -1,0 +1,56 @@
+"""A product of the decoder, dense or packed, with the norm before it and what is added after.
+
+Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
+from grace_vlm.kernels.low_bit_linear import PackedLinear, low_bit_linear
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b.
+
+    Args:
+        weight: (out, in), or packed. bias: (out,) or None. silu: the outputs are gates and values; silu(gate) * value
+            comes out. A dense weight then has all gates first, a packed one is ``interleaved``.
+        rows: so many rows are one product, whatever is asked, so that a row's numbers do not depend on how many there
+            are; None: all at once, by whatever is fastest for so many.
+    """
+
+    weight: torch.Tensor | PackedLinear
+    bias: torch.Tensor | None = None
+    silu: bool = False
+    rows: int | None = None
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, out') of (n, in), normalised before where a norm is given, with ``residual`` (n, out') added after."""
+        if self.rows is None:
+            return self._product(x, norm, residual)
+        padding = (0, 0, 0, -len(x) % self.rows)
+        pieces = F.pad(x, padding).split(self.rows)
+        rest = [None] * len(pieces) if residual is None else F.pad(residual, padding).split(self.rows)
+        parts = [self._product(piece, norm, own) for piece, own in zip(pieces, rest, strict=True)]
+        return torch.cat(parts)[: len(x)]
+
+    def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(self.weight, PackedLinear):
+            return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
+        given = x if norm is None else rms_norm(x, norm)
+        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
+            return torch.addmm(residual, given, self.weight.t())  # one launch
+        y = F.linear(given, self.weight, self.bias)
+        if self.silu:
+            y = gated(y)
+        return y if residual is None else residual + y
+
+
+def detached(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()
