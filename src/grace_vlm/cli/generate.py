@@ -29,6 +29,9 @@ def generate(
     json_schema: Path = typer.Option(None, "--json-schema", help="File with a JSON schema that every answer follows."),
     batch_size: int = typer.Option(64, "--batch-size", help="Requests that run together."),
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of all of them that fit in memory."),
+    draft_tokens: int = typer.Option(
+        0, "--draft-tokens", help="Tokens proposed from the prompt and run at once; 0: none."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -45,7 +48,7 @@ def generate(
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
-    options = EngineOptions(cache_tokens, batch_size, max_step_tokens=max(2048, batch_size))
+    options = EngineOptions(cache_tokens, batch_size, max_step_tokens=max(2048, batch_size), draft_tokens=draft_tokens)
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +61,13 @@ def generate(
             failed += isinstance(answer, RequestError)
             count += 1
             bar.update(count, len(asked))
+    drafter = llm.engine.drafter
     if as_json:
-        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed})
+        drafted = {"proposed": drafter.num_proposed, "accepted": drafter.num_accepted} if draft_tokens else {}
+        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed, **drafted})
     else:
         say(f"{len(asked)} prompts, {len(done)} of them answered before, answers in {out}")
+        if draft_tokens:
+            say(f"{drafter.num_accepted} of {drafter.num_proposed} proposed tokens were accepted")
     if failed:
         raise RequestError(f"{failed} of {len(asked)} prompts have no answer; {out} says why, --resume asks them again")
