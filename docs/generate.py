@@ -24,6 +24,7 @@ COMMANDS = (
     "inspect",
     "eval",
     "chat",
+    "generate",
     "compare",
     "bench",
     "doctor",

@@ -86,6 +86,23 @@ def test_generate_and_what_was_interrupted_goes_on(world: Path, grace: Any, tmp_
     (world / "nowhere.png").unlink()
 
 
+def test_generate_says_what_drafts_were_worth(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "yes no " * 9, "max_tokens": 60, "ignore_eos": True}) + "\n")
+    args = ("generate", world / "model", "--data", prompts, "--device", "cpu", "--out")
+    texts = []
+    for name, drafts in (("a", ()), ("b", ("--draft-tokens", 4)), ("c", ("--draft-tokens", 4, "--json"))):
+        code, out, err = grace(*args, tmp_path / name, *drafts)
+        assert code == 0
+        texts.append((out, err, (tmp_path / name).read_text()))
+    assert texts[0][2] == texts[1][2] == texts[2][2]
+    assert "proposed" not in texts[0][1]
+    found = json.loads(texts[2][0])
+    assert 0 < found["accepted"] <= found["proposed"]
+    assert texts[1][1].splitlines()[-1] == f"{found['accepted']} of {found['proposed']} proposed tokens were accepted"
+    assert grace(*args, tmp_path / "d", "--draft-tokens", -1)[2] == "error: draft_tokens is -1; expected at least 0\n"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -31,6 +31,9 @@ def generate(
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of all of them that fit in memory."),
     kv_cache: str = typer.Option("model", "--kv-cache", help="model: its dtype; fp8: half of BF16's memory."),
     int8_head: bool = typer.Option(False, "--int8-head", help="Vocabulary in 8 bits: half of BF16's memory."),
+    draft_tokens: int = typer.Option(
+        0, "--draft-tokens", help="Tokens proposed from the prompt and run at once; 0: none."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -47,7 +50,7 @@ def generate(
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
-    kept = {"kv_cache": kv_cache, "int8_head": int8_head}
+    kept = {"kv_cache": kv_cache, "int8_head": int8_head, "draft_tokens": draft_tokens}
     options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size), **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}
@@ -61,9 +64,13 @@ def generate(
             failed += isinstance(answer, RequestError)
             count += 1
             bar.update(count, len(asked))
+    drafter = llm.engine.drafter
     if as_json:
-        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed})
+        drafted = {"proposed": drafter.num_proposed, "accepted": drafter.num_accepted} if draft_tokens else {}
+        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed, **drafted})
     else:
         say(f"{len(asked)} prompts, {len(done)} of them answered before, answers in {out}")
+        if draft_tokens:
+            say(f"{drafter.num_accepted} of {drafter.num_proposed} proposed tokens were accepted")
     if failed:
         raise RequestError(f"{failed} of {len(asked)} prompts have no answer; {out} says why, --resume asks them again")

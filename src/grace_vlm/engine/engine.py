@@ -13,7 +13,7 @@ request that has none missing. Nothing here knows texts, files or HTTP.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -21,6 +21,7 @@ import torch
 
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, Pages, slots_of
 from grace_vlm.engine.decode import DecodeStep
+from grace_vlm.engine.draft import Drafter, num_right
 from grace_vlm.engine.forward import Span, Step, forward
 from grace_vlm.engine.guide import Guides
 from grace_vlm.engine.layers import Weights, take_weights
@@ -52,6 +53,7 @@ class EngineOptions:
         batch_invariant: a request's tokens and log-probabilities are the same to the last bit whatever runs beside it.
         kv_cache: ``fp8`` keeps keys and values in a byte each, without a scale (``kernels/cache_rows.py``).
         int8_head: the head, and embeddings that are tied to it, in 8 bits with a scale a row (``vocabulary.py``).
+        draft_tokens: of a greedy answer, proposed from its prompt and run at once; 0: none.
     """
 
     cache_tokens: int = 16_384
@@ -61,16 +63,22 @@ class EngineOptions:
     batch_invariant: bool = False
     kv_cache: CacheKind = "model"
     int8_head: bool = False
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         """``ConfigError`` for sizes that nothing could run in, and words that are no choice."""
-        least = {"cache_tokens": PAGE_TOKENS, "max_running": 1, "picture_bytes": 0}
+        least = {"cache_tokens": PAGE_TOKENS, "max_running": 1, "picture_bytes": 0, "draft_tokens": 0}
         least["max_step_tokens"] = max(self.max_running, INVARIANT_PIECE if self.batch_invariant else 1)
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {smallest}")
         if self.kv_cache not in get_args(CacheKind):
             raise ConfigError(f"kv_cache is {self.kv_cache!r}; expected {' or '.join(get_args(CacheKind))}")
+        if self.batch_invariant and self.draft_tokens:
+            raise ConfigError(
+                f"draft_tokens is {self.draft_tokens} with batch_invariant, but a draft's rows are summed in another "
+                "order than single tokens; leave one of the two out"
+            )
 
 
 def _cache_dtype(options: EngineOptions, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -143,15 +151,16 @@ class Engine:
         self.guides = Guides(loaded.processor.tokenizer, own.embeddings.num_words, self.end_ids)
         most = min(config.max_position_embeddings, num_pages * PAGE_TOKENS)
         self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
-        self._is_ahead = own.device.type == "cuda"
-        """Whether a step is launched before the last one is read: on a CPU that would only cost."""
+        self.drafter = Drafter(self.options.draft_tokens)
+        on_gpu = own.device.type == "cuda"
+        self._is_ahead = on_gpu and not self.drafter.most
+        """Whether a step is launched before the last one is read: on a CPU that would only cost, and a draft follows
+        what was read."""
         self._decoding: list[Request] = []
         """Whose rows ``decode`` has, as they are after the last step."""
         self._queued: tuple[list[Request], torch.Tensor, torch.cuda.Event | None] | None = None
         """A step that is on its way: its requests, their tokens on theirs, and when these may be read."""
-        self._arrivals = [
-            torch.empty(self.options.max_running, dtype=torch.int64, pin_memory=self._is_ahead) for _ in range(2)
-        ]
+        self._arrivals = [torch.empty(self.options.max_running, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         self._requests: dict[str, Request] = {}
 
     @property
@@ -197,7 +206,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward; what it chose, request by request. Nothing if nothing is to do."""
+        """One forward; what it chose, request by request, several tokens of one with drafts. Nothing if nothing is to
+        do."""
         device = self.weights.device
         # Triton, graphs and events go to the current GPU, whichever their tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -237,6 +247,9 @@ class Engine:
 
     def _answer(self, requests: list[Request]) -> list[Event]:
         """A step of answers alone. If all are greedy, its tokens may be read when the next step is on its way."""
+        drafts = self.drafter.drafts(requests, self.options.max_step_tokens - len(requests))
+        if any(drafts):
+            return self._verify(requests, drafts)
         if requests != self._decoding:
             self.decode.load(requests)
         self._decoding = requests
@@ -250,6 +263,29 @@ class Engine:
         events = [self._chosen(request, choice) for request, choice in zip(requests, choices, strict=True)]
         self.decode.ids[: len(requests)] = torch.tensor([choice.token for choice in choices]).to(self.weights.device)
         self._decoding = [] if any(request.finish for request in requests) else requests
+        return events
+
+    def _verify(self, requests: list[Request], drafts: list[list[int]]) -> list[Event]:
+        """A forward over every answer's missing token and its draft; what the model chooses itself is kept.
+
+        Keys and values of wrong tokens stay behind those that a request has. The next forward writes over the first of
+        them before it reads that far, and so on.
+        """
+        self._decoding, rows = [], _Rows()
+        for request, draft in zip(requests, drafts, strict=True):
+            self._lay(rows, request, 1, draft)
+        states = forward(self.weights, self.cache, self._step(rows))
+        pairs = list(zip(requests, drafts, strict=True))
+        choosers = [request.chooser for request, draft in pairs for _ in range(1 + len(draft))]
+        choices, events = choose(self.weights.head(states), choosers), list[Event]()
+        for request, draft in pairs:
+            own, choices = choices[: 1 + len(draft)], choices[1 + len(draft) :]
+            right, first = num_right(draft, [choice.token for choice in own]), len(events)
+            request.num_done += 1 + right
+            for choice in own[: 1 + right]:
+                if request.finish is None:
+                    events.append(self._chosen(request, choice))
+            self.drafter.count(draft, min(right, len(events) - first))
         return events
 
     def _queue(self, requests: list[Request]) -> None:
@@ -293,16 +329,18 @@ class Engine:
             self._decoding = []
         return events
 
-    def _lay(self, rows: _Rows, request: Request, count: int) -> None:
-        """The next tokens of a request, after those that are there."""
+    def _lay(self, rows: _Rows, request: Request, count: int, draft: Sequence[int] = ()) -> None:
+        """The next tokens of a request and a draft behind them, after those that are there."""
         first, done = len(rows.ids), request.num_done
-        rows.ids += request.ids(count)
+        is_last = done + count == request.num_tokens
+        rows.ids += [*request.ids(count), *draft]
+        count += len(draft)
         rows.positions.append(torch.from_numpy(request.positions(count).copy()))
         rows.slots += slots_of(request.pages, done, count)
         rows.context += slots_of(request.pages, 0, done + count)
         rows.spans.append(Span(count, done + count))
-        if done + count == request.num_tokens:
-            rows.wanted.append(first + count - 1)
+        if is_last:
+            rows.wanted += range(first + count - 1 - len(draft), first + count)
         if request.features is None:
             return
         visual = request.prompt.visual

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from grace_vlm.engine.lookup import Lookup
 from grace_vlm.engine.sampling import Chooser, SamplingParams
 from grace_vlm.models.adapter import Grid
 
@@ -51,7 +52,7 @@ class Request:
     """A request inside the engine.
 
     ``ends``: tokens that end the answer. ``num_done``: tokens whose keys and values are in the cache; a new token is
-    chosen whenever all are.
+    chosen whenever all are. ``lookup``: prompt and answer for drafts, from the first one on.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Request:
     features: Features | None = None
     num_done: int = 0
     finish: Finish | None = None
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         self.chooser = Chooser(self.params, self.prompt.ids.tolist())

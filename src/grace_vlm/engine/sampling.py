@@ -128,6 +128,11 @@ class Chooser:
     def changes_logits(self) -> bool:
         return self.params.has_penalties or self.guide is not None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the largest of the model's own logits, whatever else is told of them."""
+        return self.params.temperature == 0 and not self.changes_logits
+
     def changed(self, logits: torch.Tensor) -> torch.Tensor:
         """(V,) logits with this request's penalties, and without what it may not say."""
         found = self._penalized(logits) if self.params.has_penalties else logits
