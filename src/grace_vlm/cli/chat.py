@@ -34,6 +34,7 @@ def chat(
     cache_tokens: int = typer.Option(8192, "--cache-tokens", help="Longest conversation and answer, tokens."),
     kv_cache: str = typer.Option("model", "--kv-cache", help="model: its dtype; fp8: half of BF16's memory."),
     int8_head: bool = typer.Option(False, "--int8-head", help="Vocabulary in 8 bits: half of BF16's memory."),
+    cpu_activations: str = typer.Option("int8", "--cpu-activations", help="int8, or fp32: exact, slower."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output; needs --question."),
 ) -> None:
@@ -46,7 +47,7 @@ def chat(
     if question is not None and not question.strip():
         raise RequestError("the question is empty; pass --question TEXT")
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    kept = {"kv_cache": kv_cache, "int8_head": int8_head}
+    kept = {"kv_cache": kv_cache, "int8_head": int8_head, "cpu_activations": cpu_activations}
     options = EngineOptions(cache_tokens, max_running=1, **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     if question is None:

@@ -34,6 +34,7 @@ def generate(
     draft_tokens: int = typer.Option(
         0, "--draft-tokens", help="Tokens proposed from the prompt and run at once; 0: none."
     ),
+    cpu_activations: str = typer.Option("int8", "--cpu-activations", help="int8, or fp32: exact, slower."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -50,7 +51,8 @@ def generate(
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
-    kept = {"kv_cache": kv_cache, "int8_head": int8_head, "draft_tokens": draft_tokens}
+    kept = {"kv_cache": kv_cache, "int8_head": int8_head, "cpu_activations": cpu_activations}
+    kept["draft_tokens"] = draft_tokens
     options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size), **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}

@@ -39,6 +39,7 @@ INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS = 16, 64, 8
 """Of ``batch_invariant``: rows of every product, tokens of a prompt at a time, shares of a context."""
 
 
+CpuActivations = Literal["int8", "fp32"]
 CacheKind = Literal["model", "fp8"]
 """What keys and values are kept in: the model's dtype, or E4M3."""
 
@@ -54,6 +55,8 @@ class EngineOptions:
         kv_cache: ``fp8`` keeps keys and values in a byte each, without a scale (``kernels/cache_rows.py``).
         int8_head: the head, and embeddings that are tied to it, in 8 bits with a scale a row (``vocabulary.py``).
         draft_tokens: of a greedy answer, proposed from its prompt and run at once; 0: none.
+        cpu_activations: what a CPU's kernel multiplies low-bit weights with: ``int8``, bytes with a scale a token and
+            group, or ``fp32``, exactly (``kernels/low_bit_cpu.py``).
     """
 
     cache_tokens: int = 16_384
@@ -64,6 +67,7 @@ class EngineOptions:
     kv_cache: CacheKind = "model"
     int8_head: bool = False
     draft_tokens: int = 0
+    cpu_activations: CpuActivations = "int8"
 
     def __post_init__(self) -> None:
         """``ConfigError`` for sizes that nothing could run in, and words that are no choice."""
@@ -72,8 +76,9 @@ class EngineOptions:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {smallest}")
-        if self.kv_cache not in get_args(CacheKind):
-            raise ConfigError(f"kv_cache is {self.kv_cache!r}; expected {' or '.join(get_args(CacheKind))}")
+        for name, choices in (("kv_cache", CacheKind), ("cpu_activations", CpuActivations)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(choices))}")
         if self.batch_invariant and self.draft_tokens:
             raise ConfigError(
                 f"draft_tokens is {self.draft_tokens} with batch_invariant, but a draft's rows are summed in another "
@@ -136,7 +141,8 @@ class Engine:
         is_fixed = self.options.batch_invariant
         rows, piece, splits = (INVARIANT_ROWS, INVARIANT_PIECE, INVARIANT_SPLITS) if is_fixed else (None, None, None)
         head = loaded.adapter.head(loaded.model)
-        self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head)
+        exact = self.options.cpu_activations == "fp32"
+        self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head, exact)
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_vlm.engine.linear import Linear, detached
+from grace_vlm.engine.linear import Linear, address, detached, num_bytes
 from grace_vlm.engine.vocabulary import Embeddings, Head, take_vocabulary
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_linear import PackedLinear, interleaved, joined, pack_linear
+from grace_vlm.kernels.low_bit_cpu import pack_panels, takes, why_not
+from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
@@ -90,13 +91,8 @@ class Weights:
     def num_bytes(self) -> int:
         """Of all that is read while tokens are made; a tied head once."""
         linears = (x for layer in self.layers for x in linears_of(layer))
-        found = {}
-        for weight in (self.embeddings.weight, self.head.linear.weight, *(linear.weight for linear in linears)):
-            if isinstance(weight, PackedLinear):
-                found[weight.words.data_ptr()] = weight.num_bytes
-            else:
-                found[weight.data_ptr()] = weight.nbytes
-        return sum(found.values())
+        weights = (self.embeddings.weight, self.head.linear.weight, *(linear.weight for linear in linears))
+        return sum({address(weight): num_bytes(weight) for weight in weights}.values())
 
 
 def linears_of(layer: Layer) -> tuple[Linear, ...]:
@@ -110,23 +106,25 @@ def take_weights(
     quantized: Mapping[str, QuantizedTensor],
     rows: int | None = None,
     int8_head: bool = False,
+    exact: bool = False,
 ) -> Weights:
     """The weights of a vision-language model's decoder; its own layers are empty after.
 
     Args:
         model: Transformers' model, on its device, in the dtype of the activations.
-        quantized: codes and scales by module name, which run by low-bit kernels; nothing on a CPU so far.
-        rows: of every product, see ``Linear``. int8_head: see ``take_vocabulary``.
+        quantized: codes and scales by module name, which run by low-bit kernels where there are any.
+        rows, exact: of every product, see ``Linear``. int8_head: see ``take_vocabulary``.
     """
     language = model.model.language_model
     config = language.config
     _require_known(config)
     layers = []
     for number in range(len(language.layers)):
-        layers.append(_layer(language.layers[number], f"model.language_model.layers.{number}", quantized, rows))
+        name = f"model.language_model.layers.{number}"
+        layers.append(_layer(language.layers[number], name, quantized, rows, exact))
         language.layers[number] = nn.Identity()
     language.layers = nn.ModuleList()
-    embeddings, last = take_vocabulary(language.embed_tokens, head, rows, int8_head)
+    embeddings, last = take_vocabulary(language.embed_tokens, head, rows, int8_head, exact)
     heads = config.num_attention_heads
     return Weights(
         embeddings=embeddings,
@@ -152,12 +150,12 @@ def _rotary(language: Any) -> Rotary:
     return rotary
 
 
-def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor], rows: int | None) -> Layer:
+def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor], rows: int | None, exact: bool) -> Layer:
     own, mlp = layer.self_attn, layer.mlp
 
     def linear(parts: Sequence[tuple[str, nn.Linear]], silu: bool = False) -> Linear:
         names, modules = [f"{name}.{part}" for part, _ in parts], [module for _, module in parts]
-        return replace(_linear(names, modules, quantized, silu), rows=rows)
+        return replace(_linear(names, modules, quantized, silu), rows=rows, exact=exact)
 
     return Layer(
         attention_norm=_norm(layer.input_layernorm),
@@ -179,20 +177,15 @@ def _linear(
     assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
     bias = None if biases[0] is None else torch.cat([detached(b) for b in biases])  # type: ignore[misc]
     device = modules[0].weight.device
-    if device.type == "cuda" and all(name in quantized for name in names):
-        tensors = [quantized[name] for name in names]
-    else:
-        tensors = []
-    if tensors and _is_packable(tensors):
+    runs_low_bit = device.type == "cuda" or (device.type == "cpu" and why_not() is None)
+    tensors = [quantized[name] for name in names] if runs_low_bit and all(name in quantized for name in names) else []
+    taken = has_kernel if device.type == "cuda" else takes
+    if tensors and all(tensor.scheme == tensors[0].scheme and taken(tensor) for tensor in tensors):
+        if device.type == "cpu":
+            return Linear(pack_panels(joined(tensors)), bias, silu)
         assert not silu or bias is None
-        one = interleaved(*tensors) if silu else joined(tensors)
-        return Linear(pack_linear(one, device), bias, silu)
+        return Linear(pack_linear(interleaved(*tensors) if silu else joined(tensors), device), bias, silu)
     return Linear(torch.cat([module.weight.detach() for module in modules]), bias, silu)
-
-
-def _is_packable(tensors: Sequence[QuantizedTensor]) -> bool:
-    """Whether low-bit kernels take tensors as one weight."""
-    return all(tensor.scheme == tensors[0].scheme and has_kernel(tensor) for tensor in tensors)
 
 
 def _norm(module: Any) -> Norm:

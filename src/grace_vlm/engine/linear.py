@@ -1,6 +1,7 @@
 """A product of the decoder, dense or packed, with the norm before it and what is added after.
 
-Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``.
+Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``, on a CPU in panels by
+``kernels/low_bit_cpu.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, panel_linear
 from grace_vlm.kernels.low_bit_linear import PackedLinear, low_bit_linear
+
+Weight = torch.Tensor | PackedLinear | PanelLinear
+"""(out, in), in the forms that something multiplies."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +24,18 @@ class Linear:
     """y = x W^T + b.
 
     Args:
-        weight: (out, in), or packed. bias: (out,) or None. silu: the outputs are gates and values; silu(gate) * value
-            comes out. A dense weight then has all gates first, a packed one is ``interleaved``.
+        weight: (out, in), packed, or in panels. bias: (out,) or None. silu: the outputs are gates and values;
+            silu(gate) * value comes out. A packed weight then is ``interleaved``, the others have all gates first.
         rows: so many rows are one product, whatever is asked, so that a row's numbers do not depend on how many there
             are; None: all at once, by whatever is fastest for so many.
+        exact: of panels: FP32 activations, not bytes.
     """
 
-    weight: torch.Tensor | PackedLinear
+    weight: Weight
     bias: torch.Tensor | None = None
     silu: bool = False
     rows: int | None = None
+    exact: bool = False
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(n, out') of (n, in), normalised before where a norm is given, with ``residual`` (n, out') added after."""
@@ -44,12 +51,26 @@ class Linear:
         if isinstance(self.weight, PackedLinear):
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
         given = x if norm is None else rms_norm(x, norm)
-        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
+        if isinstance(self.weight, PanelLinear):
+            y = panel_linear(given.float(), self.weight, bias=self.bias, exact=self.exact).to(x.dtype)
+        elif residual is not None and self.bias is None and x.is_cuda and not self.silu:
             return torch.addmm(residual, given, self.weight.t())  # one launch
-        y = F.linear(given, self.weight, self.bias)
+        else:
+            y = F.linear(given, self.weight, self.bias)
         if self.silu:
             y = gated(y)
         return y if residual is None else residual + y
+
+
+def address(weight: Weight) -> int:
+    """Of its memory: one number for tied weights."""
+    if isinstance(weight, PackedLinear):
+        return weight.words.data_ptr()
+    return weight.codes.data_ptr() if isinstance(weight, PanelLinear) else weight.data_ptr()
+
+
+def num_bytes(weight: Weight) -> int:
+    return weight.nbytes if isinstance(weight, torch.Tensor) else weight.num_bytes
 
 
 def detached(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grace_vlm.engine.linear import Linear, detached
+from grace_vlm.engine.linear import Linear, Weight, detached
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.fragments import BLOCK, TILE
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, pack_panels, panel_rows, why_not
 from grace_vlm.kernels.low_bit_linear import PackedLinear, pack_linear
 from grace_vlm.kernels.packed_rows import packed_rows
 from grace_vlm.quant.affine import quantize_tensor
@@ -38,10 +39,10 @@ class Embeddings:
     """Of V words.
 
     Args:
-        weight: (V, d), or packed with V filled up. dtype: of what comes out.
+        weight: (V, d), packed with V filled up, or in panels. dtype: of what comes out.
     """
 
-    weight: torch.Tensor | PackedLinear
+    weight: Weight
     num_words: int
     dtype: torch.dtype
 
@@ -49,6 +50,8 @@ class Embeddings:
         """(n, d) of (n,) int64."""
         if isinstance(self.weight, PackedLinear):
             return packed_rows(self.weight, ids, self.dtype)
+        if isinstance(self.weight, PanelLinear):
+            return panel_rows(self.weight, ids).to(self.dtype)
         return self.weight[ids]
 
     @property
@@ -68,12 +71,14 @@ class Head:
         return self.linear(x)[:, : self.num_words]
 
 
-def take_vocabulary(embed: Any, head: nn.Linear, rows: int | None, int8: bool) -> tuple[Embeddings, Head]:
+def take_vocabulary(
+    embed: Any, head: nn.Linear, rows: int | None, int8: bool, exact: bool = False
+) -> tuple[Embeddings, Head]:
     """Embeddings and head of a model.
 
     Args:
-        embed: its ``nn.Embedding``, (V, d). head: (V, d), the same tensor where they are tied. rows: see ``Linear``.
-        int8: the head in 8 bits, and with it tied embeddings. The model's own are let go.
+        embed: its ``nn.Embedding``, (V, d). head: (V, d), the same tensor where they are tied.
+        rows, exact: see ``Linear``. int8: the head in 8 bits, and with it tied embeddings. The model's own are let go.
 
     Raises:
         ConfigError: a width that no kernel takes.
@@ -89,13 +94,18 @@ def take_vocabulary(embed: Any, head: nn.Linear, rows: int | None, int8: bool) -
             "it out"
         )
     is_tied = head.weight.data_ptr() == embed.weight.data_ptr()
-    packed = pack_linear(_filled_up(quantized_rows(head.weight.detach())), weight.device)
-    filled = None if bias is None else F.pad(bias, (0, -num_words % TILE))
+    codes = quantized_rows(head.weight.detach())
+    packed: PackedLinear | PanelLinear
+    if weight.device.type == "cpu" and why_not() is None:
+        packed, filled = pack_panels(codes), bias
+    else:
+        packed = pack_linear(_filled_up(codes), weight.device)
+        filled = None if bias is None else F.pad(bias, (0, -num_words % TILE))
     head.weight = None  # type: ignore[assignment]
     if is_tied:
         embed.weight = None
     embeddings = Embeddings(packed if is_tied else weight, len(weight), weight.dtype)
-    return embeddings, Head(Linear(packed, filled, rows=rows), num_words)
+    return embeddings, Head(Linear(packed, filled, rows=rows, exact=exact), num_words)
 
 
 def quantized_rows(weight: torch.Tensor) -> QuantizedTensor:

@@ -3,6 +3,7 @@
     pack_panels(QuantizedTensor)            once: panels of four rows (low_bit_cpu.c draws them)
     panel_linear(x, packed)                 FP32 in and out; activations become bytes, a scale a token and group
     panel_linear(x, packed, exact=True)     FP32 arithmetic on q s
+    panel_rows(packed, ids)                 single rows, where a head is an embedding too
 
 The compiled library is kept by the hash of source, flags and processor (``XDG_CACHE_HOME/grace_vlm/cpu``, else
 ``~/.cache``): it is made for the processor it was compiled on, and two processes that compile at once write the same
@@ -22,11 +23,13 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import cache_folder, replacing
+from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -51,6 +54,17 @@ class PanelLinear:
     out_features: int
     in_features: int
 
+    device: ClassVar = torch.device("cpu")
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+
+def takes(tensor: QuantizedTensor) -> bool:
+    """Whether ``pack_panels`` does."""
+    return tensor.scheme.num_bits in (4, 8) and tensor.shape[1] // tensor.scale.shape[1] % 32 == 0
+
 
 def pack_panels(tensor: QuantizedTensor) -> PanelLinear:
     """Codes and scales of a weight in panels.
@@ -60,7 +74,7 @@ def pack_panels(tensor: QuantizedTensor) -> PanelLinear:
     """
     out_features, in_features = tensor.shape
     bits, group = tensor.scheme.num_bits, in_features // tensor.scale.shape[1]
-    if bits not in (4, 8) or group % 32:
+    if not takes(tensor):
         raise ConfigError(
             f"a weight of {bits} bits in groups of {group} has no fast kernel on a CPU; expected 4 or 8 bits and "
             "groups of a multiple of 32"
@@ -171,6 +185,17 @@ def panel_linear(
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
     return out.view(*x.shape[:-1], packed.out_features)
+
+
+def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
+    """(n, in) q s of rows ``ids`` (n,) int64, in FP32."""
+    panel, row = ids // ROWS, ids % ROWS
+    codes = packed.codes[panel, :, row]
+    if packed.num_bits == 4:
+        values = torch.cat([codes & 15, codes >> 4], dim=-1).to(torch.int8) - 8
+    else:
+        values = codes.view(torch.int8)
+    return dequantize(values.flatten(1)[:, : packed.in_features], packed.scale[panel, :, row], torch.float32)
 
 
 def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:

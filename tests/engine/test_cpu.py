@@ -1,0 +1,77 @@
+"""Weights of 4 and 8 bits on a CPU: run from their codes, exactly or with activations in bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import nn
+from worlds import DEVICE, loaded_toy
+
+from grace_vlm.engine import layers
+from grace_vlm.engine.engine import EngineOptions
+from grace_vlm.engine.layers import linears_of
+from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.sampling import SamplingParams
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, why_not
+from grace_vlm.models.load import LoadedModel
+from grace_vlm.quant.affine import dequantize, quantize_tensor
+from grace_vlm.quant.scale_init import minmax_scale
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu" or why_not() is not None, reason=f"needs the kernel: {why_not()}")
+EXACT = EngineOptions(cpu_activations="fp32")
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=1)
+TEXTS = ["what is it?", "yes", "how many are there to the left of the large green one?"]
+
+
+def on_a_grid(family: str, bits: int) -> tuple[LoadedModel, Mapping[str, QuantizedTensor]]:
+    """A toy whose decoder linears lie on a grid, and their codes."""
+    loaded, codes = loaded_toy(family), {}
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, nn.Linear) and "language_model" in name:
+            scheme = QuantScheme(bits, 32)
+            weight = module.weight.detach()
+            codes[name] = quantize_tensor(weight, minmax_scale(weight, scheme), scheme)
+            exact = dequantize(codes[name].codes, codes[name].scale.float(), torch.float32)
+            module.weight = nn.Parameter(exact, requires_grad=False)
+    return loaded, codes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["tiny", "qwen2_vl", "llava"])
+def test_codes_answer_as_their_weights_do(family: str, bits: int) -> None:
+    loaded, codes = on_a_grid(family, bits)
+    plain = LLM(copy.deepcopy(loaded)).generate(TEXTS, sampling=PARAMS)
+    exact, fast = (LLM(copy.deepcopy(loaded), "cpu", options, codes) for options in (EXACT, EngineOptions()))
+    for layer in (*exact.engine.weights.layers, *fast.engine.weights.layers):
+        assert all(isinstance(linear.weight, PanelLinear) for linear in linears_of(layer))
+    for answer, right in zip(exact.generate(TEXTS, sampling=PARAMS), plain, strict=True):
+        assert answer.token_ids == right.token_ids
+        for a, b in zip(answer.choices, right.choices, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    away = [
+        abs(a.choices[0].logprob - b.choices[0].logprob)
+        for a, b in zip(fast.generate(TEXTS, sampling=PARAMS), plain, strict=True)
+    ]
+    assert 1e-6 < max(away) < 0.1, "bytes are near, and not the same"
+
+
+def test_a_machine_without_the_kernel_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, codes = on_a_grid("tiny", 4)
+    right = LLM(copy.deepcopy(loaded), "cpu", EXACT, codes).generate(TEXTS, sampling=PARAMS)
+    monkeypatch.setattr(layers, "why_not", lambda: "there is no C compiler")
+    plain = LLM(loaded, "cpu", None, codes)
+    assert isinstance(plain.engine.weights.layers[0].down.weight, torch.Tensor)
+    assert [a.token_ids for a in plain.generate(TEXTS, sampling=PARAMS)] == [a.token_ids for a in right]
+
+
+def test_a_request_is_the_same_to_the_last_bit_beside_others() -> None:
+    """With activations in bytes, one scale a token: what runs beside it enters nothing."""
+    options = EngineOptions(max_running=4, batch_invariant=True, int8_head=True)
+    loaded, codes = on_a_grid("tiny", 4)
+    crowd, alone = (LLM(copy.deepcopy(loaded), "cpu", options, codes) for _ in range(2))
+    together = crowd.generate(TEXTS * 3, sampling=PARAMS)
+    assert together == [alone.generate([text], sampling=PARAMS)[0] for text in TEXTS * 3]
