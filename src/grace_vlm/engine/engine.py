@@ -256,6 +256,10 @@ class Engine:
         drafts = self.drafter.drafts(requests, self.options.max_step_tokens - len(requests))
         if any(drafts):
             return self._verify(requests, drafts)
+        with self.weights.team():
+            return self._decode(requests)
+
+    def _decode(self, requests: list[Request]) -> list[Event]:
         if requests != self._decoding:
             self.decode.load(requests)
         self._decoding = requests

@@ -7,6 +7,7 @@ product in the model's dtype. The model's own layers are let go, so that no weig
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_cpu import pack_panels, takes, why_not
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, alone, pack_panels, takes, why_not
 from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -86,6 +87,11 @@ class Weights:
     @property
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
+
+    def team(self) -> contextlib.AbstractContextManager[None]:
+        """In which single tokens run fastest: beside the CPU's low-bit kernel no other threads are to be awake."""
+        all_in_panels = all(isinstance(x.weight, PanelLinear) for x in (self.head.linear, *linears_of(self.layers[0])))
+        return alone() if all_in_panels else contextlib.nullcontext()
 
     @property
     def num_bytes(self) -> int:

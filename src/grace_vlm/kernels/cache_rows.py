@@ -32,7 +32,7 @@ def put_rows(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
 
 def read_rows(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n, KV, D) of ``slots`` (n,) int64, in ``dtype``, which holds all that is kept exactly."""
-    return _plain(cache)[slots].view(cache.dtype).to(dtype)
+    return _plain(cache).index_select(0, slots).view(cache.dtype).to(dtype)
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

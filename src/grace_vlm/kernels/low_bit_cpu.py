@@ -21,6 +21,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -33,6 +35,7 @@ from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
+_team: ContextVar[int | None] = ContextVar("_team", default=None)
 ROWS, SLAB = 4, 64
 """Rows of a panel, and inputs that lie together in it."""
 FLAGS = ("-O3", "-march=native", "-std=c11", "-pthread", "-shared", "-fPIC")
@@ -146,6 +149,20 @@ def _compile(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Torch's own operators run on one thread in here, ``panel_linear`` on as many as torch had: torch's threads wait
+    awake for the next small operator, on the cores that this file's are about to need."""
+    before = torch.get_num_threads()
+    token = _team.set(_team.get() or before)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _team.reset(token)
+
+
 def panel_linear(
     x: torch.Tensor,
     packed: PanelLinear,
@@ -159,7 +176,7 @@ def panel_linear(
     Args:
         x: (..., in) FP32. bias: (out,) FP32.
         exact: FP32 arithmetic on q s; else activations are rounded to 127 steps of the largest of their group.
-        num_threads: torch's if None.
+        num_threads: torch's if None, see ``alone``.
 
     Returns:
         (..., out) FP32.
@@ -180,7 +197,7 @@ def panel_linear(
         *(ctypes.c_long(n) for n in (len(flat), packed.out_features, packed.in_features, packed.group_size)),
         packed.num_bits,
         int(exact),
-        ctypes.c_long(num_threads or torch.get_num_threads()),
+        ctypes.c_long(num_threads or _team.get() or torch.get_num_threads()),
     )
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
