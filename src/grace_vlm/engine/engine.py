@@ -26,6 +26,7 @@ from grace_vlm.engine.forward import Span, Step, forward
 from grace_vlm.engine.guide import Guides
 from grace_vlm.engine.layers import Weights, take_weights
 from grace_vlm.engine.pictures import PictureFeatures
+from grace_vlm.engine.recorded import RecordedPrompts
 from grace_vlm.engine.request import Finish, Prompt, Request
 from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
@@ -143,9 +144,9 @@ class Engine:
         head = loaded.adapter.head(loaded.model)
         exact = self.options.cpu_activations == "fp32"
         self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head, exact)
-        self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes)
-        num_pages = self.options.cache_tokens // PAGE_TOKENS
         own = self.weights
+        self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes, own.device)
+        num_pages = self.options.cache_tokens // PAGE_TOKENS
         # One page more, for rows of a step that no request has.
         shape = (len(own.layers), num_pages + 1, own.num_kv_heads, own.head_dim)
         self.cache = KeyValueCache(*shape, _cache_dtype(self.options, own.dtype, own.device), own.device)
@@ -159,6 +160,10 @@ class Engine:
         self.decode = DecodeStep(own, self.cache, self.options.max_running, most, splits)
         self.drafter = Drafter(self.options.draft_tokens)
         on_gpu = own.device.type == "cuda"
+        # In a recording a prompt may be summed in another order than beside others.
+        self._prompts = (
+            RecordedPrompts(own, self.cache, self.options.max_step_tokens) if on_gpu and not is_fixed else None
+        )
         self._is_ahead = on_gpu and not self.drafter.most
         """Whether a step is launched before the last one is read: on a CPU that would only cost, and a draft follows
         what was read."""
@@ -239,7 +244,10 @@ class Engine:
         self._decoding, rows = [], _Rows()
         for request, count in planned:
             self._lay(rows, request, count)
-        states = forward(self.weights, self.cache, self._step(rows))
+        step = self._step(rows)
+        states = None if self._prompts is None else self._prompts.run(step)
+        if states is None:
+            states = forward(self.weights, self.cache, step)
         choosing = []
         for request, count in planned:
             request.num_done += count

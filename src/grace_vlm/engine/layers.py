@@ -85,6 +85,11 @@ class Weights:
         return self.embeddings.device
 
     @property
+    def width(self) -> int:
+        """d"""
+        return len(self.last_norm.weight)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from grace_vlm.data.row_key import pixels_digest
+from grace_vlm.engine.recorded import RecordedPictures
 from grace_vlm.engine.request import EngineImage, Features
-from grace_vlm.models.adapter import Adapter
+from grace_vlm.kernels.upload import upload
+from grace_vlm.models.adapter import Adapter, Grid
 
 
 class PictureFeatures:
@@ -24,11 +26,13 @@ class PictureFeatures:
         budget_bytes: of what is kept on the model's device; 0 keeps nothing.
     """
 
-    def __init__(self, adapter: Adapter, model: Any, budget_bytes: int) -> None:
+    def __init__(self, adapter: Adapter, model: Any, budget_bytes: int, device: torch.device) -> None:
         self.adapter, self.model, self.budget_bytes = adapter, model, budget_bytes
         self._kept: OrderedDict[bytes, Features] = OrderedDict()
         self.held_bytes = 0
         self.num_made = 0
+        self.device = device
+        self._features = RecordedPictures(device, self._of) if device.type == "cuda" else self._of
 
     @torch.inference_mode()
     def of(self, images: Sequence[EngineImage]) -> Features:
@@ -48,7 +52,10 @@ class PictureFeatures:
 
     def _make(self, image: EngineImage) -> Features:
         self.num_made += 1
-        embeds, deepstack = self.adapter.merge(self.model, self.adapter.tower(self.model, [image.pixels], [image.grid]))
+        return self._features(upload(image.pixels, self.device), image.grid)
+
+    def _of(self, pixels: torch.Tensor, grid: Grid) -> Features:
+        embeds, deepstack = self.adapter.merge(self.model, self.adapter.tower(self.model, [pixels], [grid]))
         assert embeds is not None
         return Features(embeds, tuple(deepstack))
 
