@@ -8,8 +8,8 @@ The reference is the engine on a CPU: FP32 arithmetic over BF16 weights, an FP32
     bf16_cache    keys and values kept in BF16: what a GPU has without options
     fp8_cache     EngineOptions(kv_cache="fp8")
     int8_head     EngineOptions(int8_head=True), with embeddings, which are tied in all of these models
-    int8_activations    cases ``..._w4``: decoder linears on W4G32 (rounded to nearest), which the CPU's kernel multiplies
-                  with activations in bytes; the reference there has them in FP32
+    int8_activations    in cases ``..._w4``, decoder linears on W4G32 (rounded to nearest): the CPU's kernel multiplies
+                        them with activations in bytes; the reference has those in FP32
 
 Every prompt is answered greedily by both. ``same_answer``: share of answers that are the same to the last token;
 ``first_difference``: of the others, the number of tokens before they part, and ``gap``, by how many nats the reference
