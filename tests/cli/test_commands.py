@@ -14,6 +14,7 @@ import yaml
 from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.cli.main import main
+from grace_vlm.kernels.low_bit_cpu import why_not
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,7 @@ def test_compare_and_its_page(world: Path, grace: Any, document: Any) -> None:
 
 def test_doctor(grace: Any, document: Any) -> None:
     found = document("doctor")
+    assert found["low_bit_on_cpu"] in ("a kernel from codes", f"{why_not()}: weights are multiplied in FP32")
     assert found["packages"]["torch"]
     assert "torch" in grace("doctor")[1]
 

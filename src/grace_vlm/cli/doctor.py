@@ -30,6 +30,8 @@ _PACKAGES = {
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output.")) -> None:
     import torch
 
+    from grace_vlm.kernels.low_bit_cpu import why_not
+
     versions = {}
     for name in _PACKAGES:
         try:
@@ -44,6 +46,9 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
         "cpu": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "gpu": ", ".join(gpus) or "none: training and evaluation run on the CPU in FP32",
+        "low_bit_on_cpu": f"{reason}: weights are multiplied in FP32"
+        if (reason := why_not())
+        else "a kernel from codes",
         "free_disk_gib": round(shutil.disk_usage(".").free / (1 << 30), 1),
     }
     missing = [name for name, version in versions.items() if not version]
