@@ -93,7 +93,7 @@ def requests(
     answer_tokens: tuple[int, int] = ANSWER_TOKENS,
 ) -> list[tuple[Prompt, SamplingParams]]:
     """So many requests, always the same; every third shows the next of ``pictures``."""
-    rng, words = np.random.default_rng(0), min(1000, len(llm.engine.weights.embeddings))
+    rng, words = np.random.default_rng(0), min(1000, llm.engine.weights.embeddings.num_words)
     nothing = Prompt(np.zeros(0, np.int64), np.zeros((3, 0), np.int64), np.zeros(0, np.int64))
     shown, found = iter(pictures), []
 

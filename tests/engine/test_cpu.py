@@ -62,7 +62,7 @@ def test_codes_answer_as_their_weights_do(family: str, bits: int) -> None:
 def test_a_machine_without_the_kernel_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, codes = on_a_grid("tiny", 4)
     right = LLM(copy.deepcopy(loaded), "cpu", EXACT, codes).generate(TEXTS, sampling=PARAMS)
-    monkeypatch.setattr(layers, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(layers, "missing", lambda: "there is no C compiler")
     plain = LLM(loaded, "cpu", None, codes)
     assert isinstance(plain.engine.weights.layers[0].down.weight, torch.Tensor)
     assert [a.token_ids for a in plain.generate(TEXTS, sampling=PARAMS)] == [a.token_ids for a in right]

@@ -78,7 +78,8 @@ def test_there_is_one_copy(is_tied: bool) -> None:
     weights = small.weights
     in_panels = DEVICE.type == "cpu" and why_not() is None
     assert isinstance(weights.head.linear.weight, PanelLinear if in_panels else PackedLinear)
-    expected = 392 * (-(-width // 64) * 64 + 4) if in_panels else 400 * (width + 2)
+    group = next(size for size in (128, 64, 32) if width % size == 0)
+    expected = 392 * (-(-width // 64) * 64 + 4 * width // group) if in_panels else 400 * (width + 2)
     assert (weights.embeddings.weight is weights.head.linear.weight) == is_tied
     assert weights.head.linear.weight.num_bytes == expected
     assert weights.embeddings.num_words == weights.head.num_words == 389
@@ -90,7 +91,7 @@ def test_there_is_one_copy(is_tied: bool) -> None:
 
 def test_no_word_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all logits are below 0, those of the rows that fill up the last tile would be the largest."""
-    monkeypatch.setattr(vocabulary, "why_not", lambda: "tiles are what is filled up")
+    monkeypatch.setattr(vocabulary, "missing", lambda: "tiles are what is filled up")
     embed, head = nn.Embedding(21, 64), nn.Linear(64, 21)
     x = torch.rand(70, 64) + 0.1
     with torch.no_grad():

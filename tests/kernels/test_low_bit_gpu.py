@@ -67,7 +67,7 @@ def pickable(num_bits: int) -> list[tuple[int, Setup | TileSetup]]:
             if tokens <= FEW_TOKENS:
                 found.setdefault(setup_of(tokens, 32), tokens)
             if HOPPER and tokens > 16:
-                found.setdefault(tile_setup_of(tokens, out, 132), tokens)
+                found.setdefault(tile_setup_of(tokens, out, 2048, 132), tokens)
     for name, won in json.loads(FILE.read_text()).get(torch.cuda.get_device_name(), {}).items():
         for measured, fields in won.items():
             setup = read_setup(fields)
@@ -141,7 +141,7 @@ def test_a_layer_can_be_recorded() -> None:
     assert torch.equal(out, right)
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])
 def test_beyond_two_to_the_31_weights(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     monkeypatch.setenv("GRACE_KERNELS", kernels)
     out, inputs = (1 << 20) + 48, 2304
@@ -150,6 +150,6 @@ def test_beyond_two_to_the_31_weights(monkeypatch: pytest.MonkeyPatch, kernels: 
     codes = last.codes.to(GPU).repeat(-(-out // 64), 1)[-out:]
     scale = last.scale.to(GPU).repeat(-(-out // 64), 1)[-out:]
     packed = pack_linear(module.QuantizedTensor(codes, scale, last.scheme), GPU)
-    x = inputs_of(2, inputs, torch.bfloat16)
+    x = inputs_of(17 if kernels == "tiles" else 2, inputs, torch.bfloat16)
     y = low_bit_linear(x.to(GPU), packed)
     assert error(y[:, -64:], exact(x, last)) <= bound(x, last)

@@ -147,9 +147,11 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.float16
     assert path_of(1, here, torch.bfloat16) == "torch"
     assert path_of(1, there, torch.float32) == "torch"
+    monkeypatch.setenv("GRACE_KERNELS", "cuda")
     assert [path_of(n, there, half) for n in (1, 64, 65, 5000)] == ["cuda", "cuda", "dense", "dense"]
-    monkeypatch.setenv("GRACE_KERNELS", "tiles")
+    monkeypatch.delenv("GRACE_KERNELS")
     assert [path_of(n, there, half) for n in (1, 16, 17, 64, 65, 5000)] == ["cuda"] * 2 + ["tiles"] * 4
+    assert path_of(2 << 20, there, half) == "dense"
     kept = replace(there, dense=torch.zeros(1))
     assert [path_of(n, kept, torch.bfloat16) for n in (64, 65)] == ["tiles", "dense"]
     assert path_of(65, kept, half) == "tiles"
@@ -184,7 +186,11 @@ def test_what_was_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     try:
         assert tuned_module.tuned("GPU", 4, 4096, 2048, 5) == won["8"]
         assert tuned_module.tuned("GPU", 4, 5000, 1500, 9) == won["64"]
-        assert [tuned_module.tuned("GPU", 4, 4096, 2048, n) for n in (65, 257, 9000)] == [{}, won["1024"], won["1024"]]
+        assert [tuned_module.tuned("GPU", 4, 4096, 2048, n) for n in (192, 900)] == [{}, won["1024"]]
+        # Nobody measured so many, or such a layer with many.
+        assert [tuned_module.tuned("GPU", 4, 4096, 2048, n) for n in (65, 191, 700, 9000)] == [None] * 4
+        assert tuned_module.tuned("GPU", 4, 4096, 4096, 1024) is None
+        assert tuned_module.tuned("GPU", 8, 64, 64, 9) is None
         assert tuned_module.tuned("GPU", 4, 512, 2048, 5) is None
         assert tuned_module.tuned("GPU", 8, 4096, 2048, 5) is None
         assert tuned_module.tuned("another", 4, 4096, 2048, 5) is None

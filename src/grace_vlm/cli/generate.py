@@ -53,7 +53,7 @@ def generate(
     asked = read_prompts(data, root or data.parent, sampling)
     kept = {"kv_cache": kv_cache, "int8_head": int8_head, "cpu_activations": cpu_activations}
     kept["draft_tokens"] = draft_tokens
-    options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size), **kept)  # type: ignore[arg-type]
+    options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size + draft_tokens), **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)

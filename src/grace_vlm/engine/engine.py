@@ -260,7 +260,7 @@ class Engine:
         return [self._chosen(request, choice) for request, choice in zip(choosing, choices, strict=True)]
 
     def _answer(self, requests: list[Request]) -> list[Event]:
-        """A step of answers alone. If all are greedy, its tokens may be read when the next step is on its way."""
+        """A step of answers alone."""
         drafts = self.drafter.drafts(requests, self.options.max_step_tokens - len(requests))
         if any(drafts):
             return self._verify(requests, drafts)
@@ -268,6 +268,7 @@ class Engine:
             return self._decode(requests)
 
     def _decode(self, requests: list[Request]) -> list[Event]:
+        """A token each. If all are greedy, they may be read when the next step is on its way."""
         if requests != self._decoding:
             self.decode.load(requests)
         self._decoding = requests

@@ -21,7 +21,7 @@ from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_cpu import PanelLinear, alone, pack_panels, takes, why_not
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, alone, missing, pack_panels, takes
 from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -95,8 +95,8 @@ class Weights:
 
     def team(self) -> contextlib.AbstractContextManager[None]:
         """In which single tokens run fastest: beside the CPU's low-bit kernel no other threads are to be awake."""
-        all_in_panels = all(isinstance(x.weight, PanelLinear) for x in (self.head.linear, *linears_of(self.layers[0])))
-        return alone() if all_in_panels else contextlib.nullcontext()
+        linears = (self.head.linear, *(linear for layer in self.layers for linear in linears_of(layer)))
+        return alone() if all(isinstance(x.weight, PanelLinear) for x in linears) else contextlib.nullcontext()
 
     @property
     def num_bytes(self) -> int:
@@ -188,7 +188,7 @@ def _linear(
     assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
     bias = None if biases[0] is None else torch.cat([detached(b) for b in biases])  # type: ignore[misc]
     device = modules[0].weight.device
-    runs_low_bit = device.type == "cuda" or (device.type == "cpu" and why_not() is None)
+    runs_low_bit = device.type == "cuda" or (device.type == "cpu" and missing() is None)
     tensors = [quantized[name] for name in names] if runs_low_bit and all(name in quantized for name in names) else []
     taken = has_kernel if device.type == "cuda" else takes
     if tensors and all(tensor.scheme == tensors[0].scheme and taken(tensor) for tensor in tensors):

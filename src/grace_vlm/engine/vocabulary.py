@@ -24,7 +24,7 @@ from torch import nn
 from grace_vlm.engine.linear import Linear, Weight, detached
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.fragments import BLOCK, TILE
-from grace_vlm.kernels.low_bit_cpu import PanelLinear, pack_panels, panel_rows, why_not
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, missing, pack_panels, panel_rows
 from grace_vlm.kernels.low_bit_linear import PackedLinear, pack_linear
 from grace_vlm.kernels.packed_rows import packed_rows
 from grace_vlm.quant.affine import quantize_tensor
@@ -96,8 +96,8 @@ def take_vocabulary(
     is_tied = head.weight.data_ptr() == embed.weight.data_ptr()
     codes = quantized_rows(head.weight.detach())
     packed: PackedLinear | PanelLinear
-    if weight.device.type == "cpu" and why_not() is None:
-        packed, filled = pack_panels(codes), bias
+    if weight.device.type == "cpu" and missing() is None:
+        packed, filled = pack_panels(_in_groups(codes)), bias
     else:
         packed = pack_linear(_filled_up(codes), weight.device)
         filled = None if bias is None else F.pad(bias, (0, -num_words % TILE))
@@ -116,6 +116,14 @@ def quantized_rows(weight: torch.Tensor) -> QuantizedTensor:
         wide = part.float()
         parts.append(quantize_tensor(wide, minmax_scale(wide, scheme), scheme))
     return QuantizedTensor(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), scheme)
+
+
+def _in_groups(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same numbers, a row's scale repeated: the CPU's kernel rounds activations group by group, and one step for a
+    whole row of them would be as coarse as its largest number is large."""
+    group = next(size for size in (128, 64, 32) if tensor.shape[1] % size == 0)
+    scale = tensor.scale.expand(-1, tensor.shape[1] // group).contiguous()
+    return QuantizedTensor(tensor.codes, scale, QuantScheme(8, group))
 
 
 def _filled_up(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -21,8 +21,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -35,7 +35,6 @@ from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
-_team: ContextVar[int | None] = ContextVar("_team", default=None)
 ROWS, SLAB = 4, 64
 """Rows of a panel, and inputs that lie together in it."""
 FLAGS = ("-O3", "-march=native", "-std=c11", "-pthread", "-shared", "-fPIC")
@@ -47,7 +46,8 @@ class PanelLinear:
     """A weight for ``panel_linear``.
 
     Args:
-        codes: uint8 (panels, slabs, 4, 32 or 64). scale: FP32 (panels, groups, 4).
+        codes: uint8 (panels, slabs, 4, 32 or 64); what fills up a panel or a slab means 0. group_size: inputs of a
+            scale. scale: FP32 (panels, groups, 4). out_features, in_features: of the layer, nothing filled up.
     """
 
     codes: torch.Tensor
@@ -127,6 +127,16 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path if path.is_file() else _compile(path)))
 
 
+@functools.cache
+def missing() -> str | None:
+    """As ``why_not``, after the file was compiled and loaded."""
+    try:
+        library()
+    except (ConfigError, OSError) as error:
+        return str(error)
+    return None
+
+
 def _processor() -> str:
     """What ``-march=native`` looks at."""
     with contextlib.suppress(OSError):
@@ -149,18 +159,31 @@ def _compile(path: Path) -> Path:
     return path
 
 
+_lock = threading.Lock()
+_inside, _team = 0, 0
+"""How many are in ``alone``, and how many threads torch had before."""
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Torch's own operators run on one thread in here, ``panel_linear`` on as many as torch had: torch's threads wait
-    awake for the next small operator, on the cores that this file's are about to need."""
-    before = torch.get_num_threads()
-    token = _team.set(_team.get() or before)
+    awake for the next small operator, on the cores that this file's are about to need.
+
+    Torch has one number for a process: a thread that first uses torch meanwhile keeps to one. Several may be in here at
+    once; the last one out gives the number back.
+    """
+    global _inside, _team
+    with _lock:
+        if not _inside:
+            _team = torch.get_num_threads()
+        _inside += 1
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        _team.reset(token)
+        with _lock:
+            _inside -= 1
+            torch.set_num_threads(1 if _inside else _team)
 
 
 def panel_linear(
@@ -197,7 +220,7 @@ def panel_linear(
         *(ctypes.c_long(n) for n in (len(flat), packed.out_features, packed.in_features, packed.group_size)),
         packed.num_bits,
         int(exact),
-        ctypes.c_long(num_threads or _team.get() or torch.get_num_threads()),
+        ctypes.c_long(num_threads or (_team if _inside else torch.get_num_threads())),
     )
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
@@ -206,13 +229,10 @@ def panel_linear(
 
 def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
     """(n, in) q s of rows ``ids`` (n,) int64, in FP32."""
+    assert packed.num_bits == 8, "rows of four bits are nobody's embedding"
     panel, row = ids // ROWS, ids % ROWS
-    codes = packed.codes[panel, :, row]
-    if packed.num_bits == 4:
-        values = torch.cat([codes & 15, codes >> 4], dim=-1).to(torch.int8) - 8
-    else:
-        values = codes.view(torch.int8)
-    return dequantize(values.flatten(1)[:, : packed.in_features], packed.scale[panel, :, row], torch.float32)
+    codes = packed.codes[panel, :, row].view(torch.int8).flatten(1)[:, : packed.in_features]
+    return dequantize(codes, packed.scale[panel, :, row], torch.float32)
 
 
 def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -17,10 +17,10 @@ import torch
 from grace_vlm.kernels import aligned
 from grace_vlm.kernels.fragments import SLAB, TILE, PackedLinear
 from grace_vlm.kernels.nvrtc import load_kernel
-from grace_vlm.kernels.tuned import Fields, tuned
+from grace_vlm.kernels.tuned import FEW_TOKENS, Fields, tuned
 
-FEW_TOKENS = 64
-"""Up to here weights are what a layer waits for."""
+MOST_TOKENS = 1 << 20
+"""Of a launch of tiles: a grid has 65,535 blocks along tokens."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class TileSetup:
 
 
 def tile_setups(num_tokens: int) -> Iterator[TileSetup]:
-    """All that can be compiled without spilling registers and are not twice as large as the tokens."""
+    """All whose sums fit in registers and that are not twice as large as the tokens."""
     for tokens, groups, split, spread in itertools.product((32, 64, 128, 256), (1, 2, 3), (1, 2), (1, 2, 4)):
-        if groups * split > {128: 3, 256: 2}.get(tokens, 4) or (tokens > 32 and tokens >= 2 * num_tokens):
+        if groups * split > {64: 3, 128: 3, 256: 2}.get(tokens, 4) or (tokens > 32 and tokens >= 2 * num_tokens):
             continue
         yield TileSetup(tokens, groups, split, spread)
         if tokens >= 128:
@@ -139,7 +139,7 @@ def tile_microseconds(
     return before + inside + waves * {1: 2.5, 2: 4.0, 4: 5.8}[setup.spread]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def tile_setup_of(num_tokens: int, out_features: int, in_features: int, num_processors: int) -> TileSetup:
     """By rule, for layers that nobody measured."""
     layer = (out_features, in_features, num_processors)
@@ -186,12 +186,13 @@ def setup_for(num_tokens: int, packed: PackedLinear, with_tiles: bool) -> Setup 
     return _setup_for(num_tokens, *layer, is_exact, packed.device, with_tiles)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _setup_for(
     num_tokens: int, num_bits: int, out: int, inputs: int, is_exact: bool, device: torch.device, with_tiles: bool
 ) -> Setup | TileSetup | None:
     fields = tuned(torch.cuda.get_device_name(device), num_bits, out, inputs, num_tokens)
-    has_tiles = with_tiles and is_exact and torch.cuda.get_device_capability(device) == (9, 0)
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    has_tiles = with_tiles and is_exact and is_hopper and num_tokens <= MOST_TOKENS
     if fields is not None and ("tokens" not in fields or has_tiles):
         return read_setup(fields)
     if has_tiles and num_tokens > 16:

@@ -253,13 +253,16 @@ INLINE void fetch_piece(const uint4 *words, const u32 *scale, int slab, int in, 
     }
 }
 
-// bf16(q s) of a slab: four products' registers.
+// Scales in FP16 are kept away from the small numbers of which it has only some bits.
+#define UNIT (HALF ? 0.015625f : 1.0f)
+
+// bf16(q s) of a slab: four products' registers; in FP16 that over UNIT.
 INLINE void decode_piece(const Piece &piece, u32 (*a)[4]) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
         const u32 both = piece.scale[HALVES ? b : 0];
 #if HALF
-        const float near = __uint_as_float(both << 16), far = __uint_as_float(both & 0xffff0000u);
+        const float near = __uint_as_float(both << 16) / UNIT, far = __uint_as_float(both & 0xffff0000u) / UNIT;
         const u32 scale[2] = {pair(near, near), pair(far, far)};
 #else
         const u32 scale[2] = {bytes_of(both, both, 0x1010), bytes_of(both, both, 0x3232)};
@@ -382,7 +385,7 @@ CLUSTER low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const 
     for (int j = 0; j < EIGHTS; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const u32 low = rounded(sums[4 * j + c] + near), high = rounded(sums[4 * j + c + 2] + far);
+            const u32 low = rounded(sums[4 * j + c] * UNIT + near), high = rounded(sums[4 * j + c + 2] * UNIT + far);
             u16 *at = line + (8 * j + c) * LINE;
             if (SILU) {
                 const float gate = wide(low);

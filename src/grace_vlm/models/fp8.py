@@ -59,10 +59,15 @@ class Fp8Linear(nn.Module):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
+def takes(linear: nn.Linear) -> bool:
+    return linear.in_features % 16 == linear.out_features % 16 == 0
+
+
 def to_fp8(model: Any, adapter: Adapter) -> None:
-    """Replace the linears of decoder and vision tower, in place."""
+    """Replace the linears of decoder and vision tower, in place; but those whose sides the FP8 tensor cores do not take
+    (Qwen2.5-VL's tower has 3,420 channels)."""
     rounded = "|".join(adapter.parts[part] for part in ROUNDED)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and re.fullmatch(rounded, name):
+        if isinstance(module, nn.Linear) and re.fullmatch(rounded, name) and takes(module):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, Fp8Linear(module))
