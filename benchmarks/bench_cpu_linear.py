@@ -184,7 +184,7 @@ def processor(num_threads: int) -> str:
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         name = found[1].strip() if found else name
-    return f"{name}, {num_threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {num_threads} thread{'s' * (num_threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def present(names: Sequence[str]) -> list[str]:
