@@ -22,7 +22,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["recipes", "cli", "training", "performance", "numerics", "engine"])
+@pytest.mark.parametrize("page", ["recipes", "cli", "training", "performance", "numerics", "kernels", "engine"])
 def test_generated_page_is_up_to_date(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / f"{page}.md").read_text() == getattr(generate, page)(), "run make docs"
 
