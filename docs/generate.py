@@ -107,11 +107,16 @@ published step of 512 rows in a third of the time, for one GiB more.
 
 
 def kernels() -> str:
-    """docs/kernels.md with its table made from benchmarks/results."""
+    """docs/kernels.md with its tables made from benchmarks/results."""
     text = (HERE / "kernels.md").read_text(encoding="utf-8")
-    begin, end = "<!-- linear:begin -->\n", "<!-- linear:end -->"
-    table = "\n".join(_linear_table(path) for path in sorted(RESULTS.glob("w[48]_linear.csv")))
-    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    tables = {
+        "linear": "\n".join(_linear_table(path) for path in sorted(RESULTS.glob("w[48]_linear.csv"))),
+        "cpu": _cpu_linear_table(_plots().read_rows(RESULTS / "cpu_linear.csv")),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    return text
 
 
 def _linear_table(path: Path) -> str:
@@ -136,6 +141,32 @@ def _linear_table(path: Path) -> str:
     where = "{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**rows[0])
     return (
         f"{path.name[1]} bits:\n\n| layer | tokens | {' | '.join(shown)} | ours / best peer | ours / bf16 |\n"
+        f"|---|---|{'---|' * len(shown)}---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
+    )
+
+
+def _cpu_linear_table(rows: list[dict[str, str]]) -> str:
+    """Layers and numbers of tokens down, implementations across, then ratios of the same run."""
+    peers = ("torch_int4pack", "onnxruntime_l4", "openvino")
+    shown = ("read", "ours_int8", *peers, "ours_fp32", "torch_fp32")
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        shape, _, tokens = row["case"].partition("_m")
+        found.setdefault((shape, int(tokens)), {})[row["impl"]] = float(row["p50"])
+    shapes = list(dict.fromkeys(shape for shape, _ in found))
+    lines = []
+    for shape, tokens in sorted(found, key=lambda case: (shapes.index(case[0]), case[1])):
+        cells = found[shape, tokens]
+        best = min(cells[peer] for peer in peers if peer in cells)
+        numbers = " | ".join(f"{cells[impl]:,.0f}" if impl in cells else "" for impl in shown)
+        ours = cells["ours_int8"]
+        lines.append(f"| {shape} | {tokens} | {numbers} | {ours / cells['read']:.2f} | {ours / best:.2f} |")
+    packages = sorted({row["driver"] for row in rows if row["driver"]})
+    where = "{device}, torch {torch}, {packages}, commit {commit}, {date}".format(
+        **{**rows[0], "packages": ", ".join(packages)}
+    )
+    return (
+        f"| layer | tokens | {' | '.join(shown)} | ours_int8 / read | ours_int8 / best of the three |\n"
         f"|---|---|{'---|' * len(shown)}---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
     )
 
