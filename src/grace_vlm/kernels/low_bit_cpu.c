@@ -161,6 +161,17 @@ ALWAYS __m256i half_products(const uint8_t *codes, int half, const int8_t *bytes
     return dot(zero, _mm256_abs_epi8(w), _mm256_sign_epi8(b, w));
 }
 
+// ``what`` with the number of tokens and bits as constants.
+#define CASE(what, n)                                                                        \
+    case n:                                                                                  \
+        job->bits == 4 ? what(job, panel, token, n, 4) : what(job, panel, token, n, 8);      \
+        break;
+#define FOR_COUNT(what)                                                                      \
+    switch (count) {                                                                         \
+        CASE(what, 1) CASE(what, 2) CASE(what, 3) CASE(what, 4)                              \
+        CASE(what, 5) CASE(what, 6) CASE(what, 7) CASE(what, 8)                              \
+    }
+
 // A panel for ``count`` tokens (a constant where it is inlined), row by row.
 ALWAYS void panel_quantized(const Job *job, long panel, long token, const int count, const int bits) {
     const long width = bits * 8, parts = job->group / SLAB, stride = job->slabs * SLAB;
@@ -265,20 +276,14 @@ static void quantized(const Job *job, long panel) {
             panel_of_halves(job, panel, token, (int)count, job->bits);
             continue;
         }
-#define CASE(n)                                                                                                    \
-    case n:                                                                                                        \
-        job->bits == 4 ? panel_quantized(job, panel, token, n, 4) : panel_quantized(job, panel, token, n, 8);      \
-        break;
-        switch (count) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        }
+        FOR_COUNT(panel_quantized)
     }
 }
 
 // ---- exact
 
 // Eight codes as FP32. ``at``: which eight of 64, in order.
-ALWAYS __m256 decoded(const uint8_t *codes, int at, int bits) {
+ALWAYS __m256 decoded(const uint8_t *codes, int at, const int bits) {
     __m128i eight = _mm_loadl_epi64((const __m128i *)(codes + (bits == 4 ? 8 * (at % 4) : 8 * at)));
     if (bits == 4) {
         eight = _mm_and_si128(at < 4 ? eight : _mm_srli_epi16(eight, 4), _mm_set1_epi8(15));
@@ -287,31 +292,48 @@ ALWAYS __m256 decoded(const uint8_t *codes, int at, int bits) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
 }
 
-static void exact(const Job *job, long panel) {
-    const long width = job->bits * 8;
-    const float *scale = job->scale + panel * job->groups * ROWS;
-    const uint8_t *codes = job->codes + panel * job->slabs * ROWS * width;
-    for (int r = 0; r < ROWS && panel * ROWS + r < job->rows; ++r) {
-        const long row = panel * ROWS + r;
-        for (long first = 0; first < job->tokens; first += TOKENS) {
-            const long count = job->tokens - first < TOKENS ? job->tokens - first : TOKENS;
-            __m256 all[TOKENS];
-            for (int t = 0; t < TOKENS; ++t) all[t] = _mm256_setzero_ps();
-            for (long g = 0; g < job->groups; ++g) {
-                __m256 sum[TOKENS];
-                for (int t = 0; t < TOKENS; ++t) sum[t] = _mm256_setzero_ps();
-                for (long k = g * job->group; k < (g + 1) * job->group; k += 8) {
-                    const uint8_t *own = codes + (k / SLAB * ROWS + r) * width;
-                    const __m256 w = decoded(own, (int)(k % SLAB / 8), job->bits);
-                    for (int t = 0; t < count; ++t)
-                        sum[t] = _mm256_fmadd_ps(w, _mm256_loadu_ps(job->x + (first + t) * job->inputs + k), sum[t]);
-                }
-                const __m256 by = _mm256_set1_ps(scale[g * ROWS + r]);
-                for (int t = 0; t < count; ++t) all[t] = _mm256_fmadd_ps(sum[t], by, all[t]);
+// ``rows`` rows of a panel from ``row`` on for ``count`` tokens, all constants where it is inlined: as many sums at a
+// time as keep the processor from waiting for one, and fit in its registers.
+ALWAYS void rows_exact(const Job *job, long panel, long token, int row, const int rows, const int count, const int bits) {
+    const long width = bits * 8;
+    const float *scale = job->scale + panel * job->groups * ROWS + row, *x = job->x + token * job->inputs;
+    const uint8_t *codes = job->codes + (panel * job->slabs * ROWS + row) * width;
+    __m256 all[ROWS][TOKENS];
+    for (int r = 0; r < rows; ++r)
+        for (int t = 0; t < count; ++t) all[r][t] = _mm256_setzero_ps();
+    for (long g = 0; g < job->groups; ++g) {
+        __m256 sum[ROWS][TOKENS];
+        for (int r = 0; r < rows; ++r)
+            for (int t = 0; t < count; ++t) sum[r][t] = _mm256_setzero_ps();
+        for (long k = g * job->group; k < (g + 1) * job->group; k += 8) {
+            const uint8_t *own = codes + k / SLAB * ROWS * width;
+            for (int r = 0; r < rows; ++r) {
+                const __m256 w = decoded(own + r * width, (int)(k % SLAB / 8), bits);
+                for (int t = 0; t < count; ++t)
+                    sum[r][t] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + t * job->inputs + k), sum[r][t]);
             }
-            for (int t = 0; t < count; ++t)
-                job->y[(first + t) * job->rows + row] = total(all[t]) + (job->bias ? job->bias[row] : 0.0f);
         }
+        for (int r = 0; r < rows; ++r)
+            for (int t = 0; t < count; ++t)
+                all[r][t] = _mm256_fmadd_ps(sum[r][t], _mm256_set1_ps(scale[g * ROWS + r]), all[r][t]);
+    }
+    for (int r = 0; r < rows; ++r) {
+        const long out = panel * ROWS + row + r;
+        if (out >= job->rows) return;
+        for (int t = 0; t < count; ++t)
+            job->y[(token + t) * job->rows + out] = total(all[r][t]) + (job->bias ? job->bias[out] : 0.0f);
+    }
+}
+
+ALWAYS void panel_exact(const Job *job, long panel, long token, const int count, const int bits) {
+    const int rows = count <= 2 ? 4 : count <= 4 ? 2 : 1;
+    for (int row = 0; row < ROWS; row += rows) rows_exact(job, panel, token, row, rows, count, bits);
+}
+
+static void exact(const Job *job, long panel) {
+    for (long token = 0; token < job->tokens; token += TOKENS) {
+        const long count = job->tokens - token < TOKENS ? job->tokens - token : TOKENS;
+        FOR_COUNT(panel_exact)
     }
 }
 
