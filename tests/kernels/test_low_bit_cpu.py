@@ -177,3 +177,22 @@ def test_with_and_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         results.append([panel_linear(x[:n], pack_panels(weight(b, 40, 256, 64))) for b in (4, 8) for n in (1, 9)])
     library.cache_clear()
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_torch_has_its_threads_again_whoever_leaves_last() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = module.alone(), module.alone()
+        first.__enter__()
+        second.__enter__()
+        assert torch.get_num_threads() == 1
+        first.__exit__(None, None, None)
+        assert (torch.get_num_threads(), module._team) == (1, 2)
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), module.alone():
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
