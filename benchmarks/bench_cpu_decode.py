@@ -41,6 +41,7 @@ import torch
 from bench_cpu_linear import busy_seconds, processor, wait_until_still
 from bench_decode import measure_engine, open_random, prompts, quantized
 from bench_loss import Parser, numbers_in, say
+from bench_w4linear import names_in
 from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
 
 from grace_vlm.engine.cache import PAGE_TOKENS, pages_for
@@ -184,9 +185,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
         made.error("--layers takes two numbers above 3, the smaller one first, for example 4,8")
     if min(args.context, args.rounds, args.threads) < 1 or args.tokens < 2:
         made.error("--context, --rounds and --threads must be at least 1, --tokens 2")
-    args.impls = args.impls.split(",")
-    if unknown := [name for name in args.impls if name not in IMPLS]:
-        made.error(f"--impls {unknown[0]!r} is no implementation; there are {', '.join(IMPLS)}")
+    args.impls = names_in(made, args.impls, IMPLS)
     if "ours" in args.impls and (reason := why_not()):
         made.error(f"ours cannot run here: {reason}")
     if "llama_cpp" in args.impls and importlib.util.find_spec("xllamacpp") is None:

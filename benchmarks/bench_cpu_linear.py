@@ -51,7 +51,7 @@ from pathlib import Path
 
 import torch
 from bench_loss import Parser, numbers_in, say
-from bench_w4linear import GROUP_SIZE, Shape, weight_bytes
+from bench_w4linear import GROUP_SIZE, Shape, names_in, shapes_in, weight_bytes
 from cpu_peers import ALLOWED, IMPLS, PACKAGES, Outputs, Passes, missing, panels
 from read_bytes import Reader
 from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
@@ -213,13 +213,8 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.rounds < 1 or args.threads < 1:
         made.error("--rounds and --threads must be at least 1")
     args.ms = numbers_in(made, "--ms", args.ms, MS, "")
-    found = [re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", word) for word in args.shapes.split(",")]
-    args.shapes = [Shape(int(match[1]), int(match[2])) for match in found if match]
-    if len(args.shapes) != len(found):
-        made.error("--shapes has a word that is no OUTxIN, for example 4096x2048")
-    names = args.impls.split(",")
-    if unknown := [name for name in names if name not in NAMES]:
-        made.error(f"--impls {unknown[0]!r} is no implementation; there are {', '.join(NAMES)}")
+    args.shapes = shapes_in(made, args.shapes)
+    names = names_in(made, args.impls, NAMES)
     needs_panels = {"ours_int8", "ours_fp32", "read"} & {*names}
     if needs_panels and (reason := why_not()):
         made.error(f"{min(needs_panels)} cannot run here: {reason}")

@@ -38,7 +38,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -338,6 +338,23 @@ def parser() -> Parser:
     return made
 
 
+def shapes_in(made: Parser, text: str) -> list[Shape]:
+    """``--shapes``; what is none ends the program."""
+    found = [re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", word) for word in text.split(",")]
+    shapes = [Shape(int(match[1]), int(match[2])) for match in found if match]
+    if len(shapes) != len(found):
+        made.error("--shapes has a word that is no OUTxIN, for example 4096x2048")
+    return shapes
+
+
+def names_in(made: Parser, text: str, known: Collection[str]) -> list[str]:
+    """``--impls``; a name that is not ``known`` ends the program."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        made.error(f"--impls {unknown[0]!r} is no implementation; there are {', '.join(known)}")
+    return names
+
+
 def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """Checked arguments; ``shapes`` are ``Shape``, ``ms`` integers, ``impls`` those that can run."""
     made = parser()
@@ -348,13 +365,8 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.group < 1 or args.replays < 1:
         made.error("--group and --replays must be at least 1")
     args.ms = numbers_in(made, "--ms", args.ms, MS, "")
-    found = [re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", word) for word in args.shapes.split(",")]
-    args.shapes = [Shape(int(match[1]), int(match[2])) for match in found if match]
-    if len(args.shapes) != len(found):
-        made.error("--shapes has a word that is no OUTxIN, for example 4096x2048")
-    unknown = [name for name in args.impls.split(",") if name not in IMPLS]
-    if unknown:
-        made.error(f"--impls {unknown[0]!r} is no implementation; there are {', '.join(IMPLS)}")
+    args.shapes = shapes_in(made, args.shapes)
+    args.impls = names_in(made, args.impls, IMPLS)
     args.out = args.out or results_file(f"w{args.bits}_linear", args.device)
     try:
         for shape in args.shapes:
@@ -363,7 +375,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
             read_rows(args.out)
     except (ConfigError, OSError, ValueError) as error:
         made.error(str(error))
-    args.impls = present(args.impls.split(","), args.bits)
+    args.impls = present(args.impls, args.bits)
     return args
 
 

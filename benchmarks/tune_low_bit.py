@@ -65,7 +65,7 @@ def few_setups(num_tokens: int, num_slabs: int) -> Iterator[Setup]:
 
 def candidates(num_tokens: int, packed: PackedLinear, thorough: bool) -> list[Candidate]:
     """What is tried: the kernel for few tokens, or torch for many; and on a Hopper GPU tiles, of which only the
-    likeliest unless ``thorough``. There the kernel for few tokens never won at 64, nor tiles at 16."""
+    likeliest unless ``thorough``. There the kernel for few tokens never won at 64."""
     is_few = num_tokens <= FEW_TOKENS
     few: list[Candidate] = list(few_setups(num_tokens, -(-packed.in_features // SLAB))) if is_few else [None]
     if torch.cuda.get_device_capability() != (9, 0):

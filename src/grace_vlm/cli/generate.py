@@ -51,8 +51,12 @@ def generate(
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     asked = read_prompts(data, root or data.parent, sampling)
-    kept = {"kv_cache": kv_cache, "int8_head": int8_head, "cpu_activations": cpu_activations}
-    kept["draft_tokens"] = draft_tokens
+    kept = {
+        "kv_cache": kv_cache,
+        "int8_head": int8_head,
+        "cpu_activations": cpu_activations,
+        "draft_tokens": draft_tokens,
+    }
     options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size + draft_tokens), **kept)  # type: ignore[arg-type]
     llm = LLM(model, device, options)
     done = kept_answers(out) & {one.id for one in asked}

@@ -14,6 +14,7 @@ import torch
 
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, pages_for
 from grace_vlm.engine.layers import Weights
+from grace_vlm.engine.recorded import Recorded, pool_of
 from grace_vlm.engine.request import Request
 from grace_vlm.kernels.decoder_rows import rms_norm
 from grace_vlm.kernels.paged_attention import paged_attention, splits_for
@@ -40,8 +41,8 @@ class DecodeStep:
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
         self._heads = [weights.heads(layer) for layer in weights.layers]
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._recorded: dict[int, Recorded[torch.Tensor]] = {}
+        self._pool = pool_of(device)
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
@@ -68,26 +69,19 @@ class DecodeStep:
     def run(self, count: int) -> torch.Tensor:
         """(count, V) logits of the rows' next tokens; the likeliest are their inputs now, in ``ids``."""
         size = self.rows_for(count)
-        if self._pool is None:
-            return self._forward(size)[:count]
-        if size not in self._graphs:
-            self._graphs[size] = self._record(size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size)
+        return self._recorded[size]()[:count]
 
-    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        before = [state.clone() for state in (self.ids, self._positions, self._lengths)]
-        # Kernels are compiled and libraries take their workspaces on a first call. What it appends to the cache is
-        # appended again by the first replay.
-        self._forward(size)
-        graph = torch.cuda.CUDAGraph()
-        for state, kept in zip((self.ids, self._positions, self._lengths), before, strict=True):
-            state.copy_(kept)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._forward(size)
-        return graph, logits
+    def _record(self, size: int) -> Recorded[torch.Tensor]:
+        # The call before a recording moves the state on. What it appends to the cache is appended again by the first
+        # replay.
+        state = (self.ids, self._positions, self._lengths)
+        before = [part.clone() for part in state]
+        recorded = Recorded(self.ids.device, self._pool, lambda: self._forward(size))
+        for part, kept in zip(state, before, strict=True):
+            part.copy_(kept)
+        return recorded
 
     def _forward(self, size: int) -> torch.Tensor:
         weights, cache = self.weights, self.cache

@@ -32,6 +32,7 @@ from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
 from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.kernels.cache_rows import FP8
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, alone
 from grace_vlm.models.decoder import borders_of, has_varlen
 from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -164,6 +165,9 @@ class Engine:
         self._prompts = (
             RecordedPrompts(own, self.cache, self.options.max_step_tokens) if on_gpu and not is_fixed else None
         )
+        in_panels = all(isinstance(weight, PanelLinear) for weight in own.products)
+        self._team = alone if in_panels else contextlib.nullcontext
+        """In which single tokens run fastest: beside the CPU's low-bit kernel no other threads are to be awake."""
         self._is_ahead = on_gpu and not self.drafter.most
         """Whether a step is launched before the last one is read: on a CPU that would only cost, and a draft follows
         what was read."""
@@ -264,7 +268,7 @@ class Engine:
         drafts = self.drafter.drafts(requests, self.options.max_step_tokens - len(requests))
         if any(drafts):
             return self._verify(requests, drafts)
-        with self.weights.team():
+        with self._team():
             return self._decode(requests)
 
     def _decode(self, requests: list[Request]) -> list[Event]:

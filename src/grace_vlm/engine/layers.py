@@ -7,7 +7,6 @@ product in the model's dtype. The model's own layers are let go, so that no weig
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_vlm.engine.linear import Linear, address, detached, num_bytes
+from grace_vlm.engine.linear import Linear, Weight, address, detached, num_bytes
 from grace_vlm.engine.vocabulary import Embeddings, Head, take_vocabulary
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_cpu import PanelLinear, alone, missing, pack_panels, takes
+from grace_vlm.kernels.low_bit_cpu import missing, pack_panels, takes
 from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -93,16 +92,16 @@ class Weights:
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
 
-    def team(self) -> contextlib.AbstractContextManager[None]:
-        """In which single tokens run fastest: beside the CPU's low-bit kernel no other threads are to be awake."""
-        linears = (self.head.linear, *(linear for layer in self.layers for linear in linears_of(layer)))
-        return alone() if all(isinstance(x.weight, PanelLinear) for x in linears) else contextlib.nullcontext()
+    @property
+    def products(self) -> tuple[Weight, ...]:
+        """The weights of all products."""
+        linears = (linear for layer in self.layers for linear in linears_of(layer))
+        return self.head.linear.weight, *(linear.weight for linear in linears)
 
     @property
     def num_bytes(self) -> int:
         """Of all that is read while tokens are made; a tied head once."""
-        linears = (x for layer in self.layers for x in linears_of(layer))
-        weights = (self.embeddings.weight, self.head.linear.weight, *(linear.weight for linear in linears))
+        weights = (self.embeddings.weight, *self.products)
         return sum({address(weight): num_bytes(weight) for weight in weights}.values())
 
 

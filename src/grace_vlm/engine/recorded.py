@@ -129,7 +129,7 @@ class RecordedPrompts:
 
     def __init__(self, weights: Weights, cache: KeyValueCache, most: int) -> None:
         self.weights, self.cache, self.most = weights, cache, most
-        self._pool = _pool(weights.device)
+        self._pool = pool_of(weights.device)
         self._sizes = Sizes[tuple[int, int], _Prompt]()
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ class RecordedPictures:
     """
 
     def __init__(self, device: torch.device, make: Callable[[torch.Tensor, Grid], Features]) -> None:
-        self._make, self._pool = make, _pool(device)
+        self._make, self._pool = make, pool_of(device)
         self._sizes = Sizes[Grid, _Picture]()
 
     def __call__(self, pixels: torch.Tensor, grid: Grid) -> Features:
@@ -174,6 +174,6 @@ class RecordedPictures:
         return self._make(pixels, grid) if picture is None else picture(pixels)
 
 
-def _pool(device: torch.device) -> object:
+def pool_of(device: torch.device) -> object:
     """Memory that recordings of one kind share: one runs at a time, and what it leaves is copied or used at once."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
