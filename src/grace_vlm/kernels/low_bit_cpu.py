@@ -1,6 +1,6 @@
 """The linear layer of 4 or 8 bits on a CPU: one C file, compiled where it runs, called through ctypes.
 
-    pack_panels(QuantizedTensor)            once: panels of four rows (low_bit_cpu.c draws them)
+    pack_panels(QuantizedTensor)            once: panels of sixteen rows (low_bit_cpu.c draws them)
     panel_linear(x, packed)                 FP32 in and out; activations become bytes, a scale a token and group
     panel_linear(x, packed, exact=True)     FP32 arithmetic on q s
     panel_rows(packed, ids)                 single rows, where a head is an embedding too
@@ -35,9 +35,9 @@ from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
-ROWS, SLAB = 4, 64
+ROWS, SLAB = 16, 32
 """Rows of a panel, and inputs that lie together in it."""
-FLAGS = ("-O3", "-march=native", "-std=c11", "-pthread", "-shared", "-fPIC")
+FLAGS = ("-O2", "-fpeel-loops", "-march=native", "-std=gnu11", "-pthread", "-shared", "-fPIC")
 TEXT = Path(__file__).with_name("low_bit_cpu.c")
 
 
@@ -46,8 +46,8 @@ class PanelLinear:
     """A weight for ``panel_linear``.
 
     Args:
-        codes: uint8 (panels, slabs, 4, 32 or 64); what fills up a panel or a slab means 0. group_size: inputs of a
-            scale. scale: FP32 (panels, groups, 4). out_features, in_features: of the layer, nothing filled up.
+        codes: uint8 (panels, slabs, chunks, 16, 4), a chunk for every bit; rows that fill up a panel mean 0.
+            group_size: inputs of a scale. scale: FP32 (panels, groups, 16). out_features, in_features: of the layer, nothing filled up.
     """
 
     codes: torch.Tensor
@@ -82,15 +82,15 @@ def pack_panels(tensor: QuantizedTensor) -> PanelLinear:
             f"a weight of {bits} bits in groups of {group} has no fast kernel on a CPU; expected 4 or 8 bits and "
             "groups of a multiple of 32"
         )
-    rows, inputs = -(-out_features // ROWS) * ROWS, -(-in_features // SLAB) * SLAB
-    codes = torch.zeros(rows, inputs, dtype=torch.int8)
-    codes[:out_features, :in_features] = tensor.codes
-    slabs = codes.view(rows // ROWS, ROWS, inputs // SLAB, SLAB).transpose(1, 2)
+    rows = -(-out_features // ROWS) * ROWS
+    codes = torch.zeros(rows, in_features, dtype=torch.int8)
+    codes[:out_features] = tensor.codes
+    fours = codes.view(rows // ROWS, ROWS, in_features // SLAB, SLAB // 4, 4).permute(0, 2, 3, 1, 4)
     if bits == 4:
-        unsigned = to_unsigned(slabs, 4)
-        packed = unsigned[..., :32] | unsigned[..., 32:] << 4
+        unsigned = to_unsigned(fours, 4)
+        packed = unsigned[:, :, :4] | unsigned[:, :, 4:] << 4
     else:
-        packed = slabs.contiguous().view(torch.uint8)
+        packed = fours.contiguous().view(torch.uint8)
     scale = torch.zeros(rows, tensor.scale.shape[1])
     scale[:out_features] = tensor.scale.float()
     panels = scale.view(rows // ROWS, ROWS, -1).transpose(1, 2).contiguous()
@@ -231,7 +231,7 @@ def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
     """(n, in) q s of rows ``ids`` (n,) int64, in FP32."""
     assert packed.num_bits == 8, "rows of four bits are nobody's embedding"
     panel, row = ids // ROWS, ids % ROWS
-    codes = packed.codes[panel, :, row].view(torch.int8).flatten(1)[:, : packed.in_features]
+    codes = packed.codes[panel, :, :, row].view(torch.int8).flatten(1)
     return dequantize(codes, packed.scale[panel, :, row], torch.float32)
 
 
