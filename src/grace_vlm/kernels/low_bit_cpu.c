@@ -42,7 +42,8 @@ typedef struct {
 
 // ---- vectors: LANES rows of 32 bits
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+// NARROW is for tests: 256 bits and VNNI, as processors without AVX-512 have them.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(NARROW)
 #define LANES 16
 #define TOKENS 8  // of a block: they share decoded weights
 typedef __m512i Ints;
@@ -78,6 +79,9 @@ ALWAYS Ints four(const int8_t *bytes) {
 #elif defined(__AVXVNNI__)
 #define VNNI 1
 #define DOT(sum, w, x) _mm256_dpbusd_avx_epi32(sum, w, x)
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VNNI 1
+#define DOT(sum, w, x) _mm256_dpbusd_epi32(sum, w, x)
 #else
 #define VNNI 0
 #endif
