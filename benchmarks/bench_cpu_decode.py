@@ -48,7 +48,7 @@ from grace_vlm.engine.cache import PAGE_TOKENS, pages_for
 from grace_vlm.engine.engine import Engine, EngineOptions
 from grace_vlm.formats.pack import pack
 from grace_vlm.formats.publish import publish_model
-from grace_vlm.kernels.low_bit_cpu import why_not
+from grace_vlm.kernels.cpu import why_not
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.random_start import random_config
 from grace_vlm.quant.scheme import QuantizedTensor

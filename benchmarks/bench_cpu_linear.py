@@ -57,7 +57,7 @@ from read_bytes import Reader
 from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels.low_bit_cpu import why_not
+from grace_vlm.kernels.cpu import why_not
 from grace_vlm.quant.affine import dequantize, quantize_tensor
 from grace_vlm.quant.scale_init import minmax_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme

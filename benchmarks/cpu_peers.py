@@ -33,7 +33,7 @@ INT4PACK_INNER_TILES = 2
 
 def ours(tensors: Sequence[QuantizedTensor], num_threads: int, exact: bool) -> Passes:
     packed = [pack_panels(tensor) for tensor in tensors]
-    return lambda x: lambda: [panel_linear(x, one, exact=exact, num_threads=num_threads) for one in packed]
+    return lambda x: lambda: [panel_linear(x, one, exact=exact, threads=num_threads) for one in packed]
 
 
 def ours_int8(tensors: Sequence[QuantizedTensor], num_threads: int) -> Passes:

@@ -23,7 +23,7 @@ from bench_decode import quantized  # noqa: E402
 from worlds import loaded_toy  # noqa: E402
 
 from grace_vlm.engine.engine import Engine, EngineOptions  # noqa: E402
-from grace_vlm.kernels.low_bit_cpu import why_not  # noqa: E402
+from grace_vlm.kernels.cpu import why_not  # noqa: E402
 
 
 def test_what_does_not_depend_on_layers_falls_out() -> None:

@@ -18,7 +18,7 @@ import cpu_peers  # noqa: E402
 import read_bytes  # noqa: E402
 import record  # noqa: E402
 
-from grace_vlm.kernels.low_bit_cpu import why_not  # noqa: E402
+from grace_vlm.kernels.cpu import why_not  # noqa: E402
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason="no kernel on this processor")
 SHAPE = bench.Shape(96, 256)

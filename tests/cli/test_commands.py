@@ -14,7 +14,7 @@ import yaml
 from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.cli.main import main
-from grace_vlm.kernels.low_bit_cpu import why_not
+from grace_vlm.kernels.cpu import why_not
 
 
 @pytest.fixture(scope="module")

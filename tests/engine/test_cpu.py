@@ -15,7 +15,8 @@ from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.layers import linears_of
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.sampling import SamplingParams
-from grace_vlm.kernels.low_bit_cpu import PanelLinear, why_not
+from grace_vlm.kernels.cpu import why_not
+from grace_vlm.kernels.low_bit_cpu import PanelLinear
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.quant.affine import dequantize, quantize_tensor
 from grace_vlm.quant.scale_init import minmax_scale

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from low_bit_cases import error, exact, inputs_of, weight
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import low_bit_cpu as module
-from grace_vlm.kernels.low_bit_cpu import library, pack_panels, panel_linear, why_not
+from grace_vlm.kernels import cpu as module
+from grace_vlm.kernels.cpu import library, why_not
+from grace_vlm.kernels.low_bit_cpu import pack_panels, panel_linear
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -45,7 +46,7 @@ def test_both_ways(bits: int, out: int, inputs: int, group: int) -> None:
         x = inputs_of(tokens, inputs, torch.float32)
         for is_exact in (False, True):
             for threads in (1, 2, 3):
-                y = panel_linear(x, packed, bias=bias, exact=is_exact, num_threads=threads)
+                y = panel_linear(x, packed, bias=bias, exact=is_exact, threads=threads)
                 assert is_right(y, x, tensor, is_exact, 0.75)
 
 
@@ -69,7 +70,7 @@ def test_quantized_activations_are_what_they_are_said_to_be(bits: int) -> None:
 )  # fmt: skip
 def test_any_shape(bits: int, out: int, groups: int, group: int, tokens: int, is_exact: bool, threads: int) -> None:
     tensor, x = weight(bits, out, groups * group, group), inputs_of(tokens, groups * group, torch.float32)
-    y = panel_linear(x, pack_panels(tensor), exact=is_exact, num_threads=threads)
+    y = panel_linear(x, pack_panels(tensor), exact=is_exact, threads=threads)
     assert y.shape == (tokens, out)
     assert not tokens or is_right(y, x, tensor, is_exact)
 
@@ -84,9 +85,9 @@ def test_nothing_is_written_outside_and_addresses_may_be_odd() -> None:
         x.copy_(inputs_of(3, 96, torch.float32).flatten())
         y = taken[3 : 3 + 3 * 13]
         library().low_bit_linear(
-            *(ctypes.c_void_p(t.data_ptr()) for t in (packed.codes, packed.scale, x)), None,
+            *(ctypes.c_void_p(t.data_ptr()) for t in (packed.codes, packed.scale, x)), None, None, None,
             ctypes.c_void_p(y.data_ptr()),
-            *(ctypes.c_long(n) for n in (3, 13, 96, 32)), 4, is_exact, ctypes.c_long(2),
+            *(ctypes.c_long(n) for n in (3, 13, 96, 32)), ctypes.c_float(0.0), 4, is_exact, ctypes.c_long(2),
         )  # fmt: skip
         assert error(y.view(3, 13), exact(x.view(3, 96), tensor)) < 1.5e-2
         assert (taken[:3] == -7).all()
@@ -106,20 +107,20 @@ def test_what_is_not_finite_is_seen(value: float) -> None:
 def test_callers_do_not_disturb_each_other() -> None:
     tensors = [weight(4, 64, 128, 64, seed=seed) for seed in range(4)]
     packed, x = [pack_panels(t) for t in tensors], inputs_of(3, 128, torch.float32)
-    right = [panel_linear(x, p, num_threads=1) for p in packed]
+    right = [panel_linear(x, p, threads=1) for p in packed]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(50):
-            found = list(pool.map(lambda p: panel_linear(x, p, num_threads=3), packed))
+            found = list(pool.map(lambda p: panel_linear(x, p, threads=3), packed))
             assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
 def _in_a_child(queue: object) -> None:
-    y = panel_linear(inputs_of(2, 128, torch.float32), pack_panels(weight(4, 64, 128, 64)), num_threads=2)
+    y = panel_linear(inputs_of(2, 128, torch.float32), pack_panels(weight(4, 64, 128, 64)), threads=2)
     queue.put(y.tolist())  # type: ignore[attr-defined]
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
-    right = panel_linear(inputs_of(2, 128, torch.float32), pack_panels(weight(4, 64, 128, 64)), num_threads=2)
+    right = panel_linear(inputs_of(2, 128, torch.float32), pack_panels(weight(4, 64, 128, 64)), threads=2)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_a_child, args=(queue,))
@@ -130,7 +131,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def test_two_first_uses_at_once(tmp_path: Path) -> None:
-    code = "import torch; from grace_vlm.kernels.low_bit_cpu import library; library(); print('loaded')"
+    code = "import torch; from grace_vlm.kernels.cpu import library; library(); print('loaded')"
     environment = {
         "XDG_CACHE_HOME": str(tmp_path),
         "PATH": str(Path(str(shutil.which("cc") or shutil.which("gcc"))).parent),
@@ -171,8 +172,9 @@ def test_with_and_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Integers are exact: what has no VNNI computes the same bits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x, results = inputs_of(9, 256, torch.float32), []
-    for flags in (module.FLAGS, tuple(flag.replace("native", "x86-64-v3") for flag in module.FLAGS)):
-        monkeypatch.setattr(module, "FLAGS", flags)
+    for capability in ("", "avx2"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        assert ("-march=x86-64-v3" in module.flags()) == (capability == "avx2")
         library.cache_clear()
         results.append([panel_linear(x[:n], pack_panels(weight(b, 40, 256, 64))) for b in (4, 8) for n in (1, 9)])
     library.cache_clear()

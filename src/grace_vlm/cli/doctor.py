@@ -30,7 +30,7 @@ _PACKAGES = {
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output.")) -> None:
     import torch
 
-    from grace_vlm.kernels.low_bit_cpu import why_not
+    from grace_vlm.kernels.cpu import why_not
 
     versions = {}
     for name in _PACKAGES:

@@ -17,10 +17,11 @@ from torch import nn
 from grace_vlm.engine.linear import Linear, Weight, address, detached, num_bytes
 from grace_vlm.engine.vocabulary import Embeddings, Head, take_vocabulary
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels.cpu import missing
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.low_bit_cpu import missing, pack_panels, takes
+from grace_vlm.kernels.low_bit_cpu import pack_panels, takes
 from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 

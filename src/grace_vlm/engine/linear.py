@@ -50,10 +50,12 @@ class Linear:
     def _product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.weight, PackedLinear):
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
-        given = x if norm is None else rms_norm(x, norm)
         if isinstance(self.weight, PanelLinear):
-            y = panel_linear(given.float(), self.weight, bias=self.bias, exact=self.exact).to(x.dtype)
-        elif residual is not None and self.bias is None and x.is_cuda and not self.silu:
+            added = None if residual is None else residual.float()
+            y = panel_linear(x.float(), self.weight, norm=norm, bias=self.bias, residual=added, exact=self.exact)
+            return (gated(y) if self.silu else y).to(x.dtype)
+        given = x if norm is None else rms_norm(x, norm)
+        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
             return torch.addmm(residual, given, self.weight.t())  # one launch
         else:
             y = F.linear(given, self.weight, self.bias)

@@ -23,8 +23,9 @@ from torch import nn
 
 from grace_vlm.engine.linear import Linear, Weight, detached
 from grace_vlm.errors import ConfigError
+from grace_vlm.kernels.cpu import missing
 from grace_vlm.kernels.fragments import BLOCK, TILE
-from grace_vlm.kernels.low_bit_cpu import PanelLinear, missing, pack_panels, panel_rows
+from grace_vlm.kernels.low_bit_cpu import PanelLinear, pack_panels, panel_rows
 from grace_vlm.kernels.low_bit_linear import PackedLinear, pack_linear
 from grace_vlm.kernels.packed_rows import packed_rows
 from grace_vlm.quant.affine import quantize_tensor

@@ -1,7 +1,7 @@
 """What stands between the products of a decoder, row by row: norms, gates, rotation and the cache.
 
-Here are the calls and the references; ``decoder_rows_triton.py`` does the same on a GPU, a launch each. All round where
-a Transformers model rounds.
+Here are the calls and the references; ``decoder_rows_triton.py`` does the same on a GPU, a launch each, and
+``decoder_rows_cpu.py`` on a CPU in FP32. All round where a Transformers model rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels import decoder_rows_cpu, runs_triton
 from grace_vlm.kernels.cache_rows import put_rows
 from grace_vlm.kernels.heads import Heads
 
@@ -41,6 +41,13 @@ def gated(x: torch.Tensor) -> torch.Tensor:
         from grace_vlm.kernels.decoder_rows_triton import gated as fused
 
         return fused(x)
+    if decoder_rows_cpu.takes_gates(x):
+        return decoder_rows_cpu.gated(x)
+    return gated_reference(x)
+
+
+def gated_reference(x: torch.Tensor) -> torch.Tensor:
+    """The same in torch."""
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -63,6 +70,8 @@ def rotate_append(
         from grace_vlm.kernels.decoder_rows_triton import rotate_append as fused
 
         return fused(qkv, rotation, slots, keys, values, heads)
+    if decoder_rows_cpu.takes_heads(qkv, keys, values, heads):
+        return decoder_rows_cpu.rotate_append(qkv, rotation, slots, keys, values, heads)
     return rotate_append_reference(qkv, rotation, slots, keys, values, heads)
 
 

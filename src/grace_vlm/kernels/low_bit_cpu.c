@@ -9,58 +9,29 @@
 // Two ways to multiply. *Quantized* activations: a token's inputs become bytes, a scale for each group of the weight
 // (127 steps to the largest), products are exact integers, and a group's sum is scaled in FP32. *Exact*: codes become
 // FP32, so the result is that of FP32 arithmetic on q s, up to the order of sums.
-//
-// Threads take panels from a counter until none is left, so a core that others disturb takes fewer. They wait for work
-// some microseconds awake and then asleep.
-#define _GNU_SOURCE  // sched_getcpu
-#include <immintrin.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
+#include "cpu.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 #define ROWS 16
 #define SLAB 32
 #define AHEAD 2048    // bytes of weights asked for before they are needed: over the end of a page the hardware does not
-#define AWAKE 4000    // looks at the counter before a thread sleeps: some 40 microseconds
-#define MOST 256      // threads
+#define TOKENS (LANES / 2)  // of a block: they share decoded weights
+#define PARTS (ROWS / LANES)
 #define SHARED 16     // tokens whose inputs become bytes on all threads
-#define ALWAYS static inline __attribute__((always_inline))
 
 typedef struct {
     const uint8_t *codes;
-    const float *scale, *x, *bias;
+    const float *scale, *x, *norm, *bias, *residual;
     float *y;
+    float epsilon;
+    float *normal;   // (tokens, inputs) after the norm
     int8_t *bytes;   // of inputs, by blocks of tokens: [fours of inputs][token of the block][4]
     float *steps;    // by blocks too: [group][token], what a byte of the group is worth
     int32_t *start;  // likewise: what a sum of products starts with, to undo what was added to codes
     long tokens, rows, inputs, groups, group;
     int bits;
 } Job;
-
-// ---- vectors: LANES rows of 32 bits
-
-// NARROW is for tests: 256 bits and VNNI, as processors without AVX-512 have them.
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(NARROW)
-#define LANES 16
-#define TOKENS 8  // of a block: they share decoded weights
-typedef __m512i Ints;
-typedef __m512 Floats;
-#define OP(name) _mm512_##name
-ALWAYS Ints load(const void *from) { return _mm512_loadu_si512(from); }
-ALWAYS Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
-#else
-#define LANES 8
-#define TOKENS 4
-typedef __m256i Ints;
-typedef __m256 Floats;
-#define OP(name) _mm256_##name
-ALWAYS Ints load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
-ALWAYS Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
-#endif
-#define PARTS (ROWS / LANES)
 
 ALWAYS Ints zeros(void) { return both(OP(set1_epi32)(0), OP(set1_epi32)(0)); }
 ALWAYS Ints lower(Ints v) { return both(v, OP(set1_epi8)(15)); }
@@ -85,15 +56,9 @@ ALWAYS Ints four(const int8_t *bytes) {
 #else
 #define VNNI 0
 #endif
-#define ADDED(bits) ((bits) == 4 ? 8 : VNNI ? 128 : 0)  // to codes, so that they are unsigned
+#define ADDED(bits) ((bits) == 4 ? 8u : VNNI ? 128u : 0u)  // to codes, so that they are unsigned
 
 // ---- quantized activations
-
-ALWAYS float total(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 ALWAYS long tokens_of(const Job *job, long block) {
     return job->tokens - block < TOKENS ? job->tokens - block : TOKENS;
@@ -101,9 +66,10 @@ ALWAYS long tokens_of(const Job *job, long block) {
 
 // One token: its bytes, what they are worth and what its sums start with. What is not finite makes its group's worth
 // NaN, and so every output of the token.
-static void quantize(const Job *job, long token) {
+static void quantize(const void *given, long token) {
+    const Job *job = given;
     const long block = token / TOKENS * TOKENS, count = tokens_of(job, block), at = token - block;
-    const float *x = job->x + token * job->inputs;
+    const float *x = job->normal + token * job->inputs;
     int8_t *out = job->bytes + block * job->inputs + 4 * at;
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -130,11 +96,11 @@ static void quantize(const Job *job, long token) {
             _mm256_storeu_si256((__m256i *)words, _mm256_permutevar8x32_epi32(mixed, in_order));
             for (int i = 0; i < 8; ++i) memcpy(out + 4 * i * count, words + i, 4);
         }
-        int32_t of_sum[8], all = 0;
+        uint32_t of_sum[8], all = 0;  // of what is not finite it overflows
         _mm256_storeu_si256((__m256i *)of_sum, sum);
         for (int lane = 0; lane < 8; ++lane) all += of_sum[lane];
-        job->steps[block * job->groups + g * count + at] = size / 127.0f + total(zero);
-        job->start[block * job->groups + g * count + at] = -ADDED(job->bits) * all;
+        job->steps[block * job->groups + g * count + at] = size / 127.0f + total_of_8(zero);
+        job->start[block * job->groups + g * count + at] = (int32_t)-(ADDED(job->bits) * all);
     }
 }
 
@@ -183,18 +149,21 @@ ALWAYS void slab(Ints (*sum)[TOKENS][CHAINS], const uint8_t *codes, const int8_t
 }
 #endif
 
-// Rows ``first`` to ``first`` + LANES of a panel of one token.
+// Rows ``first`` to ``first`` + LANES of a panel of one token, with what is added to them.
 ALWAYS void put(const Job *job, long panel, int first, long token, Floats v) {
     const long row = panel * ROWS + first, left = job->rows - row;
     float *y = job->y + token * job->rows + row;
+    const float *bias = job->bias ? job->bias + row : 0;
+    const float *residual = job->residual ? job->residual + token * job->rows + row : 0;
     float own[LANES];
     if (left >= LANES) {
-        if (job->bias) v = OP(add_ps)(v, OP(loadu_ps)(job->bias + row));
+        if (bias) v = OP(add_ps)(v, OP(loadu_ps)(bias));
+        if (residual) v = OP(add_ps)(v, OP(loadu_ps)(residual));
         OP(storeu_ps)(y, v);
         return;
     }
     OP(storeu_ps)(own, v);
-    for (long r = 0; r < left; ++r) y[r] = own[r] + (job->bias ? job->bias[row + r] : 0.0f);
+    for (long r = 0; r < left; ++r) y[r] = own[r] + (bias ? bias[r] : 0.0f) + (residual ? residual[r] : 0.0f);
 }
 
 // ``parts`` vectors of a panel's rows from row ``first`` on for ``count`` tokens.
@@ -250,7 +219,7 @@ ALWAYS void tile_exact(const Job *job, long panel, int first, long token, const 
                        const int bits) {
     const int chains = count * parts <= 2 ? CHAINS : count * parts <= 4 ? 2 : 1;
     const uint8_t *codes = job->codes + panel * job->inputs / SLAB * bits * 64 + first * 4;
-    const float *x = job->x + token * job->inputs, *scale = job->scale + panel * job->groups * ROWS + first;
+    const float *x = job->normal + token * job->inputs, *scale = job->scale + panel * job->groups * ROWS + first;
     Floats all[PARTS][TOKENS];
     for (int p = 0; p < parts; ++p)
         for (int t = 0; t < count; ++t) all[p][t] = OP(setzero_ps)();
@@ -301,7 +270,8 @@ ALWAYS void tile_exact(const Job *job, long panel, int first, long token, const 
 #define MORE(what)
 #endif
 #define PANEL(name, what)                                                                                \
-    static void name(const Job *job, long panel) {                                                       \
+    static void name(const void *given, long panel) {                                                    \
+        const Job *job = given;                                                                          \
         for (long token = 0; token < job->tokens; token += TOKENS) switch (tokens_of(job, token)) {      \
                 CASE(what, 1) CASE(what, 2) CASE(what, 3) CASE(what, 4) MORE(what)                       \
             }                                                                                            \
@@ -309,151 +279,29 @@ ALWAYS void tile_exact(const Job *job, long panel, int first, long token, const 
 PANEL(quantized, tile_quantized)
 PANEL(exact, tile_exact)
 
-// ---- threads
-
-typedef struct {
-    pthread_mutex_t lock;
-    pthread_cond_t work;
-    atomic_long round, next, inside;
-    atomic_int is_open;
-    long last, hired, wanted;
-    void (*part)(const Job *, long);
-    const Job *job;
-    atomic_int cpu[MOST];  // of the caller and of each member
-} Team;
-static Team team = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
-static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
-
-// A quarter of a fair share of what is left: long stretches of memory first, short ones at the end.
-static void take(void) {
-    long first = atomic_load(&team.next);
-    while (first < team.last) {
-        const long share = (team.last - first) / (4 * (team.wanted + 1)), size = share > 1 ? share : 1;
-        if (!atomic_compare_exchange_weak(&team.next, &first, first + size)) continue;
-        for (long panel = first; panel < first + size && panel < team.last; ++panel) team.part(team.job, panel);
-        first = atomic_load(&team.next);
-    }
+static void normalise(const void *given, long token) {
+    const Job *job = given;
+    rms_row(job->x + token * job->inputs, job->norm, job->epsilon, job->inputs, job->normal + token * job->inputs);
 }
 
-// Linux may wake a thread on the processor of the one that waits for it, and leaves both there for milliseconds, though
-// another is idle. So whoever finds an earlier member where it is goes elsewhere.
-static void spread(long number) {
-#ifdef __linux__
-    const int here = sched_getcpu();
-    int is_alone = 1;
-    for (long n = 0; n < number; ++n) is_alone &= atomic_load(&team.cpu[n]) != here;
-    cpu_set_t allowed, free;
-    if (!is_alone && !sched_getaffinity(0, sizeof allowed, &allowed)) {
-        free = allowed;
-        for (long n = 0; n < number; ++n)
-            if (atomic_load(&team.cpu[n]) >= 0) CPU_CLR(atomic_load(&team.cpu[n]), &free);
-        if (CPU_COUNT(&free) && !sched_setaffinity(0, sizeof free, &free)) sched_setaffinity(0, sizeof allowed, &allowed);
-    }
-    atomic_store(&team.cpu[number], sched_getcpu());
-#else
-    (void)number;
-#endif
-}
-
-typedef struct {
-    long number, seen;
-} Start;
-
-static void *member(void *given) {
-    const long number = ((Start *)given)->number;
-    long seen = ((Start *)given)->seen;
-    free(given);
-    for (;;) {
-        for (int look = 0; look < AWAKE && atomic_load(&team.round) == seen; ++look) _mm_pause();
-        if (atomic_load(&team.round) == seen) {
-            pthread_mutex_lock(&team.lock);
-            while (atomic_load(&team.round) == seen) pthread_cond_wait(&team.work, &team.lock);
-            pthread_mutex_unlock(&team.lock);
-        }
-        seen = atomic_load(&team.round);
-        // Whoever is inside while it is open may read the team's job; who comes too late is not waited for.
-        atomic_fetch_add(&team.inside, 1);
-        if (atomic_load(&team.is_open) && number <= team.wanted) {
-            spread(number);
-            take();
-        }
-        atomic_fetch_sub(&team.inside, 1);
-    }
-    return 0;
-}
-
-// A child of fork() has none of its parent's threads.
-static void forget(void) {
-    pthread_mutex_init(&team.lock, 0);
-    pthread_cond_init(&team.work, 0);
-    pthread_mutex_init(&one_caller, 0);
-    team.hired = 0;
-    atomic_store(&team.inside, 0);
-    atomic_store(&team.is_open, 0);
-}
-
-static void hire(long wanted) {
-    static int is_told = 0;
-    if (!is_told) is_told = !pthread_atfork(0, 0, forget);
-    while (team.hired < wanted) {
-        pthread_t thread;
-        Start *start = malloc(sizeof *start);
-        if (!start) return;
-        *start = (Start){team.hired + 1, atomic_load(&team.round)};
-        atomic_store(&team.cpu[team.hired + 1], -1);
-        if (pthread_create(&thread, 0, member, start)) {
-            free(start);
-            return;
-        }
-        pthread_detach(thread);
-        ++team.hired;
-    }
-}
-
-// The caller works too; it leaves when all parts are done.
-static void run(const Job *job, void (*part)(const Job *, long), long parts, long num_threads) {
-    if (num_threads > MOST) num_threads = MOST;
-    if (num_threads <= 1 || parts <= 1) {
-        for (long n = 0; n < parts; ++n) part(job, n);
-        return;
-    }
-    pthread_mutex_lock(&one_caller);
-    hire(num_threads - 1);
-    team.job = job;
-    team.part = part;
-    team.last = parts;
-    team.wanted = num_threads - 1;
-    atomic_store(&team.next, 0);
-    spread(0);
-    atomic_store(&team.is_open, 1);
-    pthread_mutex_lock(&team.lock);
-    atomic_fetch_add(&team.round, 1);
-    pthread_cond_broadcast(&team.work);
-    pthread_mutex_unlock(&team.lock);
-    take();
-    atomic_store(&team.is_open, 0);
-    while (atomic_load(&team.inside)) sched_yield();
-    pthread_mutex_unlock(&one_caller);
-}
-
-// y (tokens, rows) = x (tokens, inputs) W^T + bias. Returns 0, or 1 if there is no memory. ``group`` divides ``inputs``
-// and is a multiple of 32.
-int low_bit_linear(const uint8_t *codes, const float *scale, const float *x, const float *bias, float *y, long tokens,
-                   long rows, long inputs, long group, int bits, int is_exact, long num_threads) {
+// y (tokens, rows) = rms_norm(x) W^T + bias + residual; norm (inputs,), bias (rows,) and residual (tokens, rows) may be
+// null. Returns 0, or 1 if there is no memory. ``group`` divides ``inputs`` and is a multiple of 32.
+int low_bit_linear(const uint8_t *codes, const float *scale, const float *x, const float *norm, const float *bias,
+                   const float *residual, float *y, long tokens, long rows, long inputs, long group, float epsilon,
+                   int bits, int is_exact, long num_threads) {
     if (tokens <= 0 || rows <= 0) return 0;
-    Job job = {codes, scale, x, bias, y, 0, 0, 0, tokens, rows, inputs, inputs / group, group, bits};
-    const long panels = (rows + ROWS - 1) / ROWS;
-    if (is_exact) {
-        run(&job, exact, panels, num_threads);
-        return 0;
-    }
-    const size_t numbers = (size_t)tokens * job.groups;
-    job.steps = malloc(2 * numbers * sizeof(float) + (size_t)tokens * inputs);
-    if (!job.steps) return 1;
+    Job job = {codes, scale, x, norm, bias, residual, y, epsilon, 0, 0, 0, 0, tokens, rows, inputs, inputs / group, group, bits};
+    const long panels = (rows + ROWS - 1) / ROWS, threads_of_rows = tokens < SHARED ? 1 : num_threads;
+    const size_t wide = norm ? (size_t)tokens * inputs : 0, numbers = is_exact ? 0 : (size_t)tokens * job.groups;
+    float *memory = malloc((wide + 2 * numbers) * sizeof(float) + (is_exact ? 0 : (size_t)tokens * inputs) + 1);
+    if (!memory) return 1;
+    job.normal = norm ? memory : (float *)x;
+    job.steps = memory + wide;
     job.start = (int32_t *)(job.steps + numbers);
     job.bytes = (int8_t *)(job.start + numbers);
-    run(&job, quantize, tokens, tokens < SHARED ? 1 : num_threads);
-    run(&job, quantized, panels, num_threads);
-    free(job.steps);
+    if (norm) run(&job, normalise, tokens, threads_of_rows);
+    if (!is_exact) run(&job, quantize, tokens, threads_of_rows);
+    run(&job, is_exact ? exact : quantized, panels, num_threads);
+    free(memory);
     return 0;
 }

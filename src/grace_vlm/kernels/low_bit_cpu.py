@@ -1,44 +1,30 @@
-"""The linear layer of 4 or 8 bits on a CPU: one C file, compiled where it runs, called through ctypes.
+"""The linear layer of 4 or 8 bits on a CPU (low_bit_cpu.c).
 
-    pack_panels(QuantizedTensor)            once: panels of sixteen rows (low_bit_cpu.c draws them)
-    panel_linear(x, packed)                 FP32 in and out; activations become bytes, a scale a token and group
-    panel_linear(x, packed, exact=True)     FP32 arithmetic on q s
-    panel_rows(packed, ids)                 single rows, where a head is an embedding too
-
-The compiled library is kept by the hash of source, flags and processor (``XDG_CACHE_HOME/grace_vlm/cpu``, else
-``~/.cache``): it is made for the processor it was compiled on, and two processes that compile at once write the same
-file.
+pack_panels(QuantizedTensor)            once: panels of sixteen rows (low_bit_cpu.c draws them)
+panel_linear(x, packed)                 FP32 in and out; activations become bytes, a scale a token and group
+panel_linear(x, packed, exact=True)     FP32 arithmetic on q s
+panel_rows(packed, ids)                 single rows, where a head is an embedding too
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import cache_folder, replacing
+from grace_vlm.kernels.cpu import address, library, longs, num_threads
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
 
+if TYPE_CHECKING:
+    from grace_vlm.kernels.decoder_rows import Norm
+
 ROWS, SLAB = 16, 32
 """Rows of a panel, and inputs that lie together in it."""
-FLAGS = ("-O2", "-fpeel-loops", "-march=native", "-std=gnu11", "-pthread", "-shared", "-fPIC")
-TEXT = Path(__file__).with_name("low_bit_cpu.c")
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,8 @@ class PanelLinear:
 
     Args:
         codes: uint8 (panels, slabs, chunks, 16, 4), a chunk for every bit; rows that fill up a panel mean 0.
-            group_size: inputs of a scale. scale: FP32 (panels, groups, 16). out_features, in_features: of the layer, nothing filled up.
+        group_size: inputs of a scale. scale: FP32 (panels, groups, 16).
+        out_features, in_features: of the layer, nothing filled up.
     """
 
     codes: torch.Tensor
@@ -97,115 +84,28 @@ def pack_panels(tensor: QuantizedTensor) -> PanelLinear:
     return PanelLinear(packed.contiguous(), panels, bits, group, out_features, in_features)
 
 
-def why_not() -> str | None:
-    """What this machine lacks for it; None: nothing."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"the processor is {platform.machine()}, not x86-64"
-    if not torch.cpu._is_avx2_supported():
-        return "the processor has no AVX2"
-    if _compiler() is None:
-        return "there is no C compiler (cc or gcc)"
-    return None
-
-
-def _compiler() -> str | None:
-    return shutil.which("cc") or shutil.which("gcc")
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled file.
-
-    Raises:
-        ConfigError: this machine lacks something, or its compiler fails.
-    """
-    if reason := why_not():
-        raise ConfigError(f"no INT4 kernel on this CPU: {reason}")
-    folder = cache_folder() / "cpu"
-    said = [TEXT.read_text(encoding="utf-8"), *FLAGS, str(_compiler()), _processor()]
-    path = folder / f"{hashlib.sha256(chr(10).join(said).encode()).hexdigest()[:32]}.so"
-    return ctypes.CDLL(str(path if path.is_file() else _compile(path)))
-
-
-@functools.cache
-def missing() -> str | None:
-    """As ``why_not``, after the file was compiled and loaded."""
-    try:
-        library()
-    except (ConfigError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _processor() -> str:
-    """What ``-march=native`` looks at."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-    return platform.processor()
-
-
-def _compile(path: Path) -> Path:
-    """The library at ``path``, or where no file can be written there in a folder of this process."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        path = Path(tempfile.mkdtemp()) / path.name
-    with replacing(path) as made:
-        command = [str(_compiler()), *FLAGS, str(TEXT), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise ConfigError(f"no INT4 kernel on this CPU: {' '.join(result.stderr.split())[:300]}")
-    return path
-
-
-_lock = threading.Lock()
-_inside, _team = 0, 0
-"""How many are in ``alone``, and how many threads torch had before."""
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Torch's own operators run on one thread in here, ``panel_linear`` on as many as torch had: torch's threads wait
-    awake for the next small operator, on the cores that this file's are about to need.
-
-    Torch has one number for a process: a thread that first uses torch meanwhile keeps to one. Several may be in here at
-    once; the last one out gives the number back.
-    """
-    global _inside, _team
-    with _lock:
-        if not _inside:
-            _team = torch.get_num_threads()
-        _inside += 1
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            torch.set_num_threads(1 if _inside else _team)
-
-
 def panel_linear(
     x: torch.Tensor,
     packed: PanelLinear,
     *,
+    norm: Norm | None = None,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     exact: bool = False,
-    num_threads: int | None = None,
+    threads: int | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias.
+    """rms_norm(x) W^T + bias + residual.
 
     Args:
-        x: (..., in) FP32. bias: (out,) FP32.
+        x: (..., in) FP32. norm: weight (in,). bias: (out,). residual: (..., out). All FP32.
         exact: FP32 arithmetic on q s; else activations are rounded to 127 steps of the largest of their group.
-        num_threads: torch's if None, see ``alone``.
+        threads: see ``cpu.num_threads``.
 
     Returns:
         (..., out) FP32.
 
     Raises:
-        ConfigError: another dtype or width; no kernel here (``why_not``).
+        ConfigError: another dtype or width; no kernel here (``cpu.why_not``).
     """
     if x.dtype != torch.float32 or x.shape[-1] != packed.in_features:
         raise ConfigError(
@@ -214,13 +114,16 @@ def panel_linear(
         )
     flat = x.reshape(-1, packed.in_features).contiguous()
     out = torch.empty(len(flat), packed.out_features)
-    added = None if bias is None else bias.float().contiguous()
+    parts = (None if norm is None else norm.weight, bias, residual)
+    added = (None if part is None else part.float().contiguous() for part in parts)
+    kept = (packed.codes, packed.scale, flat, *added, out)  # named, so that copies live while their addresses are used
     status = library().low_bit_linear(
-        *(_address(tensor) for tensor in (packed.codes, packed.scale, flat, added, out)),
-        *(ctypes.c_long(n) for n in (len(flat), packed.out_features, packed.in_features, packed.group_size)),
+        *map(address, kept),
+        *longs(len(flat), packed.out_features, packed.in_features, packed.group_size),
+        ctypes.c_float(norm.epsilon if norm else 0.0),
         packed.num_bits,
         int(exact),
-        ctypes.c_long(num_threads or (_team if _inside else torch.get_num_threads())),
+        *longs(threads or num_threads()),
     )
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
@@ -233,7 +136,3 @@ def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
     panel, row = ids // ROWS, ids % ROWS
     codes = packed.codes[panel, :, :, row].view(torch.int8).flatten(1)
     return dequantize(codes, packed.scale[panel, :, row], torch.float32)
-
-
-def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

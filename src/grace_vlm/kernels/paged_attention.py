@@ -3,7 +3,8 @@
     qkv (B, (H + 2 KV) D) --norm of q and k, rotation--> q (B, H, D), k --append--> cache
     out_h = sum_t softmax_t(q_h . k_t / sqrt(D)) v_t        t over the request's tokens and the new one
 
-Here are the call and the reference; ``paged_attention_triton.py`` does it on a GPU.
+Here are the call and the reference; ``paged_attention_triton.py`` does it on a GPU,
+``decoder_rows_cpu.py`` on a CPU in FP32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from grace_vlm.kernels import runs_triton
+from grace_vlm.kernels import decoder_rows_cpu, runs_triton
 from grace_vlm.kernels.cache_rows import read_rows
 from grace_vlm.kernels.decoder_rows import rotate_append_reference
 from grace_vlm.kernels.heads import BLOCK, Heads
@@ -45,6 +46,8 @@ def paged_attention(
         lengths: (B,) int32, tokens that a request has there already; the new one goes behind them.
         splits: shares of the context, a power of two.
     """
+    if decoder_rows_cpu.takes_heads(qkv, keys, values, heads):
+        return decoder_rows_cpu.paged_attention(qkv, rotation, keys, values, table, lengths, heads, page_tokens)
     if not runs_triton(qkv):
         return paged_attention_reference(qkv, rotation, keys, values, table, lengths, heads, page_tokens)
     from grace_vlm.kernels.paged_attention_triton import decode

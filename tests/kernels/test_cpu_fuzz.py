@@ -1,4 +1,4 @@
-"""The CPU kernel's file under sanitizers, against FP64, in each of its three forms (fuzz_low_bit_cpu.c)."""
+"""The CPU's kernels under sanitizers, against FP64, in each of their three forms (fuzz_cpu.c)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_vlm.kernels.low_bit_cpu import TEXT, why_not
+from grace_vlm.kernels.cpu import TEXTS, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 FORMS = {
@@ -22,9 +22,9 @@ FORMS = {
 def fuzz(folder: Path, flags: tuple[str, ...], sanitizers: str, cases: int) -> None:
     """Compile and run; a wrong output, a byte beside the memory, a data race or a leak fails."""
     compiler = shutil.which("cc") or shutil.which("gcc")
-    program, text = folder / "fuzz", Path(__file__).with_name("fuzz_low_bit_cpu.c")
+    program, text = folder / "fuzz", Path(__file__).with_name("fuzz_cpu.c")
     command = [str(compiler), "-O1", "-g", *flags, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{TEXT.parent}", str(text), "-lm"]
+    command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", str(text), *map(str, TEXTS), "-lm"]
     compiled = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     if compiled.returncode and any(name in compiled.stderr for name in ("-lasan", "-lubsan", "-ltsan")):
         pytest.skip("this compiler has no sanitizers")
