@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from grace_vlm.kernels.int4pack import int4pack_linear, pack_int4
 from grace_vlm.kernels.low_bit_cpu import PanelLinear, pack_panels, panel_linear
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
@@ -26,9 +28,6 @@ from grace_vlm.quant.scheme import QuantizedTensor
 Outputs = Sequence[torch.Tensor]
 Run = Callable[[], Outputs]
 Passes = Callable[[torch.Tensor], Run]
-
-INT4PACK_INNER_TILES = 2
-"""An argument that the operator checks and a CPU does not use."""
 
 
 def ours(tensors: Sequence[QuantizedTensor], num_threads: int, exact: bool) -> Passes:
@@ -44,23 +43,13 @@ def ours_fp32(tensors: Sequence[QuantizedTensor], num_threads: int) -> Passes:
     return ours(tensors, num_threads, exact=True)
 
 
-def int4pack_tensors(tensor: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed codes, BF16 (groups, out, 2) of scale and zero): the operator's weight is (u - 8) scale + zero."""
-    scale = tensor.scale.to(torch.bfloat16)
-    scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
-    unsigned = tensor.codes.int() + 8
-    return torch._convert_weight_to_int4pack_for_cpu(unsigned, INT4PACK_INNER_TILES), scales_and_zeros
-
-
 def torch_int4pack(tensors: Sequence[QuantizedTensor], num_threads: int) -> Passes:
     torch.set_num_threads(num_threads)
-    group = tensors[0].scheme.group_size
-    packed = [int4pack_tensors(tensor) for tensor in tensors]
+    packed = [pack_int4(replace(tensor, scale=tensor.scale.bfloat16())) for tensor in tensors]
 
     def passes(x: torch.Tensor) -> Run:
         rounded = x.bfloat16()
-        multiply = torch._weight_int4pack_mm_for_cpu
-        return lambda: [multiply(rounded, codes, group, scales) for codes, scales in packed]
+        return lambda: [int4pack_linear(rounded, one) for one in packed]
 
     return passes
 

@@ -72,12 +72,6 @@ def test_bytes_of_onnx_and_openvino_by_hand(weights: list[bench.QuantizedTensor]
     assert torch.equal(torch.where(signed > 7, signed - 16, signed), codes)
 
 
-def test_int4pack_by_hand(weights: list[bench.QuantizedTensor]) -> None:
-    _, scales_and_zeros = cpu_peers.int4pack_tensors(weights[1])
-    assert torch.equal(scales_and_zeros[..., 0].T, weights[1].scale.bfloat16())
-    assert not scales_and_zeros[..., 1].any()
-
-
 def test_the_copy_that_is_wrong_is_named(weights: list[bench.QuantizedTensor]) -> None:
     x = torch.randn(4, SHAPE.in_features, generator=torch.Generator().manual_seed(2))
     right = bench.products(weights, x)

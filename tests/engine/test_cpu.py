@@ -16,6 +16,7 @@ from grace_vlm.engine.layers import linears_of
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.kernels.cpu import why_not
+from grace_vlm.kernels.int4pack import Int4PackLinear
 from grace_vlm.kernels.low_bit_cpu import PanelLinear
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.quant.affine import dequantize, quantize_tensor
@@ -60,13 +61,30 @@ def test_codes_answer_as_their_weights_do(family: str, bits: int) -> None:
     assert 1e-6 < max(away) < 0.1, "bytes are near, and not the same"
 
 
-def test_a_machine_without_the_kernel_multiplies_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_has_torchs_operator(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     loaded, codes = on_a_grid("tiny", 4)
     right = LLM(copy.deepcopy(loaded), "cpu", EXACT, codes).generate(TEXTS, sampling=PARAMS)
     monkeypatch.setattr(layers, "missing", lambda: "there is no C compiler")
-    plain = LLM(loaded, "cpu", None, codes)
+    layers._say_once.cache_clear()
+    plain, torchs = (LLM(copy.deepcopy(loaded), "cpu", options, codes) for options in (EXACT, None))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "there is no C compiler: 4-bit weights run by torch's own operator in BF16, or in FP32 with "
+        "cpu_activations=fp32; others in FP32"
+    ]
     assert isinstance(plain.engine.weights.layers[0].down.weight, torch.Tensor)
     assert [a.token_ids for a in plain.generate(TEXTS, sampling=PARAMS)] == [a.token_ids for a in right]
+    weights = torchs.engine.weights
+    assert all(isinstance(linear.weight, Int4PackLinear) for linear in linears_of(weights.layers[0]))
+    assert weights.num_bytes < plain.engine.weights.num_bytes
+    answers = torchs.generate(TEXTS, sampling=PARAMS)
+    away = [abs(a.choices[0].logprob - b.choices[0].logprob) for a, b in zip(answers, right, strict=True)]
+    assert 1e-6 < max(away) < 0.1, "BF16 is near, and not the same"
+    # 8 bits are not for it.
+    loaded, codes = on_a_grid("tiny", 8)
+    assert isinstance(LLM(loaded, "cpu", None, codes).engine.weights.layers[0].down.weight, torch.Tensor)
 
 
 def test_a_request_is_the_same_to_the_last_bit_beside_others() -> None:

@@ -46,7 +46,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
         "cpu": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "gpu": ", ".join(gpus) or "none: training and evaluation run on the CPU in FP32",
-        "low_bit_on_cpu": f"{reason}: weights are multiplied in FP32"
+        "low_bit_on_cpu": f"{reason}: torch's own operator for 4 bits, in BF16; other weights in FP32"
         if (reason := why_not())
         else "a kernel from codes",
         "free_disk_gib": round(shutil.disk_usage(".").free / (1 << 30), 1),

@@ -171,7 +171,7 @@ class Engine:
         )
         in_panels = all(isinstance(weight, PanelLinear) for weight in own.products)
         self._team = alone if in_panels else contextlib.nullcontext
-        """In which products of few rows run fastest: beside the CPU's low-bit kernel no other threads are to be awake."""
+        """In which products of few rows run fastest: beside the CPU's low-bit kernel no others are to be awake."""
         self._is_ahead = on_gpu and not self.drafter.most
         """Whether a step is launched before the last one is read: on a CPU that would only cost, and a draft follows
         what was read."""

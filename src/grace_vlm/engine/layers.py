@@ -7,6 +7,8 @@ product in the model's dtype. The model's own layers are let go, so that no weig
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +23,9 @@ from grace_vlm.kernels.cpu import missing
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.fragments import has_kernel
 from grace_vlm.kernels.heads import Heads
+from grace_vlm.kernels.int4pack import pack_int4, takes_int4pack
 from grace_vlm.kernels.low_bit_cpu import pack_panels, takes
-from grace_vlm.kernels.low_bit_linear import interleaved, joined, pack_linear
+from grace_vlm.kernels.low_bit_linear import PackedLinear, interleaved, joined, pack_linear
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
@@ -166,7 +169,7 @@ def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor], rows
 
     def linear(parts: Sequence[tuple[str, nn.Linear]], silu: bool = False) -> Linear:
         names, modules = [f"{name}.{part}" for part, _ in parts], [module for _, module in parts]
-        return replace(_linear(names, modules, quantized, silu), rows=rows, exact=exact)
+        return replace(_linear(names, modules, quantized, silu, exact), rows=rows, exact=exact)
 
     return Layer(
         attention_norm=_norm(layer.input_layernorm),
@@ -181,22 +184,44 @@ def _layer(layer: Any, name: str, quantized: Mapping[str, QuantizedTensor], rows
 
 
 def _linear(
-    names: Sequence[str], modules: Sequence[nn.Linear], quantized: Mapping[str, QuantizedTensor], silu: bool
+    names: Sequence[str],
+    modules: Sequence[nn.Linear],
+    quantized: Mapping[str, QuantizedTensor],
+    silu: bool,
+    exact: bool,
 ) -> Linear:
     """Modules of one input as one product; packed if all of them are quantized alike and a kernel takes them."""
     biases = [module.bias for module in modules]
     assert len({bias is None for bias in biases}) == 1, "layers that are one product have biases together"
     bias = None if biases[0] is None else torch.cat([detached(b) for b in biases])  # type: ignore[misc]
-    device = modules[0].weight.device
-    runs_low_bit = device.type == "cuda" or (device.type == "cpu" and missing() is None)
-    tensors = [quantized[name] for name in names] if runs_low_bit and all(name in quantized for name in names) else []
-    taken = has_kernel if device.type == "cuda" else takes
-    if tensors and all(tensor.scheme == tensors[0].scheme and taken(tensor) for tensor in tensors):
-        if device.type == "cpu":
-            return Linear(pack_panels(joined(tensors)), bias, silu)
-        assert not silu or bias is None
-        return Linear(pack_linear(interleaved(*tensors) if silu else joined(tensors), device), bias, silu)
+    if all(name in quantized for name in names):
+        tensors = [quantized[name] for name in names]
+        if all(tensor.scheme == tensors[0].scheme for tensor in tensors):
+            packed = _packed(tensors, modules[0].weight.device, silu, exact)
+            assert not (silu and bias is not None and isinstance(packed, PackedLinear))
+            if packed is not None:
+                return Linear(packed, bias, silu)
     return Linear(torch.cat([module.weight.detach() for module in modules]), bias, silu)
+
+
+def _packed(tensors: list[QuantizedTensor], device: torch.device, silu: bool, exact: bool) -> Weight | None:
+    """One weight for all of ``tensors``, in the form of the device's kernel; None if there is none for them."""
+    if device.type == "cuda" and all(map(has_kernel, tensors)):
+        return pack_linear(interleaved(*tensors) if silu else joined(tensors), device)
+    if device.type != "cpu":
+        return None
+    if reason := missing():
+        _say_once(reason)
+        return pack_int4(joined(tensors)) if not exact and all(map(takes_int4pack, tensors)) else None
+    return pack_panels(joined(tensors)) if all(map(takes, tensors)) else None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logging.getLogger("grace_vlm").warning(
+        "%s: 4-bit weights run by torch's own operator in BF16, or in FP32 with cpu_activations=fp32; others in FP32",
+        reason,
+    )
 
 
 def _norm(module: Any) -> Norm:

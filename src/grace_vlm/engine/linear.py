@@ -1,7 +1,7 @@
 """A product of the decoder, dense or packed, with the norm before it and what is added after.
 
 Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``, on a CPU in panels by
-``kernels/low_bit_cpu.py``.
+``kernels/low_bit_cpu.py``, or without a compiler by torch's own operator (``kernels/int4pack.py``).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
+from grace_vlm.kernels.int4pack import Int4PackLinear, int4pack_linear
 from grace_vlm.kernels.low_bit_cpu import PanelLinear, panel_linear
 from grace_vlm.kernels.low_bit_linear import PackedLinear, low_bit_linear
 
-Weight = torch.Tensor | PackedLinear | PanelLinear
+Weight = torch.Tensor | PackedLinear | PanelLinear | Int4PackLinear
 """(out, in), in the forms that something multiplies."""
 
 
@@ -55,7 +56,10 @@ class Linear:
             y = panel_linear(x.float(), self.weight, norm=norm, bias=self.bias, residual=added, exact=self.exact)
             return (gated(y) if self.silu else y).to(x.dtype)
         given = x if norm is None else rms_norm(x, norm)
-        if residual is not None and self.bias is None and x.is_cuda and not self.silu:
+        if isinstance(self.weight, Int4PackLinear):
+            y = int4pack_linear(given, self.weight).to(x.dtype)
+            y = y if self.bias is None else y + self.bias
+        elif residual is not None and self.bias is None and x.is_cuda and not self.silu:
             return torch.addmm(residual, given, self.weight.t())  # one launch
         else:
             y = F.linear(given, self.weight, self.bias)
@@ -68,7 +72,7 @@ def address(weight: Weight) -> int:
     """Of its memory: one number for tied weights."""
     if isinstance(weight, PackedLinear):
         return weight.words.data_ptr()
-    return weight.codes.data_ptr() if isinstance(weight, PanelLinear) else weight.data_ptr()
+    return weight.data_ptr() if isinstance(weight, torch.Tensor) else weight.codes.data_ptr()
 
 
 def num_bytes(weight: Weight) -> int:

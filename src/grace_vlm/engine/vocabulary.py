@@ -53,6 +53,7 @@ class Embeddings:
             return packed_rows(self.weight, ids, self.dtype)
         if isinstance(self.weight, PanelLinear):
             return panel_rows(self.weight, ids).to(self.dtype)
+        assert isinstance(self.weight, torch.Tensor)
         return self.weight[ids]
 
     @property
