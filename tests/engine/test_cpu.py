@@ -61,6 +61,27 @@ def test_codes_answer_as_their_weights_do(family: str, bits: int) -> None:
     assert 1e-6 < max(away) < 0.1, "bytes are near, and not the same"
 
 
+@pytest.mark.parametrize("family", ["tiny", "qwen2_vl", "llava"])
+def test_all_layers_in_one_call(family: str) -> None:
+    """As layer by layer from Python: norms of heads, biases, one row and several."""
+    loaded, codes = on_a_grid(family, 4)
+    engine = LLM(loaded, "cpu", EXACT, codes).engine
+    weights, step = engine.weights, engine.decode
+    assert step._in_one_call is not None
+    for rows in (1, 4):
+        x = torch.randn(rows, weights.width)
+        step._table[:rows, :3] = torch.arange(rows * 3).view(rows, 3)
+        step._lengths[:rows] = torch.tensor([33, 0, 15, 16])[:rows]
+        rotation = weights.rotary(x, step._lengths[:rows].long().expand(3, -1))
+        engine.cache.keys.normal_(), engine.cache.values.normal_()
+        right = step._layer_by_layer(x.clone(), rotation)
+        kept = engine.cache.keys.clone(), engine.cache.values.clone()
+        found = step._in_one_call(x.clone(), rotation, step._table[:rows], step._lengths[:rows])
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+        for a, b in zip(kept, (engine.cache.keys, engine.cache.values), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_a_machine_without_a_compiler_has_torchs_operator(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,20 @@ void rotate_append_rows(const float *, const float *, const float *, const float
 void attend_pages(const float *, const float *, const float *, const int32_t *, const int32_t *, float *, long, long,
                   long, long, long, long, long);
 
+typedef struct {
+    const uint8_t *codes;
+    const float *scale, *bias;
+    long rows, inputs, group, bits;
+} Product;
+typedef struct {
+    Product qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    float *keys, *values;
+    float attention_epsilon, mlp_epsilon, head_epsilon;
+} Layer;
+int decode_layers(const Layer *, long, float *, const float *, const float *, const int64_t *, const int32_t *,
+                  const int32_t *, long, long, long, long, long, long, int, long);
+
 static uint64_t state;
 
 static long upto(long most) {  // 0 to most
@@ -218,14 +232,91 @@ static int attention_case(void) {
     return is_right;
 }
 
+static Memory kept[256];
+static int num_kept;
+
+static void *keep(Memory made) { return kept[num_kept++] = made, made.at; }
+
+static Product product(long rows, long inputs, long bits) {
+    const long filled = (rows + 15) / 16 * 16, group = inputs % 64 || upto(1) ? 32 : 64;
+    uint8_t *codes = keep(memory((size_t)(filled * inputs * bits / 8), (size_t)upto(15)));
+    for (long n = 0; n < filled * inputs * bits / 8; ++n) codes[n] = (uint8_t)upto(255);
+    float *scale = keep(numbers(filled * inputs / group));
+    for (long n = 0; n < filled * inputs / group; ++n) scale[n] /= bits == 4 ? 100.0f : 2000.0f;
+    return (Product){codes, scale, upto(1) ? keep(numbers(rows)) : 0, rows, inputs, group, bits};
+}
+
+static void multiply(const Product *w, const float *x, const float *norm, const float *residual, float *y, long tokens,
+                     int is_exact) {
+    low_bit_linear(w->codes, w->scale, x, norm, w->bias, residual, y, tokens, w->rows, w->inputs, w->group, 1e-5f,
+                   (int)w->bits, is_exact, 1);
+}
+
+// All layers in one call are the calls that it makes, to the last bit.
+static int layers_case(void) {
+    const long requests = 1 + upto(3), kv_heads = 1 + upto(1), heads = kv_heads * (1 + upto(2)), width = 32 * (1 + upto(1));
+    const long d = 32 * (1 + upto(3)), inner = 32 * (1 + upto(3)), row = kv_heads * width, num_layers = 1 + upto(1);
+    const long all = (heads + 2 * kv_heads) * width, page_tokens = 4, pages = 3, slots = requests * pages * page_tokens;
+    const int is_exact = (int)upto(1);
+    Layer layers[2];
+    float *before[2][2];
+    num_kept = 0;
+    for (long n = 0; n < num_layers; ++n) {
+        const long bits = upto(1) ? 4 : 8;
+        layers[n] = (Layer){
+            product(all, d, bits), product(d, heads * width, bits), product(2 * inner, d, bits), product(d, inner, bits),
+            keep(numbers(d)), keep(numbers(d)), upto(1) ? keep(numbers(width)) : 0, upto(1) ? keep(numbers(width)) : 0,
+            keep(numbers(slots * row)), keep(numbers(slots * row)), 1e-5f, 1e-5f, 1e-5f};
+        for (int of = 0; of < 2; ++of) {
+            before[n][of] = keep(memory((size_t)(slots * row) * 4, 0));
+            memcpy(before[n][of], of ? layers[n].values : layers[n].keys, (size_t)(slots * row) * 4);
+        }
+    }
+    float *x = keep(numbers(requests * d)), *own = keep(memory((size_t)(requests * d) * 4, 0));
+    float *cos = keep(numbers(requests * width)), *sin = keep(numbers(requests * width));
+    int32_t *table = keep(memory((size_t)(requests * pages) * 4, 4)), *lengths = keep(memory((size_t)requests * 4, 4));
+    int64_t *at = keep(memory((size_t)requests * 8, 8));
+    for (long n = 0; n < requests * pages; ++n) table[n] = (int32_t)(requests * pages - 1 - n);
+    for (long r = 0; r < requests; ++r) {
+        lengths[r] = (int32_t)upto(pages * page_tokens - 1);
+        at[r] = table[r * pages + lengths[r] / page_tokens] * page_tokens + lengths[r] % page_tokens;
+    }
+    memcpy(own, x, (size_t)(requests * d) * 4);
+    if (decode_layers(layers, num_layers, x, cos, sin, at, table, lengths, requests, pages, page_tokens, heads, kv_heads,
+                      width, is_exact, 1 + upto(2)))
+        return 0;
+    float *qkv = keep(numbers(requests * all)), *queries = keep(numbers(requests * heads * width));
+    float *attended = keep(numbers(requests * heads * width)), *gates = keep(numbers(2 * requests * inner));
+    float *inside = keep(numbers(requests * inner));
+    for (long n = 0; n < num_layers; ++n) {
+        const Layer *l = layers + n;
+        multiply(&l->qkv, own, l->attention_norm, 0, qkv, requests, is_exact);
+        rotate_append_rows(qkv, cos, sin, l->query_norm, l->key_norm, at, before[n][0], before[n][1], queries, requests,
+                           heads, kv_heads, width, 1e-5f, 1);
+        attend_pages(queries, before[n][0], before[n][1], table, lengths, attended, requests, pages, page_tokens, heads,
+                     kv_heads, width, 1);
+        multiply(&l->out, attended, 0, own, own, requests, is_exact);
+        multiply(&l->gate_up, own, l->mlp_norm, 0, gates, requests, is_exact);
+        gated_rows(gates, inside, requests, inner, 1);
+        multiply(&l->down, inside, 0, own, own, requests, is_exact);
+    }
+    int is_right = !memcmp(x, own, (size_t)(requests * d) * 4);
+    for (long n = 0; n < num_layers; ++n)
+        is_right &= !memcmp(layers[n].keys, before[n][0], (size_t)(slots * row) * 4) &&
+                    !memcmp(layers[n].values, before[n][1], (size_t)(slots * row) * 4);
+    for (int n = 0; n < num_kept; ++n) free(kept[n].whole);
+    return is_right;
+}
+
 int main(int count, char **words) {
     if (count != 3) return 2;
     const long cases = strtol(words[1], 0, 10);
     state = strtoull(words[2], 0, 10);
     for (long number = 0; number < cases; ++number) {
         if (linear_case(number)) return 1;
-        if (!gates_case() || !attention_case()) {
-            printf("case %ld: gates or attention\n", number);
+        const char *wrong = !gates_case() ? "gates" : !attention_case() ? "attention" : !layers_case() ? "layers" : 0;
+        if (wrong) {
+            printf("case %ld: %s\n", number, wrong);
             return 1;
         }
     }

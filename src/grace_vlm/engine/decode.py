@@ -13,11 +13,32 @@ from collections.abc import Sequence
 import torch
 
 from grace_vlm.engine.cache import PAGE_TOKENS, KeyValueCache, pages_for
-from grace_vlm.engine.layers import Weights
+from grace_vlm.engine.layers import Weights, linears_of
 from grace_vlm.engine.recorded import Recorded, pool_of
 from grace_vlm.engine.request import Request
+from grace_vlm.kernels.decoder_layers_cpu import DecoderLayers, PanelLayer
 from grace_vlm.kernels.decoder_rows import rms_norm
+from grace_vlm.kernels.low_bit_cpu import PanelLinear
 from grace_vlm.kernels.paged_attention import paged_attention, splits_for
+
+
+def panel_layers(weights: Weights, cache: KeyValueCache) -> DecoderLayers | None:
+    """All layers as one call of the CPU's kernels; None where some part of them is not for those."""
+    made = []
+    for number, layer in enumerate(weights.layers):
+        parts = []
+        for linear in linears_of(layer):
+            # A product of so many rows each time is ``Linear``'s own business.
+            if not isinstance(linear.weight, PanelLinear) or linear.rows is not None:
+                return None
+            parts.append((linear.weight, linear.bias))
+        own = PanelLayer(
+            layer.attention_norm, layer.mlp_norm, weights.heads(layer), parts, cache.keys[number], cache.values[number]
+        )
+        if weights.dtype != torch.float32 or not DecoderLayers.takes(own):
+            return None
+        made.append(own)
+    return DecoderLayers(made, weights.layers[0].qkv.exact, PAGE_TOKENS) if made else None
 
 
 class DecodeStep:
@@ -41,6 +62,7 @@ class DecodeStep:
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
         self._heads = [weights.heads(layer) for layer in weights.layers]
+        self._in_one_call = panel_layers(weights, cache)
         self._recorded: dict[int, Recorded[torch.Tensor]] = {}
         self._pool = pool_of(device)
         self._processors = (
@@ -84,9 +106,21 @@ class DecodeStep:
         return recorded
 
     def _forward(self, size: int) -> torch.Tensor:
-        weights, cache = self.weights, self.cache
+        weights = self.weights
         x = weights.embeddings(self.ids[:size])
         rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
+        if self._in_one_call is not None:
+            x = self._in_one_call(x, rotation, self._table[:size], self._lengths[:size])
+        else:
+            x = self._layer_by_layer(x, rotation)
+        logits = weights.head(rms_norm(x, weights.last_norm))
+        self.ids[:size] = logits.argmax(dim=-1)
+        self._positions[:size] += 1
+        self._lengths[:size] += 1
+        return logits
+
+    def _layer_by_layer(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        weights, cache, size = self.weights, self.cache, len(x)
         splits = self.splits or splits_for(size, weights.num_kv_heads, self._processors, self.most_tokens)
         for number, (layer, heads) in enumerate(zip(weights.layers, self._heads, strict=True)):
             attended = paged_attention(
@@ -102,8 +136,4 @@ class DecodeStep:
             )
             x = layer.attention_out(attended, residual=x)
             x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
-        logits = weights.head(rms_norm(x, weights.last_norm))
-        self.ids[:size] = logits.argmax(dim=-1)
-        self._positions[:size] += 1
-        self._lengths[:size] += 1
-        return logits
+        return x

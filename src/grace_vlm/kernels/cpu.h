@@ -62,3 +62,8 @@ ALWAYS void rms_row(const float *x, const float *weight, float epsilon, long n, 
 
 // ``part`` of ``job`` for 0 to ``parts`` - 1, on so many threads (cpu_team.c); returns when all are done.
 void run(const void *job, void (*part)(const void *, long), long parts, long num_threads);
+
+// y (tokens, rows) = rms_norm(x) W^T + bias + residual (low_bit_cpu.c).
+int low_bit_linear(const uint8_t *codes, const float *scale, const float *x, const float *norm, const float *bias,
+                   const float *residual, float *y, long tokens, long rows, long inputs, long group, float epsilon,
+                   int bits, int is_exact, long num_threads);

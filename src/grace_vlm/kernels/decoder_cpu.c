@@ -1,9 +1,11 @@
-// What stands between the products of a decoder, on a CPU in FP32: gates, rotation, and attention over pages.
+// What stands between the products of a decoder, on a CPU in FP32: gates, rotation, and attention over pages; and all
+// layers at once, for one token each of some requests.
 //
 // The references are in decoder_rows.py and paged_attention.py. Widths are multiples of 16, which the callers see to.
 #include "cpu.h"
 
 #include <float.h>
+#include <stdlib.h>
 
 #define BLOCK 32        // tokens of a context whose scores are made at a time
 #define MOST_NUMBERS 4096  // of the query heads that share a key head
@@ -172,4 +174,56 @@ void attend_pages(const float *queries, const float *keys, const float *values, 
     long products = 0;
     for (long n = 0; n < requests; ++n) products += (lengths[n] + 1) * heads * width;
     run(&job, attend, requests * kv_heads, products < LARGE ? 1 : num_threads);
+}
+
+// ---- all layers
+
+typedef struct {
+    const uint8_t *codes;
+    const float *scale, *bias;
+    long rows, inputs, group, bits;
+} Product;
+
+typedef struct {
+    Product qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    float *keys, *values;
+    float attention_epsilon, mlp_epsilon, head_epsilon;
+} Layer;
+
+ALWAYS int multiply(const Product *w, const float *x, const float *norm, float epsilon, const float *residual, float *y,
+                    long tokens, int is_exact, long num_threads) {
+    return low_bit_linear(w->codes, w->scale, x, norm, w->bias, residual, y, tokens, w->rows, w->inputs, w->group,
+                          epsilon, (int)w->bits, is_exact, num_threads);
+}
+
+// x (requests, d) through ``count`` layers, in place; arguments as those of rotate_append_rows and attend_pages. The
+// whole loop is here, not in Python, because between two products of a token there are microseconds. Returns 0, or 1 if
+// there is no memory.
+int decode_layers(const Layer *layers, long count, float *x, const float *cos, const float *sin, const int64_t *slots,
+                  const int32_t *table, const int32_t *lengths, long requests, long pages, long page_tokens, long heads,
+                  long kv_heads, long width, int is_exact, long num_threads) {
+    long wide = 0;
+    for (long n = 0; n < count; ++n) {
+        if (layers[n].gate_up.rows > wide) wide = layers[n].gate_up.rows;
+        if (layers[n].qkv.rows > wide) wide = layers[n].qkv.rows;
+    }
+    float *first = malloc((size_t)(3 * requests * wide) * sizeof(float));
+    if (!first) return 1;
+    float *second = first + requests * wide, *third = second + requests * wide;
+    int failed = 0;
+    for (long n = 0; n < count && !failed; ++n) {
+        const Layer *at = layers + n;
+        failed |= multiply(&at->qkv, x, at->attention_norm, at->attention_epsilon, 0, first, requests, is_exact, num_threads);
+        rotate_append_rows(first, cos, sin, at->query_norm, at->key_norm, slots, at->keys, at->values, second, requests,
+                           heads, kv_heads, width, at->head_epsilon, 1);
+        attend_pages(second, at->keys, at->values, table, lengths, third, requests, pages, page_tokens, heads, kv_heads,
+                     width, num_threads);
+        failed |= multiply(&at->out, third, 0, 0.0f, x, x, requests, is_exact, num_threads);
+        failed |= multiply(&at->gate_up, x, at->mlp_norm, at->mlp_epsilon, 0, first, requests, is_exact, num_threads);
+        gated_rows(first, second, requests, at->gate_up.rows / 2, requests > 1 ? num_threads : 1);
+        failed |= multiply(&at->down, second, 0, 0.0f, x, x, requests, is_exact, num_threads);
+    }
+    free(first);
+    return failed;
 }
