@@ -31,6 +31,16 @@ from grace_vlm.kernels import cache_folder, replacing
 
 HEADER, *TEXTS = (Path(__file__).with_name(name) for name in ("cpu.h", "cpu_team.c", "low_bit_cpu.c", "decoder_cpu.c"))
 
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+_SIGNATURES = {
+    "low_bit_linear": "pppppppllllfiil",
+    "gated_rows": "pplll",
+    "rotate_append_rows": "pppppppppllllfl",
+    "attend_pages": "pppppplllllll",
+    "decode_layers": "plppppppllllllil",
+}
+"""Of the functions: pointers, longs, floats, ints."""
+
 
 def flags() -> tuple[str, ...]:
     """For this processor, or for any with AVX2 where torch too was told so (``ATEN_CPU_CAPABILITY=avx2``).
@@ -68,7 +78,10 @@ def library() -> ctypes.CDLL:
     folder = cache_folder() / "cpu"
     said = [*(path.read_text(encoding="utf-8") for path in (HEADER, *TEXTS)), *flags(), str(_compiler()), _processor()]
     path = folder / f"{hashlib.sha256(chr(10).join(said).encode()).hexdigest()[:32]}.so"
-    return ctypes.CDLL(str(path if path.is_file() else _compile(path)))
+    loaded = ctypes.CDLL(str(path if path.is_file() else _compile(path)))
+    for name, kinds in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = [_KINDS[kind] for kind in kinds]
+    return loaded
 
 
 @functools.cache
@@ -140,11 +153,9 @@ def runs_c(*tensors: torch.Tensor) -> bool:
     return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and missing() is None
 
 
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def address(tensor: torch.Tensor | None) -> int | None:
     """Of its memory, which must be contiguous; null for None."""
-    assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def longs(*numbers: int) -> Iterator[ctypes.c_long]:
-    return map(ctypes.c_long, numbers)
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from grace_vlm.kernels.cpu import address, library, longs, num_threads
+from grace_vlm.kernels.cpu import address, library, num_threads
 from grace_vlm.kernels.decoder_rows import Norm
 from grace_vlm.kernels.decoder_rows_cpu import WIDTH, takes_heads
 from grace_vlm.kernels.heads import Heads
@@ -83,7 +83,7 @@ class DecoderLayers:
         made.head_epsilon = heads.epsilon
         return made
 
-    def _at(self, tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    def _at(self, tensor: torch.Tensor | None) -> int | None:
         """The address of FP32 numbers, which live as long as this does."""
         wide = None if tensor is None else tensor.float().contiguous()
         self._kept.append(wide)  # type: ignore[arg-type]
@@ -103,8 +103,7 @@ class DecoderLayers:
         heads = self._heads
         sizes = (len(x), table.shape[1], self._page_tokens, heads.num_heads, heads.num_kv_heads, heads.head_dim)
         failed = library().decode_layers(
-            self._layers, *longs(len(self._layers)), *map(address, kept), *longs(*sizes),
-            int(self._exact), *longs(num_threads()),
+            self._layers, len(self._layers), *map(address, kept), *sizes, self._exact, num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the states of a step")

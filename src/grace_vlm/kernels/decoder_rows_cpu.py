@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
-from grace_vlm.kernels.cpu import address, library, longs, num_threads, runs_c
+from grace_vlm.kernels.cpu import address, library, num_threads, runs_c
 from grace_vlm.kernels.heads import Heads
 
 WIDTH = 16
@@ -27,7 +25,7 @@ def takes_heads(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hea
 def gated(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty(len(x), x.shape[1] // 2)
-    library().gated_rows(address(x), address(y), *longs(*y.shape, num_threads()))
+    library().gated_rows(address(x), address(y), *y.shape, num_threads())
     return y
 
 
@@ -45,9 +43,12 @@ def rotate_append(
     kept = [None if part is None else part.contiguous() for part in given]
     library().rotate_append_rows(
         *map(address, (*kept, keys, values, queries)),
-        *longs(len(qkv), heads.num_heads, heads.num_kv_heads, heads.head_dim),
-        ctypes.c_float(heads.epsilon),
-        *longs(num_threads()),
+        len(qkv),
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        heads.epsilon,
+        num_threads(),
     )
     return queries
 
@@ -68,7 +69,12 @@ def paged_attention(
     kept = (queries, keys, values, table.contiguous(), lengths.contiguous(), out)
     library().attend_pages(
         *map(address, kept),
-        *longs(len(qkv), table.shape[1], page_tokens, heads.num_heads, heads.num_kv_heads, heads.head_dim),
-        *longs(num_threads()),
+        len(qkv),
+        table.shape[1],
+        page_tokens,
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        num_threads(),
     )
     return out

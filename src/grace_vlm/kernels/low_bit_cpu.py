@@ -8,14 +8,14 @@ panel_rows(packed, ids)                 single rows, where a head is an embeddin
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels.cpu import address, library, longs, num_threads
+from grace_vlm.kernels.cpu import address, library, num_threads
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -49,6 +49,11 @@ class PanelLinear:
     @property
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int | None, int | None]:
+        """Of codes and scales: asked once, as a call of few rows takes microseconds."""
+        return address(self.codes), address(self.scale)
 
 
 def takes(tensor: QuantizedTensor) -> bool:
@@ -114,20 +119,20 @@ def panel_linear(
         )
     flat = x.reshape(-1, packed.in_features).contiguous()
     out = torch.empty(len(flat), packed.out_features)
-    parts = (None if norm is None else norm.weight, bias, residual)
-    added = (None if part is None else part.float().contiguous() for part in parts)
-    kept = (packed.codes, packed.scale, flat, *added, out)  # named, so that copies live while their addresses are used
+    # Named, so that copies live while their addresses are used.
+    weight, bias, residual = _wide(None if norm is None else norm.weight), _wide(bias), _wide(residual)
     status = library().low_bit_linear(
-        *map(address, kept),
-        *longs(len(flat), packed.out_features, packed.in_features, packed.group_size),
-        ctypes.c_float(norm.epsilon if norm else 0.0),
-        packed.num_bits,
-        int(exact),
-        *longs(threads or num_threads()),
-    )
+        *packed.addresses, flat.data_ptr(), address(weight), address(bias), address(residual), out.data_ptr(),
+        len(flat), packed.out_features, packed.in_features, packed.group_size,
+        norm.epsilon if norm else 0.0, packed.num_bits, exact, threads or num_threads(),
+    )  # fmt: skip
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
     return out.view(*x.shape[:-1], packed.out_features)
+
+
+def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
