@@ -117,7 +117,7 @@ def panel_linear(
             f"panel_linear was given {tuple(x.shape)} in {x.dtype} for a layer of {packed.in_features} inputs; "
             f"expected (..., {packed.in_features}) in torch.float32"
         )
-    flat = x.reshape(-1, packed.in_features).contiguous()
+    flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, packed.in_features).contiguous()
     out = torch.empty(len(flat), packed.out_features)
     # Named, so that copies live while their addresses are used.
     weight, bias, residual = _wide(None if norm is None else norm.weight), _wide(bias), _wide(residual)
@@ -128,7 +128,7 @@ def panel_linear(
     )  # fmt: skip
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
-    return out.view(*x.shape[:-1], packed.out_features)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], packed.out_features)
 
 
 def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
