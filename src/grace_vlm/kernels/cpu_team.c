@@ -23,11 +23,11 @@ typedef struct {
 static Team team = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
 static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 
-// A quarter of a fair share of what is left: long stretches of memory first, short ones at the end.
+// Half of a fair share of what is left: long stretches of memory first, short ones at the end.
 static void take(void) {
     long first = atomic_load(&team.next);
     while (first < team.last) {
-        const long share = (team.last - first) / (4 * (team.wanted + 1)), size = share > 1 ? share : 1;
+        const long share = (team.last - first) / (2 * (team.wanted + 1)), size = share > 1 ? share : 1;
         if (!atomic_compare_exchange_weak(&team.next, &first, first + size)) continue;
         for (long n = first; n < first + size && n < team.last; ++n) team.part(team.job, n);
         first = atomic_load(&team.next);

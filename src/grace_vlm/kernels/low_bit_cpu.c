@@ -15,7 +15,7 @@
 
 #define ROWS 16
 #define SLAB 32
-#define AHEAD 2048    // bytes of weights asked for before they are needed: over the end of a page the hardware does not
+#define AHEAD 4096    // bytes of weights asked for before they are needed: over the end of a page the hardware does not
 #define TOKENS (LANES / 2)  // of a block: they share decoded weights
 #define PARTS (ROWS / LANES)
 #define SHARED 16     // tokens whose inputs become bytes on all threads
