@@ -47,7 +47,8 @@ class PanelLinear:
 
     Args:
         codes: uint8 (panels, slabs, chunks, 16, 4), a chunk for every bit; rows that fill up a panel mean 0.
-            group_size: inputs of a scale. scale: FP32 (panels, groups, 16). out_features, in_features: of the layer, nothing filled up.
+        group_size: inputs of a scale. scale: FP32 (panels, groups, 16).
+        out_features, in_features: of the layer, nothing filled up.
     """
 
     codes: torch.Tensor
