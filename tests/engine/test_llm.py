@@ -100,6 +100,8 @@ def test_one_picture_is_made_once(paths: list[Path]) -> None:
     assert llm.engine.pictures.num_made == 2
     small = LLM(loaded_toy("tiny"), options=EngineOptions(picture_bytes=0))
     small.generate(["one", "two"], [paths[0], paths[0]], GREEDY)
+    assert small.engine.pictures.num_made == 1, "both were there in one step"
+    small.generate("three", paths[0], GREEDY)
     assert small.engine.pictures.num_made == 2
     assert small.engine.pictures.held_bytes == 0
 

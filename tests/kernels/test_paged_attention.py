@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from grace_vlm.kernels.cache_rows import FP8
 from grace_vlm.kernels.decoder_rows import rotate_append_reference
 from grace_vlm.kernels.heads import Heads
-from grace_vlm.kernels.paged_attention import paged_attention, paged_attention_reference, splits_for
+from grace_vlm.kernels.paged_attention import (
+    paged_attention,
+    paged_attention_filled,
+    paged_attention_reference,
+    splits_for,
+)
 from grace_vlm.kernels.paged_attention_triton import decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,6 +105,25 @@ def test_what_no_request_owns_is_not_read() -> None:
     assert torch.equal(decode(qkv, rotation, keys, values, table, lengths, heads, page, 1), expected)
 
 
+@pytest.mark.parametrize("dtype", [DTYPE, pytest.param(FP8, marks=needs_fp8)])
+@pytest.mark.parametrize(("h", "kv", "d"), [(4, 2, 32), (2, 2, 64), (6, 1, 128)])
+def test_filled_contexts_are_the_reference(h: int, kv: int, d: int, dtype: torch.dtype) -> None:
+    """Whatever their lengths; nothing that no request owns is read, and nothing else is written."""
+    qkv, rotation, keys, values, table, lengths, heads, page = case(h, kv, d, [0, 1, 15, 16, 63, 64, 200], True)
+    mine = torch.zeros(len(keys), dtype=torch.bool)
+    for line, length in zip(table.cpu().long(), lengths.tolist(), strict=True):
+        token = torch.arange(length + 1)
+        mine[line[token // PAGE] * PAGE + token % PAGE] = True
+    keys[~mine.to(DEVICE)] = values[~mine.to(DEVICE)] = float("nan")
+    ours, right = ([keys.to(dtype), values.to(dtype)] for _ in range(2))
+    found = paged_attention_filled(qkv, rotation, *ours, table, lengths, heads, page)
+    expected = paged_attention_reference(qkv, rotation, *right, table, lengths, heads, page)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if DTYPE is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(found, expected, **tolerance)
+    for kept, theirs in zip(ours, right, strict=True):
+        assert torch.equal(kept.view(torch.uint8), theirs.view(torch.uint8))
+
+
 def test_the_reference_is_attention() -> None:
     """Two tokens one after the other, against causal attention over a row of both."""
     heads = Heads(4, 2, 32)
@@ -118,13 +142,17 @@ def test_the_reference_is_attention() -> None:
     torch.testing.assert_close(torch.cat(found), whole.transpose(0, 1).reshape(3, -1))
 
 
-def test_the_call_is_one_of_the_two() -> None:
-    arguments = case(4, 2, 32, [20, 40], False)
+@pytest.mark.parametrize("lengths", [[20, 40], [0, 0, 0, 400]])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_call_is_one_of_them(alone: bool, lengths: list[int]) -> None:
+    arguments = case(4, 2, 32, lengths, False)
     found, right = (
-        function(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments])
-        for function in (paged_attention, paged_attention_reference)
+        function(*[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments], **how)
+        for function, how in ((paged_attention, {"alone": alone}), (paged_attention_reference, {}))
     )
     torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
+    if DEVICE.type == "cpu" and (alone or max(lengths) == 400):
+        assert torch.equal(found, right), "request by request"
 
 
 def test_shares() -> None:

@@ -25,7 +25,8 @@ class DecodeStep:
 
     Args:
         cache: its last page is nobody's. most_tokens: that one request may have there.
-        splits: shares of a context; None: as many as are fastest for so many rows.
+        splits: shares of a context, and no request's sums depend on others; None: as many as are fastest for so many
+            rows.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class DecodeStep:
                 heads,
                 PAGE_TOKENS,
                 splits,
+                alone=self.splits is not None,
             )
             x = layer.attention_out(attended, residual=x)
             x = layer.down(layer.gate_up(x, norm=layer.mlp_norm), residual=x)
