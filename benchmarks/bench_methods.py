@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def run_job(job: Job) -> dict[str, Any]:
     import transformers
 
     from grace_vlm.evals.compare import hardware
-    from grace_vlm.evals.run import QuestionFile, answer_all
+    from grace_vlm.evals.run import EXACT, QuestionFile, answer_all, open_engine
     from grace_vlm.models.load import load_model
 
     started = time.perf_counter()
@@ -135,7 +135,8 @@ def run_job(job: Job) -> dict[str, Any]:
         if job.name in ROUNDED:
             _round(loaded, job, recipe)
     questions = QuestionFile(ROOT / "data" / f"questions_{job.questions}.jsonl", loaded)
-    answers = answer_all(loaded, questions, batch_size=256)
+    # Without codes: every width runs as bf16(q s), as it was trained, whatever kernels there are for it.
+    answers = answer_all(open_engine(loaded, {}, questions, replace(EXACT, max_running=256)), questions)
     correct = [answer.correct for answer in answers]
     first, last = (diary[0], diary[-1]) if diary else ({}, {})
     return {

@@ -1,4 +1,6 @@
-"""What all tests share. ``toy_run`` (tests/faults) makes the smallest run there is; any test may import it."""
+"""What all tests share. Any test may import ``toy_run`` (tests/faults), the smallest run there is, and ``worlds``
+(tests/engine), toys of every family and what Transformers answers.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,7 @@ if not torch.cuda.is_available():
     # Triton decides when it is imported: kernels are then tested in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
-sys.path.insert(0, str(Path(__file__).parent / "models"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("models", "faults", "engine")]
 
 
 @pytest.fixture(autouse=True, scope="session")

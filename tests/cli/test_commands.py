@@ -74,6 +74,9 @@ def test_train_pack_verify_eval(world: Path, grace: Any, document: Any) -> None:
     answers = world / "answers.jsonl"
     scored = document("eval", packed, "--data", world / "rows.jsonl", "--limit", 5, "--answers", answers)
     assert (scored["num_scored"], scored["num_total"], len(answers.read_text().splitlines())) == (5, 5, 5)
+    assert document("eval", official, "--data", world / "rows.jsonl", "--limit", 5)["kinds"] == scored["kinds"]
+    options = ("--limit", 5, "--cpu-activations", "int8", "--batch-size", 2, "--max-new-tokens", 3)
+    assert document("eval", run, "--data", world / "rows.jsonl", *options)["num_scored"] == 5
     code, out = grace("eval", run, "--data", world / "rows.jsonl", "--limit", 5)
     assert out.splitlines()[-1].startswith("accuracy ")
 
@@ -165,6 +168,12 @@ def test_compare_and_its_page(world: Path, grace: Any, document: Any) -> None:
     assert "teacher" in page
     assert "<script" not in page
     assert document("compare", out)["rows"] == found["rows"]
+    assert json.loads((out / "results.json").read_text())["command"] == "grace compare"
+    rounded = (world / "student", "--data", world / "rows.jsonl", "--cpu-activations", "int8", "--out", world / "int8")
+    document("compare", *rounded)
+    assert (
+        json.loads((world / "int8" / "results.json").read_text())["command"] == "grace compare --cpu-activations int8"
+    )
 
 
 def test_doctor(grace: Any, document: Any) -> None:

@@ -137,6 +137,22 @@ def test_bad_row_in_an_evaluation(world: Path, fails: Any, tmp_path: Path) -> No
     fails(3, line, "eval", world / "student", "--data", tmp_path / "rows.jsonl")
 
 
+def test_a_question_without_room_for_its_answer(world: Path, fails: Any) -> None:
+    line = (
+        "row 0 ('r0') has a prompt of 42 tokens and an answer may have 2,040; the model takes 2,048 in all: shorten "
+        "one of them"
+    )
+    fails(3, line, "eval", world / "student", "--data", world / "rows.jsonl", "--max-new-tokens", 2040)
+
+
+def test_activations_that_there_are_none_of(world: Path, fails: Any) -> None:
+    line = "cpu_activations is 'int4'; expected int8 or fp32"
+    rows = ("--data", world / "rows.jsonl", "--cpu-activations", "int4")
+    fails(2, line, "eval", world / "student", *rows)
+    fails(2, line, "compare", world / "student", world / "teacher", *rows, "--out", world / "compared")
+    assert not (world / "compared").exists()
+
+
 def test_existing_output(world: Path, fails: Any) -> None:
     before = sorted((world / "run").rglob("*"))
     line = f"{world}/run exists; pass --resume to go on, --overwrite to start again, or another --out"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worlds import DEVICE, FAMILIES, asked, loaded_toy, on_a_cpu, pictures
+from worlds import FAMILIES, asked, loaded_toy, on_a_cpu, pictures, stock_tokens
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
@@ -16,33 +16,11 @@ from grace_vlm.engine.llm import LLM, Asked
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.kernels.low_bit_linear import PackedLinear
-from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.quant.affine import bake, quantize_tensor
 from grace_vlm.quant.scale_init import minmax_scale
 from grace_vlm.quant.scheme import QuantScheme
 
 GREEDY = SamplingParams(max_tokens=12)
-
-
-def stock_tokens(loaded: LoadedModel, text: str, images: list[Path], max_new_tokens: int) -> list[int]:
-    """Of Transformers' processor and ``generate``, without the closing token."""
-    from PIL import Image
-
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    rendered = loaded.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    opened = [Image.open(path).convert("RGB") for path in images]
-    inputs = loaded.processor(text=[rendered], images=opened or None, return_tensors="pt").to(DEVICE)
-    out = loaded.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    best = torch.cat(out.logits).float().topk(2).values
-    if DEVICE.type == "cpu":
-        assert (best[:, 0] - best[:, 1]).min() > 2e-5, "a near tie: which token is right hangs on the processor"
-    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    ends = end_ids(loaded)
-    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +100,8 @@ def test_one_picture_is_made_once(paths: list[Path]) -> None:
     assert llm.engine.pictures.num_made == 2
     small = LLM(loaded_toy("tiny"), options=EngineOptions(picture_bytes=0))
     small.generate(["one", "two"], [paths[0], paths[0]], GREEDY)
+    assert small.engine.pictures.num_made == 1, "both were there in one step"
+    small.generate("three", paths[0], GREEDY)
     assert small.engine.pictures.num_made == 2
     assert small.engine.pictures.held_bytes == 0
 
@@ -292,3 +272,23 @@ def test_log_probabilities(paths: list[Path]) -> None:
     assert first.token == int(expected.indices[0])
     assert first.logprob == pytest.approx(float(expected.values[0]), abs=1e-4)
     assert [token for token, _ in first.top_logprobs] == expected.indices.tolist()
+
+
+@on_a_cpu
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}, {"draft_tokens": 4}])
+def test_entropies_are_those_of_transformers_logits(options: dict[str, int], paths: list[Path]) -> None:
+    """Of a prompt's and of a new token, under drafts too; who did not ask beside has none."""
+    loaded = loaded_toy("tiny")
+    llm = LLM(copy.deepcopy(loaded), options=EngineOptions(max_running=4, **options))  # type: ignore[arg-type]
+    params = [SamplingParams(max_tokens=12, logprobs=number, ignore_eos=True) for number in (0, None, 3)]
+    texts = ["yes no yes no yes no", "count", "is there a red circle?"]
+    answers = llm.generate(texts, sampling=params)
+    for text, answer, one in zip(texts, answers, params, strict=True):
+        if one.logprobs is None:
+            assert all(choice.entropy is None for choice in answer.choices)
+            continue
+        ids = torch.tensor([[*llm.prompt(text).ids.tolist(), *answer.token_ids]])
+        logits = loaded.model(input_ids=ids).logits[0, -13:-1]
+        expected = torch.distributions.Categorical(logits=logits).entropy().tolist()
+        assert [choice.entropy for choice in answer.choices] == pytest.approx(expected, abs=1e-4)
+    assert bool(llm.engine.drafter.num_accepted) == bool(options.get("draft_tokens"))

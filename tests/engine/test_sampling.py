@@ -97,6 +97,18 @@ def test_greedy_takes_the_largest_after_penalties() -> None:
     assert choose(logits, [Chooser(SamplingParams(repetition_penalty=1.1), [0])])[0].token == 1
 
 
+def test_entropy_is_of_the_raw_logits_in_fp32_and_only_where_asked_for() -> None:
+    logits = (4 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2))).bfloat16()
+    logits[0, 7] = float("-inf")
+    drawn = SamplingParams(temperature=0.3, top_k=2, presence_penalty=1.5, seed=1, logprobs=1)
+    params = [SamplingParams(logprobs=0), drawn, SamplingParams(), SamplingParams(temperature=1.0, seed=2)]
+    found = choose(logits, [Chooser(one, [1], [2, 3]) for one in params])
+    expected = torch.distributions.Categorical(logits=logits.double().clamp_min(-1e9)).entropy()
+    for choice, own in zip(found[:2], expected.tolist(), strict=False):
+        assert choice.entropy == pytest.approx(own, abs=1e-5)
+    assert [choice.entropy for choice in found[2:]] == [choice.logprob for choice in found[2:]] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

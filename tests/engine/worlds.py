@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grace_vlm.models.load import LoadedModel
+from grace_vlm.models.load import LoadedModel, end_ids
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 
@@ -63,3 +63,22 @@ def asked(paths: list[Path], count: int, seed: int = 0) -> list[tuple[str, list[
         own = rng.sample(paths, (0, 1, 1, 1, 2, 0)[number % 6])
         found.append((text, own))
     return found
+
+
+def stock_tokens(loaded: LoadedModel, text: str, images: list[Path], max_new_tokens: int) -> list[int]:
+    """Of Transformers' processor and ``generate``, without the closing token."""
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    rendered = loaded.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    opened = [Image.open(path).convert("RGB") for path in images]
+    inputs = loaded.processor(text=[rendered], images=opened or None, return_tensors="pt").to(DEVICE)
+    out = loaded.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    best = torch.cat(out.logits).float().topk(2).values
+    if DEVICE.type == "cpu":
+        assert (best[:, 0] - best[:, 1]).min() > 2e-5, "a near tie: which token is right hangs on the processor"
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = end_ids(loaded)
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)

@@ -12,11 +12,11 @@ from toy_run import write_rows
 from grace_vlm.data.collate import collate
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.rows import Row, Turn
-from grace_vlm.evals.generate import greedy
+from grace_vlm.engine.llm import LLM
+from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
-from grace_vlm.models.vision import VisionFeatures
 
 LLAVA_HF_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
@@ -45,7 +45,7 @@ def test_an_overfitted_llava_answers_and_ends(template: str, tmp_path: Path) -> 
         loss.backward()
         optimizer.step()
     assert float(loss) < 0.02
-    loaded = LoadedModel(model.eval(), processor, adapter, "toy")
-    prompts = collate([encoder.prompt(row, []) for row in rows], [], [], processor.tokenizer.pad_token_id, "left")
-    found, _ = greedy(loaded, VisionFeatures(adapter, model), prompts, 12)
-    assert [processor.tokenizer.decode(ids).strip() for ids in found] == list(ASKED.values())
+    llm = LLM(LoadedModel(model.eval(), processor, adapter, "toy"))
+    answers = llm.generate(list(ASKED), sampling=SamplingParams(max_tokens=12))
+    assert [answer.text.strip() for answer in answers] == list(ASKED.values())
+    assert {answer.finish for answer in answers} == {"stop"}

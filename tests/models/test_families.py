@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -156,9 +157,10 @@ def test_checkpointed_packed_layers_attend_alike_in_the_backward_pass(family: Fa
 
 
 def test_greedy_answers_are_generates(family: Family) -> None:
-    from grace_vlm.evals.generate import greedy
+    from grace_vlm.engine.engine import Engine
+    from grace_vlm.engine.request import EngineImage, Prompt
+    from grace_vlm.engine.sampling import SamplingParams
     from grace_vlm.models.load import LoadedModel
-    from grace_vlm.models.vision import VisionFeatures
 
     texts, images = rows()[0]
     rendered = family.processor.apply_chat_template(messages(texts[:1]), tokenize=False, add_generation_prompt=True)
@@ -167,12 +169,17 @@ def test_greedy_answers_are_generates(family: Family) -> None:
     turns = (Turn("user", texts[0]), Turn("assistant", ""))
     made = family.patchify(images)
     sample = family.encoder.prompt(Row(0, "0", ("a",), turns), [grid for grid, _ in made])
-    pictures = [Picture("a", *made[0])]
-    batch = collate([sample, sample], pictures * 2, [1, 1], family.processor.tokenizer.pad_token_id, "left")
-    loaded = LoadedModel(family.model, family.processor, family.adapter, "toy")
-    found, _ = greedy(loaded, VisionFeatures(family.adapter, family.model), batch, 6)
+    engine = Engine(LoadedModel(copy.deepcopy(family.model), family.processor, family.adapter, "toy"))
+    prompt = Prompt(sample.input_ids, sample.positions, sample.visual, [EngineImage(*made[0])])
+    found: dict[str, list[int]] = {"a": [], "b": []}
+    for name in found:
+        engine.add(name, prompt, SamplingParams(max_tokens=6))
+    while engine.has_work:
+        for event in engine.step():
+            if event.choice:
+                found[event.request_id].append(event.choice.token)
     stop = family.model.generation_config.eos_token_id
-    assert found[0] == found[1] == [token for token in expected.tolist() if token != stop]
+    assert found["a"] == found["b"] == [token for token in expected.tolist() if token != stop]
 
 
 def test_every_part_is_named_and_no_linear_is_forgotten(family: Family) -> None:

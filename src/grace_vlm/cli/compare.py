@@ -20,12 +20,15 @@ def compare(
     data: Path = typer.Option(None, "--data", help="Rows with one question each, for models."),
     out: Path = typer.Option(Path("runs/compare"), "--out", help="Where answers and the page go, for models."),
     baseline: str = typer.Option(None, "--baseline", help="Folder name of the baseline; default: the first."),
+    cpu_activations: str = typer.Option("fp32", "--cpu-activations", help="fp32: exact; int8: faster, rounded."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     import json
 
+    from grace_vlm.engine.engine import EngineOptions
     from grace_vlm.evals.compare import Comparison, Contestant, table
     from grace_vlm.evals.report import render_report
+    from grace_vlm.evals.run import EXACT
 
     if len(paths) == 1 and (paths[0] / "results.json").is_file():
         page = render_report(paths[0])
@@ -39,11 +42,13 @@ def compare(
         chosen = baseline or names[0]
         if chosen not in names:
             raise ConfigError(f"baseline {chosen!r} is not among the models ({', '.join(names)})")
-        comparison = Comparison(data, out, chosen, teacher=None, say=say)
+        options = EngineOptions(cpu_activations=cpu_activations)  # type: ignore[arg-type]
+        comparison = Comparison(data, out, chosen, teacher=None, say=say, options=options)
         for path in sorted(paths, key=lambda path: path.name != chosen):
             metrics = path / "metrics.jsonl"
             comparison.add(Contestant(path.name, path.name, path, "", "", metrics if metrics.is_file() else None))
-        result = comparison.finish("Comparison", "grace compare")
+        how = "" if options == EXACT else f" --cpu-activations {cpu_activations}"
+        result = comparison.finish("Comparison", f"grace compare{how}")
         page = render_report(out)
     if as_json:
         emit_json({"page": str(page), "rows": result["rows"]})

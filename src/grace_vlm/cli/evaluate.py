@@ -18,20 +18,25 @@ def evaluate(
     model: str = typer.Argument(..., help="Model folder, run folder, packed folder or hub id."),
     data: Path = typer.Option(..., "--data", help="Rows with one question each; the last answer is the gold one."),
     root: Path = typer.Option(None, "--root", help="Folder that image paths start from; default: the file's."),
-    limit: int = typer.Option(None, "--limit", help="Only the first N rows."),
+    limit: int = typer.Option(None, "--limit", min=1, help="Only the first N rows."),
     answers: Path = typer.Option(None, "--answers", help="Where to write every answer, JSONL."),
-    batch_size: int = typer.Option(64, "--batch-size", help="Questions of one forward."),
+    batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions that run together."),
     max_new_tokens: int = typer.Option(16, "--max-new-tokens", help="Longest answer, tokens."),
+    cpu_activations: str = typer.Option("fp32", "--cpu-activations", help="fp32: exact; int8: faster, rounded."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    from grace_vlm.evals.run import QuestionFile, answer_all, score, write_answers
-    from grace_vlm.models.load import load_model
+    from grace_vlm.engine.engine import EngineOptions
+    from grace_vlm.engine.open import open_model
+    from grace_vlm.evals.run import QuestionFile, answer_all, open_engine, score, write_answers
 
-    loaded = load_model(model, device)
+    sizes = {"max_running": batch_size, "max_step_tokens": max(2048, batch_size)}
+    options = EngineOptions(**sizes, cpu_activations=cpu_activations)  # type: ignore[arg-type]
+    loaded, codes = open_model(model, device)
     with ProgressBar("answering") as bar:
         questions = QuestionFile(data, loaded, root, limit)
-        found = answer_all(loaded, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=bar.update)
+        engine = open_engine(loaded, codes, questions, options, max_new_tokens)
+        found = answer_all(engine, questions, max_new_tokens=max_new_tokens, progress=bar.update)
     result = score(found, questions.num_total)
     if answers is not None:
         write_answers(answers, found)

@@ -150,7 +150,8 @@ class Engine:
         exact = self.options.cpu_activations == "fp32"
         self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head, exact)
         own = self.weights
-        self.pictures = PictureFeatures(loaded.adapter, loaded.model, self.options.picture_bytes, own.device)
+        budget = self.options.picture_bytes
+        self.pictures = PictureFeatures(loaded.adapter, loaded.model, budget, own.device, alone=is_fixed)
         num_pages = self.options.cache_tokens // PAGE_TOKENS
         # One page more, for rows of a step that no request has.
         shape = (len(own.layers), num_pages + 1, own.num_kv_heads, own.head_dim)
@@ -236,10 +237,7 @@ class Engine:
         if self._queued is not None:
             return self._resolve()
         self.scheduler.admit()
-        for request in self.scheduler.running:
-            # Also of one that began when a step before failed here.
-            if request.prompt.images and request.features is None and request.is_reading:
-                request.features = self.pictures.of(request.prompt.images)
+        self._look()
         planned = self.scheduler.plan()
         if not planned:
             return []
@@ -247,9 +245,19 @@ class Engine:
             return self._read(planned)
         return self._answer([request for request, _ in planned])
 
+    def _look(self) -> None:
+        """Features for requests that read a prompt with pictures; also for one that began when this failed before."""
+        looking = [r for r in self.scheduler.running if r.prompt.images and r.features is None and r.is_reading]
+        if not looking:
+            return
+        features = self.pictures.of([image for request in looking for image in request.prompt.images])
+        for request, own in zip(looking, features.split([len(r.prompt.visual) for r in looking]), strict=True):
+            request.features = own
+
     def _read(self, planned: list[tuple[Request, int]]) -> list[Event]:
         """A forward over prompts, or pieces of them."""
         self._decoding, rows = [], _Rows()
+        planned.sort(key=lambda one: (one[1], one[0].num_done))  # neighbours of one size attend in one call
         for request, count in planned:
             self._lay(rows, request, count)
         step = self._step(rows)
@@ -404,6 +412,7 @@ class Engine:
             visual=visual,
             deepstack=[torch.cat(layer) for layer in zip(*rows.deepstack, strict=True)],
             wanted=there(rows.wanted),
+            alone=self.options.batch_invariant,
         )
 
     def _chosen(self, request: Request, choice: Choice) -> Event:

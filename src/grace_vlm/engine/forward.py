@@ -10,6 +10,7 @@ and a single new token are the same to it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class Step:
     Args:
         embeds: (n, d). positions: (3, n) int64. slots: (n,) int64, where the rows' keys and values go.
         spans: their counts sum to n. context: (sum of lengths,) int64, where all tokens of the spans lie in the cache.
-        borders: of rows and of contexts, where one kernel attends for all spans; None: it is done span by span.
+        borders: of rows and of contexts, where one kernel attends for all spans; None: it is done size by size, over
+            spans of one size that are neighbours, or span by span if they are ``alone``.
         visual: (v,) int64 rows of visual tokens. deepstack: (v, d) each, added to those rows after the first layers.
         wanted: (r,) int64 rows that are returned.
     """
@@ -52,6 +54,7 @@ class Step:
     visual: torch.Tensor
     deepstack: Sequence[torch.Tensor]
     wanted: torch.Tensor
+    alone: bool = False
 
 
 @torch.inference_mode()
@@ -82,9 +85,19 @@ def _attention(
     query = rotate_append(qkv, rotation, step.slots, cache.keys[number], cache.values[number], weights.heads(layer))
     # The rows' own too come as the cache keeps them, so that it changes nothing where a prompt is cut.
     keys, values = (read_rows(kept[number], step.context, x.dtype) for kept in (cache.keys, cache.values))
-    counts, lengths = [span.count for span in step.spans], [span.length for span in step.spans]
     if step.borders is not None:
-        longest = (max(counts), max(lengths))
+        longest = (max(span.count for span in step.spans), max(span.length for span in step.spans))
         return attend_contexts(query, keys, values, step.borders, longest).flatten(1)
+    sizes = [(span, 1) for span in step.spans] if step.alone else _sizes(step.spans)
+    counts, lengths = [span.count * many for span, many in sizes], [span.length * many for span, many in sizes]
     parts = zip(query.split(counts), keys.split(lengths), values.split(lengths), strict=True)
-    return torch.cat([attend(*part) for part in parts]).flatten(1)
+    attended = [
+        attend(*(x.unflatten(0, (many, -1)) for x in part)).flatten(0, 1)
+        for (_, many), part in zip(sizes, parts, strict=True)
+    ]
+    return torch.cat(attended).flatten(1)
+
+
+def _sizes(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    """Neighbours that are alike, and how many."""
+    return [(span, len(list(alike))) for span, alike in itertools.groupby(spans)]

@@ -153,8 +153,7 @@ class _Picture:
 
     def __call__(self, pixels: torch.Tensor) -> Features:
         self._pixels.copy_(pixels)
-        found = self._run()
-        return Features(found.embeds.clone(), tuple(layer.clone() for layer in found.deepstack))
+        return self._run().clone()
 
 
 class RecordedPictures:

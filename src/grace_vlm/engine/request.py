@@ -18,10 +18,14 @@ Finish = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class EngineImage:
-    """A picture as the tower takes it: its grid in patches, and the processor's pixels."""
+    """A picture as the tower takes it: its grid in patches, and the processor's pixels.
+
+    ``digest``: ``pixels_digest`` of both, where it is known already.
+    """
 
     grid: Grid
     pixels: torch.Tensor
+    digest: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,16 @@ class Features:
 
     embeds: torch.Tensor
     deepstack: tuple[torch.Tensor, ...]
+
+    def split(self, counts: Sequence[int]) -> list[Features]:
+        """Parts of so many rows each, end to end; of the same memory."""
+        layers = [layer.split(list(counts)) for layer in self.deepstack]
+        embeds = self.embeds.split(list(counts))
+        return [Features(own, tuple(layer[n] for layer in layers)) for n, own in enumerate(embeds)]
+
+    def clone(self) -> Features:
+        """The same in memory of its own."""
+        return Features(self.embeds.clone(), tuple(layer.clone() for layer in self.deepstack))
 
 
 @dataclass(eq=False)

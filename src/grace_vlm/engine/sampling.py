@@ -11,7 +11,7 @@ From raw logits z of one row, in this order:
                   among them, renormalised
 
 A request draws from its own generator, one number a token, so what runs beside it changes nothing of its draws.
-Log-probabilities are of the raw logits.
+Log-probabilities and entropy are of the raw logits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 from grace_vlm.engine.guide import Guide
 from grace_vlm.errors import RequestError
+from grace_vlm.losses.gdkd import entropy_of
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,13 @@ class Chooser:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token; with ``logprobs`` its own log-probability and (token, log-probability) of the likeliest."""
+    """A token. With ``logprobs`` its own log-probability, (token, log-probability) of the likeliest, and the entropy in
+    nats, in FP32, of the model's own distribution, before penalties, schema and temperature; None without."""
 
     token: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    entropy: float | None = None
 
 
 def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
@@ -215,4 +218,4 @@ def _choice(token: int, logits: torch.Tensor, params: SamplingParams) -> Choice:
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(params.logprobs) if params.logprobs else None
     pairs = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), pairs)
+    return Choice(token, float(logprobs[token]), pairs, float(entropy_of(logprobs)))

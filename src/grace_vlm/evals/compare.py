@@ -18,12 +18,15 @@ import torch
 import transformers
 
 from grace_vlm.checkpoint.atomic import write_json_atomic
-from grace_vlm.evals.run import Answer, QuestionFile, Score, answer_all, score, write_answers
+from grace_vlm.engine.engine import EngineOptions
+from grace_vlm.engine.open import open_model
+from grace_vlm.engine.sampling import Choice
+from grace_vlm.evals.run import EXACT, Answer, QuestionFile, Score, answer_all, open_engine, score, write_answers
 from grace_vlm.evals.statistics import mcnemar_p, paired_difference
 from grace_vlm.formats.registry import read_model
 from grace_vlm.formats.weights import weight_bytes
-from grace_vlm.losses.gdkd import confidence_gate
-from grace_vlm.models.load import LoadedModel, load_model
+from grace_vlm.losses.gdkd import gate_of_entropy
+from grace_vlm.models.load import LoadedModel
 
 Say = Callable[[str], None]
 
@@ -48,8 +51,6 @@ class Contestant:
 
 def bits_per_weight(folder: Path, num_parameters: int) -> float:
     """Mean bits a parameter costs once packed: codes and scales of the grid, 16 for the rest."""
-    if not (folder / "grid").is_dir() and "quantization_config" not in (folder / "config.json").read_text():
-        return 16.0
     entries = read_model(folder).linears.values()
     on_grid = sum(entry.out_features * entry.in_features for entry in entries)
     return (8 * sum(entry.stored_bytes for entry in entries) + 16 * (num_parameters - on_grid)) / num_parameters
@@ -78,10 +79,20 @@ class Comparison:
     Args:
         data: rows with one question each. out: where answers and ``results.json`` go.
         baseline: name of the contestant that others are compared with. teacher: whose gate is recorded, if any.
+        options: of the engine that answers.
     """
 
-    def __init__(self, data: Path, out: Path, baseline: str, teacher: str | None, say: Say = lambda text: None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        baseline: str,
+        teacher: str | None,
+        say: Say = lambda text: None,
+        options: EngineOptions = EXACT,
+    ) -> None:
         self.data, self.out, self.baseline, self.teacher, self.say = data, out, baseline, teacher, say
+        self.options = options
         self.answers: dict[str, list[Answer]] = {}
         self.rows: list[dict[str, Any]] = []
         self.layers: dict[str, dict[str, float]] = {}
@@ -92,24 +103,27 @@ class Comparison:
 
     def add(self, contestant: Contestant) -> Score:
         """Ask one model everything. The baseline comes before those that are compared with it."""
-        loaded = load_model(str(contestant.path), "auto")
+        loaded, codes = open_model(str(contestant.path))
+        num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        self._record_layers(contestant, loaded)  # before the engine takes them
         if self._questions is None:
             self._questions = QuestionFile(self.data, loaded)
-        gates: dict[int, tuple[float, float]] = {}
+        engine = open_engine(loaded, codes, self._questions, self.options)
+        entropies: dict[int, float] = {}
 
-        def observe(rows: list[int], logits: torch.Tensor) -> None:
-            gate = confidence_gate(logits)
-            entropy = -gate.log() * torch.log(torch.tensor(float(logits.shape[-1])))
-            gates.update(zip(rows, zip(entropy.tolist(), gate.tolist(), strict=True), strict=True))
+        def observe(row: int, first: Choice) -> None:
+            assert first.entropy is not None
+            entropies[row] = first.entropy
 
-        answers = answer_all(loaded, self._questions, observe=observe)
-        if contestant.name == self.teacher:
-            self.gate_points = [[*gates[answer.row], int(answer.correct)] for answer in answers]
+        is_teacher = contestant.name == self.teacher
+        answers = answer_all(engine, self._questions, observe=observe if is_teacher else None)
+        if is_teacher:
+            self.gate_points = gate_points(answers, entropies, engine.weights.head.num_words)
         self.answers[contestant.name] = answers
         write_answers(self.out / "answers" / f"{contestant.name}.jsonl", answers)
         result = score(answers, self._questions.num_total)
-        self._record_layers(contestant, loaded)
-        self.rows.append(self._row(contestant, loaded, result))
+        bits = bits_per_weight(Path(loaded.path), num_parameters) if codes else 16.0
+        self.rows.append(self._row(contestant, Path(loaded.path), num_parameters, bits, result))
         self.say(f"{contestant.label}: {100 * result.accuracy:.1f} %")
         return result
 
@@ -123,9 +137,9 @@ class Comparison:
         elif contestant.name != self.teacher and self._base_weights:
             self.layers[contestant.name] = layer_errors(loaded.model, self._base_weights)
 
-    def _row(self, contestant: Contestant, loaded: LoadedModel, result: Score) -> dict[str, Any]:
-        num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-        folder = Path(loaded.path)
+    def _row(
+        self, contestant: Contestant, folder: Path, num_parameters: int, bits: float, result: Score
+    ) -> dict[str, Any]:
         return {
             "name": contestant.name,
             "label": contestant.label,
@@ -139,7 +153,7 @@ class Comparison:
             "low": result.low,
             "high": result.high,
             "bytes": weight_bytes(folder),
-            "bits_per_weight": round(bits_per_weight(folder, num_parameters), 3),
+            "bits_per_weight": round(bits, 3),
             "kinds": result.kinds,
             "answers": f"answers/{contestant.name}.jsonl",
             "metrics": os.path.relpath(contestant.metrics, self.out) if contestant.metrics else None,
@@ -178,6 +192,14 @@ class Comparison:
         }
         write_json_atomic(self.out / "results.json", result)
         return result
+
+
+def gate_points(answers: Sequence[Answer], entropies: Mapping[int, float], num_words: int) -> list[list[float]]:
+    """[entropy in nats, gate, 1 if right] of each answer whose first token's entropy is known, by its row."""
+    known = [answer for answer in answers if answer.row in entropies]
+    entropy = torch.tensor([entropies[answer.row] for answer in known])
+    gates = gate_of_entropy(entropy, num_words).tolist()
+    return [[entropies[one.row], gate, int(one.correct)] for one, gate in zip(known, gates, strict=True)]
 
 
 def agreement(a: Sequence[Answer], b: Sequence[Answer]) -> float:

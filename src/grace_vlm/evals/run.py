@@ -8,29 +8,34 @@ stops the evaluation (the budget of bad rows is 0), and the score states how man
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from grace_vlm.data.collate import Batch, collate
 from grace_vlm.data.encode import Encoder, Sample
 from grace_vlm.data.ledger import EVALUATION_MAX_BAD_FRACTION
-from grace_vlm.data.pictures import Picture, PictureStore, patchify_of
+from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import IMAGE_MARKER, Fault, Row, RowFile
+from grace_vlm.engine.cache import PAGE_TOKENS, pages_for
+from grace_vlm.engine.engine import Engine, EngineOptions
+from grace_vlm.engine.request import EngineImage, Prompt
+from grace_vlm.engine.sampling import Choice, SamplingParams
 from grace_vlm.errors import DataError
 from grace_vlm.evals.answers import is_correct
-from grace_vlm.evals.generate import greedy
 from grace_vlm.evals.statistics import wilson_interval
 from grace_vlm.models.load import LoadedModel
-from grace_vlm.models.vision import VisionFeatures
+from grace_vlm.quant.scheme import QuantizedTensor
 
 PIXEL_BYTES = 1 << 29
 """Host memory for decoded pictures of an evaluation."""
+MAX_NEW_TOKENS = 16
+EXACT = EngineOptions(cpu_activations="fp32")
+"""What questions are answered with: the score is the model's, without what a CPU's rounding of activations changes."""
+_READ_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -79,60 +84,104 @@ class QuestionFile:
     def __init__(self, path: Path, loaded: LoadedModel, root: Path | None = None, limit: int | None = None) -> None:
         rows = RowFile(path, root)
         config = loaded.model.config
-        self.encoder = Encoder(loaded.processor, loaded.adapter, config)
-        self.pictures = PictureStore(patchify_of(loaded.adapter, config, loaded.processor), PIXEL_BYTES)
+        encoder = Encoder(loaded.processor, loaded.adapter, config)
+        patchify = patchify_of(loaded.adapter, config, loaded.processor)
+        store = PictureStore(patchify, PIXEL_BYTES, with_digests=True)
+        self.tokenizer = encoder.tokenizer
         self.num_total = len(rows) if limit is None else min(limit, len(rows))
-        # Grids are all that encoding needs of a picture; pixels are fetched when a model asks.
-        self.preparer = Preparer(
-            rows, self.encoder, self.pictures, max_tokens=1 << 20, keeps_features=lambda name: True
-        )
-        reader = RowReader(self.preparer, ledger=None, max_bad_fraction=EVALUATION_MAX_BAD_FRACTION)
-        found = reader.read_many(range(self.num_total), as_prompt=True)
-        self.entries: list[tuple[Row, Sample]] = [(row, sample) for row, sample, _ in found]
+        # Grids are all that encoding needs of a picture.
+        self._preparer = Preparer(rows, encoder, store, max_tokens=1 << 20, keeps_features=lambda name: True)
+        reader = RowReader(self._preparer, ledger=None, max_bad_fraction=EVALUATION_MAX_BAD_FRACTION)
+        self.entries: list[tuple[Row, Sample]] = []
+        for start in range(0, self.num_total, _READ_ROWS):
+            indices = range(start, min(start + _READ_ROWS, self.num_total))
+            self.entries += [(row, sample) for row, sample, _ in reader.read_many(indices, as_prompt=True)]
+        self._preparer.keeps_features = None
 
-    def batch(self, chunk: Sequence[tuple[Row, Sample]], keeps_features: Callable[[str], bool]) -> Batch:
-        """Left-padded prompts with their pictures; no pixels where the model keeps the tower's output."""
-        self.preparer.keeps_features = keeps_features
-        found = self.preparer.pictures_of([row for row, _ in chunk])
-        pictures: list[Picture] = []
-        for name in (name for row, _ in chunk for name in row.images):
+    def prompt(self, number: int) -> Prompt:
+        """Of entry ``number``, with the pixels of its pictures."""
+        row, sample = self.entries[number]
+        found = self._preparer.pictures_of([row])
+        images = []
+        for name in row.images:
             picture = found[name]
             if isinstance(picture, Fault):
                 raise DataError(f"{name}: {picture.reason}; it was readable a moment ago")
-            pictures.append(picture)
-        lengths = [self.encoder.adapter.num_visual_tokens(self.encoder.config, picture.grid) for picture in pictures]
-        pad = self.encoder.tokenizer.pad_token_id
-        return collate([sample for _, sample in chunk], pictures, lengths, pad, "left")
+            assert picture.pixels is not None
+            images.append(EngineImage(picture.grid, picture.pixels, picture.digest))
+        return Prompt(sample.input_ids, sample.positions, sample.visual, images)
+
+    def order(self) -> list[int]:
+        """Entries, those of the same pictures one after the other: a picture is decoded and seen once, however little
+        of pictures can be kept."""
+        first: dict[tuple[str, ...], int] = {}
+        for number, (row, _) in enumerate(self.entries):
+            first.setdefault(row.images, number)
+        return sorted(range(len(self.entries)), key=lambda number: (first[self.entries[number][0].images], number))
+
+
+def open_engine(
+    loaded: LoadedModel,
+    codes: Mapping[str, QuantizedTensor],
+    questions: QuestionFile,
+    options: EngineOptions = EXACT,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Engine:
+    """An engine for the questions: its cache has room for ``max_running`` of the longest, but no more than
+    ``options.cache_tokens``, or for one that needs more.
+
+    Raises:
+        DataError: a question that is too long for the model.
+    """
+    row, sample = max(questions.entries, key=lambda entry: entry[1].num_tokens)
+    most, limit = sample.num_tokens + max_new_tokens, loaded.model.config.get_text_config().max_position_embeddings
+    if most > limit:
+        raise DataError(
+            f"row {row.index} ({row.id!r}) has a prompt of {sample.num_tokens:,} tokens and an answer may have "
+            f"{max_new_tokens:,}; the model takes {limit:,} in all: shorten one of them"
+        )
+    room = pages_for(most) * PAGE_TOKENS
+    cache_tokens = max(room, min(options.max_running * room, options.cache_tokens))
+    return Engine(loaded, codes, replace(options, cache_tokens=cache_tokens))
 
 
 def answer_all(
-    loaded: LoadedModel,
+    engine: Engine,
     questions: QuestionFile,
     *,
-    batch_size: int = 64,
-    max_new_tokens: int = 16,
-    vision_bytes: int = 1 << 30,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    observe: Callable[[list[int], torch.Tensor], None] = lambda rows, logits: None,
+    observe: Callable[[int, Choice], None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers to every question, in file order.
+    """Greedy answers to every question, in file order, of an engine that does nothing else meanwhile.
 
-    ``observe`` is given row numbers and the (B, V) FP32 logits of their first answer token.
+    ``observe`` is given row number and first token of each answer that has one, with its log-probability and entropy.
 
-    Questions are batched by prompt length, which wastes little padding; the batches depend on the file alone.
+    Requests begin a few more at a time than run together, so that not all pictures need be in memory.
     """
-    vision = VisionFeatures(loaded.adapter, loaded.model, vision_bytes)
-    order = sorted(range(len(questions.entries)), key=lambda i: (questions.entries[i][1].num_tokens, i))
+    params = SamplingParams(max_new_tokens, logprobs=None if observe is None else 0)
+    entries, order = questions.entries, questions.order()
+    source, running = iter(order), dict[str, list[int]]()
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        chunk = [questions.entries[i] for i in order[start : start + batch_size]]
-        tokens, logits = greedy(loaded, vision, questions.batch(chunk, vision.keeps), max_new_tokens)
-        observe([row.index for row, _ in chunk], logits)
-        texts = loaded.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for (row, _), text in zip(chunk, texts, strict=True):
-            answers[row.index] = _answer(row, text)
-        progress(min(start + batch_size, len(order)), len(order))
-    return [answers[row.index] for row, _ in questions.entries]
+    try:
+        while len(answers) < len(order):
+            for number in itertools.islice(source, 2 * engine.options.max_running - len(running)):
+                engine.add(str(number), questions.prompt(number), params)
+                running[str(number)] = []
+            for event in engine.step():
+                number, tokens = int(event.request_id), running[event.request_id]
+                if event.choice is not None:
+                    if observe is not None and not tokens:
+                        observe(entries[number][0].index, event.choice)
+                    tokens.append(event.choice.token)
+                if event.finish:
+                    text = questions.tokenizer.decode(running.pop(event.request_id), skip_special_tokens=True)
+                    answers[number] = _answer(entries[number][0], text)
+            progress(len(answers), len(order))
+    finally:
+        for name in running:
+            engine.cancel(name)
+    return [answers[number] for number in range(len(entries))]
 
 
 def _answer(row: Row, text: str) -> Answer:

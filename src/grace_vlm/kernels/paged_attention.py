@@ -75,17 +75,17 @@ def paged_attention_reference(
     out = []
     for own, context in zip(query, contexts, strict=True):
         there = [read_rows(cache, context, qkv.dtype) for cache in (keys, values)]
-        out.append(attend(own[None], *there))
+        out.append(attend(own[None, None], *(part[None] for part in there)))
     return torch.cat(out).flatten(1)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(n, heads, d): causal attention of the last n tokens of a context of (L, kv_heads, d), n <= L."""
-    count, length = len(query), len(keys)
+    """(b, n, heads, d): causal attention of the last n tokens of b contexts (b, L, kv_heads, d), n <= L."""
+    count, length = query.shape[1], keys.shape[1]
     mask = None
     if 1 < count < length:
         mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
-    grouped = query.shape[1] != keys.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (query, keys, values))
+    grouped = query.shape[2] != keys.shape[2]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < count == length, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2)

@@ -96,7 +96,11 @@ def align_vocabularies(
 
 def entropy_rows(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of softmax(logits) at T = 1 in nats: (N, V) FP32 or FP64 -> (N,)."""
-    log_probs = F.log_softmax(logits, dim=-1)
+    return entropy_of(F.log_softmax(logits, dim=-1))
+
+
+def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy of log-probabilities in nats: (..., V) -> (...)."""
     # exp(-inf) * -inf is NaN; a word of probability 0 adds nothing to the entropy. A NaN logit stays a NaN.
     return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(dim=-1)
 
