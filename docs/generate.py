@@ -112,6 +112,7 @@ def kernels() -> str:
     tables = {
         "linear": "\n".join(_linear_table(path) for path in sorted(RESULTS.glob("w[48]_linear.csv"))),
         "cpu": _cpu_linear_table(_plots().read_rows(RESULTS / "cpu_linear.csv")),
+        "cpu_decode": _cpu_decode_table(_plots().read_rows(RESULTS / "cpu_decode.csv")),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
@@ -168,6 +169,27 @@ def _cpu_linear_table(rows: list[dict[str, str]]) -> str:
     return (
         f"| layer | tokens | {' | '.join(shown)} | ours_int8 / read | ours_int8 / best of the three |\n"
         f"|---|---|{'---|' * len(shown)}---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
+    )
+
+
+def _cpu_decode_table(rows: list[dict[str, str]]) -> str:
+    """Cases and metrics down, programs across, then how much faster ours is."""
+    shown = ("ours", "llama_cpp", "torch_fp32")
+    units = {"ttft_s": "s to the first token", "tok_s": "tokens a second", "body_ms": "ms a token, layers alone"}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["metric"]), {})[row["impl"]] = float(row["p50"])
+    lines = []
+    for (case, metric), cells in found.items():
+        gain = cells["ours"] / cells["llama_cpp"]
+        numbers = " | ".join(f"{cells[impl]:.3g}" if impl in cells else "" for impl in shown)
+        lines.append(f"| {case} | {units[metric]} | {numbers} | {gain if metric == 'tok_s' else 1 / gain:.2f} |")
+    driver = next(row["driver"] for row in rows if row["driver"])
+    where = "{device}, torch {torch}, {driver}, commit {commit}, {date}".format(**{**rows[0], "driver": driver})
+    return (
+        f"| case | | {' | '.join(shown)} | ours is faster than llama.cpp by |\n|---|---|{'---|' * len(shown)}---|\n"
+        + "\n".join(lines)
+        + f"\n\n{where}\n"
     )
 
 
