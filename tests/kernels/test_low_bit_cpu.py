@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,9 +189,9 @@ def test_torch_has_its_threads_again_whoever_leaves_last() -> None:
         first, second = module.alone(), module.alone()
         first.__enter__()
         second.__enter__()
-        assert torch.get_num_threads() == 1
+        assert (torch.get_num_threads(), module.num_threads()) == (1, 2)
         first.__exit__(None, None, None)
-        assert (torch.get_num_threads(), module._team) == (1, 2)
+        assert (torch.get_num_threads(), module.num_threads()) == (1, 2)
         second.__exit__(None, None, None)
         assert torch.get_num_threads() == 2
         with pytest.raises(KeyError), module.alone():
@@ -198,3 +199,39 @@ def test_torch_has_its_threads_again_whoever_leaves_last() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_two_threads_have_their_own_numbers() -> None:
+    barrier, found = threading.Barrier(2), {}
+
+    def work(name: str, leaves_first: bool) -> None:
+        torch.get_num_threads()  # torch's first look sets a thread's number to the one that was set last anywhere
+        torch.set_num_threads(2)
+        barrier.wait(60)
+        with module.alone():
+            barrier.wait(60)
+            if not leaves_first:
+                barrier.wait(60)
+        after = torch.get_num_threads(), module.num_threads()
+        if leaves_first:
+            barrier.wait(60)
+        found[name] = after
+
+    threads = [threading.Thread(target=work, args=(name, name == "a")) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {"a": (2, 2), "b": (2, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_whatever_torchs_default_dtype_is(dtype: torch.dtype) -> None:
+    tensor, x = weight(4, 40, 64, 32), inputs_of(3, 64, torch.float32)
+    right = panel_linear(x, pack_panels(tensor))
+    torch.set_default_dtype(dtype)
+    try:
+        found = panel_linear(x, pack_panels(tensor))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, right)

@@ -21,7 +21,7 @@ def evaluate(
     limit: int = typer.Option(None, "--limit", min=1, help="Only the first N rows."),
     answers: Path = typer.Option(None, "--answers", help="Where to write every answer, JSONL."),
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions that run together."),
-    max_new_tokens: int = typer.Option(16, "--max-new-tokens", help="Longest answer, tokens."),
+    max_new_tokens: int = typer.Option(16, "--max-new-tokens", min=1, help="Longest answer, tokens."),
     cpu_activations: str = typer.Option("fp32", "--cpu-activations", help="fp32: exact; int8: faster, rounded."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),

@@ -62,7 +62,7 @@ class DecodeStep:
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
         self._heads = [weights.heads(layer) for layer in weights.layers]
-        self._in_one_call = panel_layers(weights, cache)
+        self._in_one_call, self._cache_at = panel_layers(weights, cache), cache.keys.data_ptr()
         self._recorded: dict[int, Recorded[torch.Tensor]] = {}
         self._pool = pool_of(device)
         self._processors = (
@@ -110,6 +110,7 @@ class DecodeStep:
         x = weights.embeddings(self.ids[:size])
         rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
         if self._in_one_call is not None:
+            assert self.cache.keys.data_ptr() == self._cache_at, "the layers have the addresses of another cache"
             x = self._in_one_call(x, rotation, self._table[:size], self._lengths[:size])
         else:
             x = self._layer_by_layer(x, rotation)

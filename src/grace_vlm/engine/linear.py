@@ -52,9 +52,12 @@ class Linear:
         if isinstance(self.weight, PackedLinear):
             return low_bit_linear(x, self.weight, bias=self.bias, residual=residual, norm=norm, silu=self.silu)
         if isinstance(self.weight, PanelLinear):
-            added = None if residual is None else residual.float()
+            added = None if residual is None or self.silu else residual.float()
             y = panel_linear(x.float(), self.weight, norm=norm, bias=self.bias, residual=added, exact=self.exact)
-            return (gated(y) if self.silu else y).to(x.dtype)
+            if not self.silu:
+                return y.to(x.dtype)
+            y = gated(y).to(x.dtype)
+            return y if residual is None else residual + y
         given = x if norm is None else rms_norm(x, norm)
         if isinstance(self.weight, Int4PackLinear):
             y = int4pack_linear(given, self.weight).to(x.dtype)

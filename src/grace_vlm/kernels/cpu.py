@@ -116,9 +116,8 @@ def _compile(path: Path) -> Path:
     return path
 
 
-_lock = threading.Lock()
-_inside, _team = 0, 0
-"""How many are in ``alone``, and how many threads torch had before."""
+_here = threading.local()
+"""Of a thread: ``depth``, how many ``alone`` it is in, and ``team``, how many threads torch had for it before."""
 
 
 @contextlib.contextmanager
@@ -126,26 +125,23 @@ def alone() -> Iterator[None]:
     """Torch's own operators run on one thread in here, these kernels on as many as torch had: torch's threads wait
     awake for the next small operator, on the cores that the kernels' are about to need.
 
-    Torch has one number for a process: a thread that first uses torch meanwhile keeps to one. Several may be in here at
-    once; the last one out gives the number back.
+    The number is torch's for the calling thread. A thread that first uses torch meanwhile keeps to one.
     """
-    global _inside, _team
-    with _lock:
-        if not _inside:
-            _team = torch.get_num_threads()
-        _inside += 1
+    depth = getattr(_here, "depth", 0)
+    if not depth:
+        _here.team = torch.get_num_threads()
+    _here.depth = depth + 1
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            torch.set_num_threads(1 if _inside else _team)
+        _here.depth -= 1
+        torch.set_num_threads(1 if _here.depth else _here.team)
 
 
 def num_threads() -> int:
     """Of a kernel: torch's, or what torch had before ``alone``."""
-    return _team if _inside else torch.get_num_threads()
+    return _here.team if getattr(_here, "depth", 0) else torch.get_num_threads()
 
 
 def runs_c(*tensors: torch.Tensor) -> bool:

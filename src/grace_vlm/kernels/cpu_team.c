@@ -13,9 +13,9 @@
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work;
-    atomic_long round, next, inside;
+    atomic_long round, next, inside, wanted;
     atomic_int is_open;
-    long last, hired, wanted;
+    long last, hired;
     void (*part)(const void *, long);
     const void *job;
     atomic_int cpu[MOST];  // of the caller and of each member
@@ -27,7 +27,7 @@ static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 static void take(void) {
     long first = atomic_load(&team.next);
     while (first < team.last) {
-        const long share = (team.last - first) / (2 * (team.wanted + 1)), size = share > 1 ? share : 1;
+        const long share = (team.last - first) / (2 * (atomic_load(&team.wanted) + 1)), size = share > 1 ? share : 1;
         if (!atomic_compare_exchange_weak(&team.next, &first, first + size)) continue;
         for (long n = first; n < first + size && n < team.last; ++n) team.part(team.job, n);
         first = atomic_load(&team.next);
@@ -63,7 +63,9 @@ static void *member(void *given) {
     long seen = ((Start *)given)->seen;
     free(given);
     for (;;) {
-        for (int look = 0; look < AWAKE && atomic_load(&team.round) == seen; ++look) _mm_pause();
+        // One that the last work was not for sleeps at once.
+        const int looks = number <= atomic_load(&team.wanted) ? AWAKE : 0;
+        for (int look = 0; look < looks && atomic_load(&team.round) == seen; ++look) _mm_pause();
         if (atomic_load(&team.round) == seen) {
             pthread_mutex_lock(&team.lock);
             while (atomic_load(&team.round) == seen) pthread_cond_wait(&team.work, &team.lock);
@@ -72,7 +74,7 @@ static void *member(void *given) {
         seen = atomic_load(&team.round);
         // Whoever is inside while it is open may read the team's job; who comes too late is not waited for.
         atomic_fetch_add(&team.inside, 1);
-        if (atomic_load(&team.is_open) && number <= team.wanted) {
+        if (atomic_load(&team.is_open) && number <= atomic_load(&team.wanted)) {
             spread(number);
             take();
         }
@@ -121,7 +123,7 @@ void run(const void *job, void (*part)(const void *, long), long parts, long num
     team.job = job;
     team.part = part;
     team.last = parts;
-    team.wanted = num_threads - 1;
+    atomic_store(&team.wanted, num_threads - 1);
     atomic_store(&team.next, 0);
     spread(0);
     atomic_store(&team.is_open, 1);

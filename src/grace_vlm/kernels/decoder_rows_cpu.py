@@ -24,7 +24,7 @@ def takes_heads(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hea
 
 def gated(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
-    y = torch.empty(len(x), x.shape[1] // 2)
+    y = torch.empty(len(x), x.shape[1] // 2, dtype=torch.float32)
     library().gated_rows(address(x), address(y), *y.shape, num_threads())
     return y
 
@@ -37,7 +37,7 @@ def rotate_append(
     values: torch.Tensor,
     heads: Heads,
 ) -> torch.Tensor:
-    queries = torch.empty(len(qkv), heads.num_heads, heads.head_dim)
+    queries = torch.empty(len(qkv), heads.num_heads, heads.head_dim, dtype=torch.float32)
     # Named, so that copies live while their addresses are used.
     given = [qkv, *rotation, heads.query_norm, heads.key_norm, slots]
     kept = [None if part is None else part.contiguous() for part in given]
@@ -65,7 +65,7 @@ def paged_attention(
 ) -> torch.Tensor:
     page = table.gather(1, (lengths // page_tokens).long().unsqueeze(1)).squeeze(1).long()
     queries = rotate_append(qkv, rotation, page * page_tokens + lengths % page_tokens, keys, values, heads)
-    out = torch.empty(len(qkv), heads.num_heads * heads.head_dim)
+    out = torch.empty(len(qkv), heads.num_heads * heads.head_dim, dtype=torch.float32)
     kept = (queries, keys, values, table.contiguous(), lengths.contiguous(), out)
     library().attend_pages(
         *map(address, kept),

@@ -8,7 +8,6 @@ panel_rows(packed, ids)                 single rows, where a head is an embeddin
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -50,10 +49,10 @@ class PanelLinear:
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
 
-    @functools.cached_property
-    def addresses(self) -> tuple[int | None, int | None]:
-        """Of codes and scales: asked once, as a call of few rows takes microseconds."""
-        return address(self.codes), address(self.scale)
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of codes and scales."""
+        return self.codes.data_ptr(), self.scale.data_ptr()
 
 
 def takes(tensor: QuantizedTensor) -> bool:
@@ -83,7 +82,7 @@ def pack_panels(tensor: QuantizedTensor) -> PanelLinear:
         packed = unsigned[:, :, :4] | unsigned[:, :, 4:] << 4
     else:
         packed = fours.contiguous().view(torch.uint8)
-    scale = torch.zeros(rows, tensor.scale.shape[1])
+    scale = torch.zeros(rows, tensor.scale.shape[1], dtype=torch.float32)
     scale[:out_features] = tensor.scale.float()
     panels = scale.view(rows // ROWS, ROWS, -1).transpose(1, 2).contiguous()
     return PanelLinear(packed.contiguous(), panels, bits, group, out_features, in_features)
@@ -118,7 +117,7 @@ def panel_linear(
             f"expected (..., {packed.in_features}) in torch.float32"
         )
     flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, packed.in_features).contiguous()
-    out = torch.empty(len(flat), packed.out_features)
+    out = torch.empty(len(flat), packed.out_features, dtype=torch.float32)
     # Named, so that copies live while their addresses are used.
     weight, bias, residual = _wide(None if norm is None else norm.weight), _wide(bias), _wide(residual)
     status = library().low_bit_linear(
