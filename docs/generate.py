@@ -163,8 +163,9 @@ def _cpu_linear_table(rows: list[dict[str, str]]) -> str:
         ours = cells["ours_int8"]
         lines.append(f"| {shape} | {tokens} | {numbers} | {ours / cells['read']:.2f} | {ours / best:.2f} |")
     packages = sorted({row["driver"] for row in rows if row["driver"]})
-    where = "{device}, torch {torch}, {packages}, commit {commit}, {date}".format(
-        **{**rows[0], "packages": ", ".join(packages)}
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    where = "{device}, torch {torch}, {packages}, commit {commits}, {date}".format(
+        **{**rows[0], "packages": ", ".join(packages), "commits": commits}
     )
     return (
         f"| layer | tokens | {' | '.join(shown)} | ours_int8 / read | ours_int8 / best of the three |\n"
