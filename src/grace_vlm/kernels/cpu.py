@@ -149,6 +149,11 @@ def runs_c(*tensors: torch.Tensor) -> bool:
     return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and missing() is None
 
 
+def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """As C reads numbers: FP32 without gaps. Name it: a copy must live while its address is used."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Of its memory, which must be contiguous; null for None."""
     if tensor is None:

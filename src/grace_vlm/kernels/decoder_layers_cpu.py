@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from grace_vlm.kernels.cpu import address, library, num_threads
+from grace_vlm.kernels.cpu import address, library, num_threads, wide
 from grace_vlm.kernels.decoder_rows import Norm
-from grace_vlm.kernels.decoder_rows_cpu import WIDTH, takes_heads
+from grace_vlm.kernels.decoder_rows_cpu import WIDTH, new_slots, takes_heads
 from grace_vlm.kernels.heads import Heads
 from grace_vlm.kernels.low_bit_cpu import PanelLinear
 
@@ -57,7 +57,7 @@ class DecoderLayers:
     """
 
     def __init__(self, layers: Sequence[PanelLayer], exact: bool, page_tokens: int) -> None:
-        self._kept = list(layers)  # tensors whose addresses are in the structures
+        self._kept: list[object] = list(layers)  # tensors whose addresses are in the structures
         self._exact, self._page_tokens, self._heads = exact, page_tokens, layers[0].heads
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
 
@@ -85,9 +85,9 @@ class DecoderLayers:
 
     def _at(self, tensor: torch.Tensor | None) -> int | None:
         """The address of FP32 numbers, which live as long as this does."""
-        wide = None if tensor is None else tensor.float().contiguous()
-        self._kept.append(wide)  # type: ignore[arg-type]
-        return address(wide)
+        kept = wide(tensor)
+        self._kept.append(kept)
+        return address(kept)
 
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor, lengths: torch.Tensor
@@ -97,8 +97,7 @@ class DecoderLayers:
         Args:
             rotation: cos and sin, (B, D) each. table, lengths: as ``paged_attention`` has them.
         """
-        page = table.gather(1, (lengths // self._page_tokens).long().unsqueeze(1)).squeeze(1).long()
-        slots = page * self._page_tokens + lengths % self._page_tokens
+        slots = new_slots(table, lengths, self._page_tokens)
         kept = [part.contiguous() for part in (x, *rotation, slots, table, lengths)]
         heads = self._heads
         sizes = (len(x), table.shape[1], self._page_tokens, heads.num_heads, heads.num_kv_heads, heads.head_dim)

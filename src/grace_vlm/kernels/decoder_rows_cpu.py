@@ -53,6 +53,12 @@ def rotate_append(
     return queries
 
 
+def new_slots(table: torch.Tensor, lengths: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    """(B,) int64: where each request's next token goes; ``table`` and ``lengths`` as ``paged_attention`` has them."""
+    page = table.gather(1, (lengths // page_tokens).long().unsqueeze(1)).squeeze(1).long()
+    return page * page_tokens + lengths % page_tokens
+
+
 def paged_attention(
     qkv: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
@@ -63,8 +69,7 @@ def paged_attention(
     heads: Heads,
     page_tokens: int,
 ) -> torch.Tensor:
-    page = table.gather(1, (lengths // page_tokens).long().unsqueeze(1)).squeeze(1).long()
-    queries = rotate_append(qkv, rotation, page * page_tokens + lengths % page_tokens, keys, values, heads)
+    queries = rotate_append(qkv, rotation, new_slots(table, lengths, page_tokens), keys, values, heads)
     out = torch.empty(len(qkv), heads.num_heads * heads.head_dim, dtype=torch.float32)
     kept = (queries, keys, values, table.contiguous(), lengths.contiguous(), out)
     library().attend_pages(

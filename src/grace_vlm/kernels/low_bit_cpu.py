@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels.cpu import address, library, num_threads
+from grace_vlm.kernels.cpu import address, library, num_threads, wide
 from grace_vlm.quant.affine import dequantize
 from grace_vlm.quant.packing import to_unsigned
 from grace_vlm.quant.scheme import QuantizedTensor
@@ -119,7 +119,7 @@ def panel_linear(
     flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, packed.in_features).contiguous()
     out = torch.empty(len(flat), packed.out_features, dtype=torch.float32)
     # Named, so that copies live while their addresses are used.
-    weight, bias, residual = _wide(None if norm is None else norm.weight), _wide(bias), _wide(residual)
+    weight, bias, residual = wide(None if norm is None else norm.weight), wide(bias), wide(residual)
     status = library().low_bit_linear(
         *packed.addresses, flat.data_ptr(), address(weight), address(bias), address(residual), out.data_ptr(),
         len(flat), packed.out_features, packed.in_features, packed.group_size,
@@ -128,10 +128,6 @@ def panel_linear(
     if status:
         raise MemoryError("no memory for the bytes of a layer's inputs")
     return out if x.ndim == 2 else out.view(*x.shape[:-1], packed.out_features)
-
-
-def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
 
 
 def panel_rows(packed: PanelLinear, ids: torch.Tensor) -> torch.Tensor:
