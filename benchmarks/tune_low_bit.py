@@ -28,6 +28,7 @@ from record import percentiles, time_interleaved
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as operator
+from grace_vlm.kernels import starts_early
 from grace_vlm.kernels.fragments import SLAB, PackedLinear, pack_linear
 from grace_vlm.kernels.low_bit_cuda import (
     FEW_TOKENS,
@@ -83,12 +84,13 @@ def candidates(num_tokens: int, packed: PackedLinear, thorough: bool) -> list[Ca
 def text_of(packed: PackedLinear, setup: Candidate) -> tuple[str, dict[str, int]] | None:
     """(file, macros) that a candidate needs compiled."""
     if isinstance(setup, Setup):
-        found = ("low_bit_linear.cu", defines_of(packed, setup, is_half=False, norm=False, silu=False))
+        found = ("low_bit_linear.cu", defines_of(packed, setup, is_half=False, silu=False))
     elif isinstance(setup, TileSetup):
         found = ("low_bit_tiles.cu", tile_defines_of(packed, setup, is_half=False, silu=False))
     else:
         return None
-    return found[0], {name: int(value) for name, value in found[1].items()}
+    macros = found[1] | {"EARLY_START": starts_early(packed.device)}
+    return found[0], {name: int(value) for name, value in macros.items()}
 
 
 def compile_one(architecture: str, job: tuple[str, dict[str, int]]) -> str | None:

@@ -116,7 +116,7 @@ def test_first_differences_on_a_gpu_are_near_ties(family: str, paths: list[Path]
             choice, token = tokens[place]
             assert choice.logprob - dict(choice.top_logprobs).get(token, -1e9) < 0.1, (number, place)
             differing += 1
-    assert differing <= 15
+    assert differing <= 24  # of 40 answers, 30 tokens each, of untrained weights
     assert 0 < drafted.engine.drafter.num_accepted < drafted.engine.drafter.num_proposed
 
 

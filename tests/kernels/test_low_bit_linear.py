@@ -231,5 +231,5 @@ def test_setups_by_rule() -> None:
     assert setup_of(64, 96) == setup_of(4000, 96) == Setup(8, 2, 4, 2)
     assert setup_of(1, 3) == Setup(1, 1, 3, 1)
     packed = pack_linear(weight(4, 16, 352, 352))
-    defines = defines_of(packed, setup_of(1, 6), is_half=True, norm=False, silu=True)
+    defines = defines_of(packed, setup_of(1, 6), is_half=True, silu=True)
     assert (defines["GROUP"], defines["TAIL"], defines["HALF"], defines["SILU"], defines["WIDE"]) == (0, 1, 1, 1, 0)

@@ -14,11 +14,14 @@ from low_bit_cases import bound, error, exact, inputs_of, weight
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import low_bit_linear as module
+from grace_vlm.kernels.decoder_rows import gated_reference
 from grace_vlm.kernels.fragments import PackedLinear, pack_linear
 from grace_vlm.kernels.low_bit_cuda import (
     Setup,
     TileSetup,
     defines_of,
+    plain_defines_of,
+    plain_setup_of,
     setup_of,
     tile_defines_of,
     tile_setup_of,
@@ -55,18 +58,16 @@ def run_text(
     packed: PackedLinear,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    norm: Norm | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
     """What ``_cuda`` does, on a CPU; the result is poisoned before."""
-    defines = defines_of(packed, setup, x.dtype == torch.float16, norm is not None, silu)
+    defines = defines_of(packed, setup, x.dtype == torch.float16, silu)
     library = compiled(tmp_path, "linear.cpp", defines)
     tokens, tiles = x.shape[0], packed.out_features // 16
     out = torch.full((tokens, packed.out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
     library.launch(
         *setup.grid(tokens, tiles),
-        at(packed.words), at(packed.scale), at(x), at(None if norm is None else norm.weight), at(bias), at(residual),
-        at(out), tokens, tiles, packed.in_features, ctypes.c_float(0.0 if norm is None else norm.epsilon),
+        at(packed.words), at(packed.scale), at(x), at(bias), at(residual), at(out), tokens, tiles, packed.in_features,
     )  # fmt: skip
     return out
 
@@ -108,13 +109,63 @@ def test_the_text(
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_fused(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Norm, bias, silu and residual, against the path that does them one by one."""
+    """Bias, silu and residual, against the path that does them one by one."""
     packed = pack_linear(interleaved(weight(4, 16, 128, 32, seed=2), weight(4, 16, 128, 32, seed=3)))
-    x, norm = inputs_of(5, 128, dtype), Norm(inputs_of(1, 128, dtype)[0], 1e-6)
+    x = inputs_of(5, 128, dtype)
     bias, rest = inputs_of(1, 32, dtype, seed=4)[0], inputs_of(5, 16, dtype, seed=5)
-    found = run_text(tmp_path, Setup(1, 1, 2, 2), x, packed, bias, rest, norm, silu=True)
-    right = low_bit_linear(x, packed, bias=bias, residual=rest, norm=norm, silu=True)
+    found = run_text(tmp_path, Setup(1, 1, 2, 2), x, packed, bias, rest, silu=True)
+    right = low_bit_linear(x, packed, bias=bias, residual=rest, silu=True)
     assert error(found, right.double()) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def run_plain_text(
+    tmp_path: Path,
+    setup: Setup,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """What ``run_plain`` does, on a CPU; the result is poisoned before."""
+    (out_features, in_features), tokens = weight.shape, len(x)
+    library = compiled(tmp_path, "linear.cpp", plain_defines_of(in_features, setup, x.dtype == torch.float16, silu))
+    out = torch.full((tokens, out_features // (2 if silu else 1)), float("nan"), dtype=x.dtype)
+    library.launch(
+        *setup.grid(tokens, out_features // 16),
+        at(weight), at(None), at(x), at(bias), at(residual), at(out), tokens, out_features // 16, in_features,
+    )  # fmt: skip
+    return out
+
+
+PLAIN_CASES = [
+    (32, 128, 1, Setup(1, 1, 2, 1), torch.bfloat16),
+    (48, 96, 5, Setup(1, 2, 2, 1), torch.float16),
+    (16, 672, 16, Setup(2, 1, 3, 2), torch.bfloat16),
+    (80, 512, 3, Setup(1, 4, 4, 2), torch.bfloat16),
+    (64, 1056, 11, plain_setup_of(11, 64, 1056), torch.bfloat16),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("out", "inputs", "tokens", "setup", "dtype"), PLAIN_CASES)
+def test_plain_weights(tmp_path: Path, out: int, inputs: int, tokens: int, setup: Setup, dtype: torch.dtype) -> None:
+    x, plain = inputs_of(tokens, inputs, dtype), inputs_of(out, inputs, dtype, seed=3)
+    right = x.double() @ plain.double().T
+    y = run_plain_text(tmp_path, setup, x, plain)
+    assert error(y, right) <= 2 * error((x.float() @ plain.float().T).to(dtype), right)
+
+
+@needs_compiler
+@pytest.mark.parametrize("silu", [False, True])
+def test_what_is_fused_for_plain_weights(tmp_path: Path, silu: bool) -> None:
+    """Gates are the weight's first half."""
+    x, plain = inputs_of(5, 128, torch.bfloat16), inputs_of(64, 128, torch.bfloat16, seed=3)
+    bias, rest = inputs_of(1, 64, torch.bfloat16, seed=4)[0], inputs_of(5, 32 if silu else 64, torch.bfloat16, seed=5)
+    y = (x.float() @ plain.float().T + bias.float()).bfloat16()
+    right = (gated_reference(y) if silu else y) + rest
+    found = run_plain_text(tmp_path, Setup(1, 2, 2, 1), x, plain, bias, rest, silu)
+    assert error(found, right.double()) < 8e-3
 
 
 def run_arrange(tmp_path: Path, x: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -221,7 +272,7 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architectu
     for bits in (4, 8):
         packed = pack_linear(weight(bits, 16, 128, 64))
         for tokens in (1, 16, 32, 64):
-            defines = defines_of(packed, setup_of(tokens, 64), is_half=bits == 8, norm=tokens == 1, silu=tokens == 16)
+            defines = defines_of(packed, setup_of(tokens, 64), is_half=bits == 8, silu=tokens == 16)
             cubin = compile_text(text, architecture, {name: int(value) for name, value in defines.items()})
             assert cubin.startswith(b"\x7fELF")
             assert compile_text(text, architecture, {name: int(value) for name, value in defines.items()}) == cubin

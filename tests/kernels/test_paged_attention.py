@@ -66,7 +66,10 @@ def test_a_cache_of_a_byte_a_number(h: int, kv: int, d: int, splits: int) -> Non
     torch.testing.assert_close(found, expected, **tolerance)
     for kept, theirs, before in zip(ours, right, (keys, values), strict=True):
         assert kept.nbytes * qkv.element_size() == before.nbytes
-        torch.testing.assert_close(kept.float(), theirs.float(), atol=1e-6, rtol=0 if DTYPE is torch.float32 else 0.13)
+        is_exact = DTYPE is torch.float32  # a BF16 rotation is rounded in between, or not
+        torch.testing.assert_close(
+            kept.float(), theirs.float(), atol=1e-6 if is_exact else 2e-2, rtol=0 if is_exact else 0.13
+        )
         assert int((kept.float() != before.to(FP8).float()).flatten(1).any(1).sum()) == 7
     query = rotate_append_reference(qkv, rotation, torch.arange(7, device=DEVICE), keys, values, heads)
     for number, length in enumerate(lengths.tolist()):
@@ -129,6 +132,8 @@ def test_the_call_is_one_of_the_two() -> None:
 
 def test_shares() -> None:
     assert splits_for(1, 8, 132, 4096) == 32
-    assert splits_for(64, 8, 132, 4096) == 1
-    assert splits_for(16, 8, 132, 4096) == 4
+    assert splits_for(64, 8, 132, 4096) == 2
+    assert splits_for(200, 8, 132, 4096) == 1
+    assert splits_for(16, 8, 132, 4096) == 2
+    assert splits_for(4, 8, 132, 4096) == 8
     assert splits_for(1, 8, 132, 100) == 1

@@ -19,6 +19,7 @@ from grace_vlm.engine.request import Request
 from grace_vlm.kernels.decoder_layers_cpu import DecoderLayers, PanelLayer
 from grace_vlm.kernels.decoder_rows import rms_norm
 from grace_vlm.kernels.low_bit_cpu import PanelLinear
+from grace_vlm.kernels.next_token import advance
 from grace_vlm.kernels.paged_attention import paged_attention, splits_for
 
 
@@ -61,6 +62,11 @@ class DecodeStep:
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
+        # Of the places of a line of the table, as the model's own module has them: looked up, not made at each token.
+        places = torch.arange(width * PAGE_TOKENS, device=device)
+        like = torch.empty(0, dtype=weights.dtype, device=device)
+        with torch.inference_mode():
+            self._turns = [part.contiguous() for part in weights.rotary(like, places.expand(3, -1))]
         self._heads = [weights.heads(layer) for layer in weights.layers]
         self._in_one_call, self._cache_at = panel_layers(weights, cache), cache.keys.data_ptr()
         self._recorded: dict[int, Recorded[torch.Tensor]] = {}
@@ -108,16 +114,15 @@ class DecodeStep:
     def _forward(self, size: int) -> torch.Tensor:
         weights = self.weights
         x = weights.embeddings(self.ids[:size])
-        rotation = weights.rotary(x, self._positions[:size].expand(3, -1))
+        cos, sin = (turns.index_select(0, self._positions[:size]) for turns in self._turns)
+        rotation = (cos, sin)
         if self._in_one_call is not None:
             assert self.cache.keys.data_ptr() == self._cache_at, "the layers have the addresses of another cache"
             x = self._in_one_call(x, rotation, self._table[:size], self._lengths[:size])
         else:
             x = self._layer_by_layer(x, rotation)
         logits = weights.head(rms_norm(x, weights.last_norm))
-        self.ids[:size] = logits.argmax(dim=-1)
-        self._positions[:size] += 1
-        self._lengths[:size] += 1
+        advance(logits, self.ids[:size], self._positions[:size], self._lengths[:size])
         return logits
 
     def _layer_by_layer(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

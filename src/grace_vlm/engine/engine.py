@@ -150,6 +150,9 @@ class Engine:
         exact = self.options.cpu_activations == "fp32"
         self.weights: Weights = take_weights(loaded.model, head, quantized or {}, rows, self.options.int8_head, exact)
         own = self.weights
+        if own.device.type == "cuda":
+            # Kernels fetch weights before they wait for what was launched before them (``starts_early``).
+            torch.cuda.synchronize(own.device)
         budget = self.options.picture_bytes
         self.pictures = PictureFeatures(loaded.adapter, loaded.model, budget, own.device, alone=is_fixed)
         num_pages = self.options.cache_tokens // PAGE_TOKENS

@@ -53,6 +53,12 @@ def _require_known(config: Any) -> None:
             "the decoder attends in a sliding window, which the engine does not; set use_sliding_window to false in "
             "config.json if prompts and answers stay below it"
         )
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rotary in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"the decoder's rope_type is {rotary!r}, whose angles depend on a prompt's length; the engine has those "
+            "that depend on the position alone"
+        )
 
 
 Rotary = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

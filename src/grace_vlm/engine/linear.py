@@ -1,7 +1,8 @@
 """A product of the decoder, dense or packed, with the norm before it and what is added after.
 
-Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``, on a CPU in panels by
-``kernels/low_bit_cpu.py``, or without a compiler by torch's own operator (``kernels/int4pack.py``).
+Tensors of the model's dtype; a packed weight runs by ``kernels/low_bit_linear.py``, a plain one of few tokens on a GPU
+by ``kernels/plain_linear.py``; on a CPU packed ones run in panels by ``kernels/low_bit_cpu.py``, or without a compiler
+by torch's own operator (``kernels/int4pack.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from grace_vlm.kernels.decoder_rows import Norm, gated, rms_norm
 from grace_vlm.kernels.int4pack import Int4PackLinear, int4pack_linear
 from grace_vlm.kernels.low_bit_cpu import PanelLinear, panel_linear
 from grace_vlm.kernels.low_bit_linear import PackedLinear, low_bit_linear
+from grace_vlm.kernels.plain_linear import plain_linear, takes_plain
 
 Weight = torch.Tensor | PackedLinear | PanelLinear | Int4PackLinear
 """(out, in), in the forms that something multiplies."""
@@ -59,6 +61,8 @@ class Linear:
             y = gated(y).to(x.dtype)
             return y if residual is None else residual + y
         given = x if norm is None else rms_norm(x, norm)
+        if isinstance(self.weight, torch.Tensor) and takes_plain(given, self.weight):
+            return plain_linear(given, self.weight, bias=self.bias, residual=residual, silu=self.silu)
         if isinstance(self.weight, Int4PackLinear):
             y = int4pack_linear(given, self.weight).to(x.dtype)
             y = y if self.bias is None else y + self.bias

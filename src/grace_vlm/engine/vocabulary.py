@@ -54,7 +54,7 @@ class Embeddings:
         if isinstance(self.weight, PanelLinear):
             return panel_rows(self.weight, ids).to(self.dtype)
         assert isinstance(self.weight, torch.Tensor)
-        return self.weight[ids]
+        return self.weight.index_select(0, ids)
 
     @property
     def device(self) -> torch.device:

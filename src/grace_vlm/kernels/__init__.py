@@ -6,6 +6,7 @@ Triton is imported when a kernel is first asked for, never before.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton can take these: contiguous in their last dimension, on a GPU, and Triton is installed (Linux)."""
     return all(x.is_cuda and (x.ndim == 0 or x.stride(-1) == 1) for x in tensors) and find_spec("triton") is not None
+
+
+@functools.cache
+def starts_early(device: int | torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs ("programmatic dependent launch", from Hopper
+    on). One that is must wait for the other's end before it reads or writes what others have written or read;
+    everything of ours does, so that whoever has waited for the last kernel has waited for all. Only weights are fetched
+    before: whoever makes them waits for the GPU."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

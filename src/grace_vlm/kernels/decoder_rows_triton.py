@@ -14,16 +14,18 @@ import triton
 import triton.language as tl
 
 from grace_vlm.kernels.cache_rows_triton import as_kept
+from grace_vlm.kernels.early_triton import early, wait_for_earlier
 from grace_vlm.kernels.heads import Heads
 
 
 @triton.jit
-def _rms_norm(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, epsilon, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < SIZE
+    by = tl.load(weight + column, mask=inside, other=0.0)
+    wait_for_earlier(EARLY)
     wide = tl.load(x + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
     scaled = (wide / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + epsilon)).to(out.dtype.element_ty)
-    by = tl.load(weight + column, mask=inside, other=0.0)
     tl.store(
         out + row * SIZE + column, (scaled.to(tl.float32) * by.to(tl.float32)).to(out.dtype.element_ty), mask=inside
     )
@@ -33,12 +35,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     """Of contiguous (n, d)."""
     out, size = torch.empty_like(x), x.shape[-1]
     if len(x):
-        _rms_norm[(len(x),)](x, weight, out, epsilon, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=4)
+        _rms_norm[(len(x),)](
+            x, weight, out, epsilon, SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=4, **early(x)
+        )  # fmt: skip
     return out
 
 
 @triton.jit
-def _gated(x, out, size, BLOCK: tl.constexpr):
+def _gated(x, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_earlier(EARLY)
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     gate = tl.load(x + 2 * row * size + column, mask=inside, other=0.0).to(tl.float32)
@@ -52,15 +57,16 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     size = x.shape[1] // 2
     out = x.new_empty(len(x), size)
     if len(x):
-        _gated[(len(x), triton.cdiv(size, 1024))](x, out, size, BLOCK=1024, num_warps=4)
+        _gated[(len(x), triton.cdiv(size, 1024))](x, out, size, BLOCK=1024, num_warps=4, **early(x))
     return out
 
 
 @triton.jit
 def _rotate_append(
     qkv, cos, sin, query_norm, key_norm, slots, queries, keys, values, epsilon,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier(EARLY)
     DTYPE: tl.constexpr = queries.dtype.element_ty
     KEPT: tl.constexpr = keys.dtype.element_ty
     HALF: tl.constexpr = D // 2
@@ -108,6 +114,6 @@ def rotate_append(
     if len(qkv):
         _rotate_append[(len(qkv), h + 2 * kv)](
             qkv, *(part.contiguous() for part in rotation), heads.query_norm, heads.key_norm, slots, queries, keys,
-            values, heads.epsilon, H=h, KV=kv, D=d, HAS_NORM=heads.query_norm is not None, num_warps=1,
+            values, heads.epsilon, H=h, KV=kv, D=d, HAS_NORM=heads.query_norm is not None, num_warps=1, **early(qkv),
         )  # fmt: skip
     return queries

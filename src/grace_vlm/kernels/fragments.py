@@ -103,7 +103,11 @@ def pack_linear(tensor: QuantizedTensor, device: torch.device | str = "cpu", kee
     # A million rows of four thousand would be 16 GB of int32 on the way.
     parts = codes.split(max(TILE, _ELEMENTS // in_features // TILE * TILE))
     words = torch.cat([_words4(part) if bits == 4 else _words8(part) for part in parts])
-    return PackedLinear(words, tiled.permute(0, 3, 2, 1).contiguous(), bits, group, out_features, in_features, dense)
+    scales = tiled.permute(0, 3, 2, 1).contiguous()
+    if words.is_cuda:
+        # Kernels fetch weights before they wait for what was launched before them (``starts_early``).
+        torch.cuda.synchronize(words.device)
+    return PackedLinear(words, scales, bits, group, out_features, in_features, dense)
 
 
 def _words4(codes: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@
 
 // A thread: 32 inputs of a token.
 KERNEL(256, 1) low_bit_arrange(const u16 *x, u16 *y, int tokens, int padded, int in) {
+    let_next_start();
+    wait_for_earlier();
     const int blocks = (in + 63) / 64 * 2;
     const i64 index = (i64)blockIdx.x * 256 + threadIdx.x, token = index / blocks;
     const int block = (int)(index % blocks);

@@ -1,7 +1,7 @@
 // What the kernels of low-bit layers share: a GPU's instructions, and codes to a tensor core's registers (fragments.py).
 //
 // Compiled for:  BITS 4 8   HALF 0 BF16, 1 FP16   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32
-//   TAIL  in is no multiple of 64
+//   TAIL  in is no multiple of 64   EARLY_START  the kernel is launched while the one before it still runs (Hopper)
 #pragma once
 #ifdef EMULATE
 #include "emulate.h"
@@ -62,9 +62,17 @@ __device__ __forceinline__ void multiply(float *d, const u32 *a, u32 b0, u32 b1)
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ float sum_of_warp(float v) {
-    for (int far = 16; far; far >>= 1) v += __shfl_xor_sync(~0u, v, far);
-    return v;
+// What the kernels before this one have written may be read from here on, and what they read may be written.
+__device__ __forceinline__ void wait_for_earlier() {
+#if EARLY_START
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may take what is free, fetch its weights and wait.
+__device__ __forceinline__ void let_next_start() {
+#if EARLY_START
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 #define INLINE __device__ __forceinline__
 #endif

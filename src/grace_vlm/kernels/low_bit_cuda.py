@@ -1,4 +1,4 @@
-"""Launches of ``low_bit_linear.cu`` and ``low_bit_tiles.cu``, and what they are compiled for.
+"""Launches of ``low_bit_linear.cu`` (also for plain weights) and ``low_bit_tiles.cu``, and what they are compiled for.
 
 A setup is what was measured for the GPU, the layer and the number of tokens (``tuned.py``), else a rule's.
 """
@@ -46,16 +46,32 @@ def setup_of(num_tokens: int, num_slabs: int) -> Setup:
     return Setup(eights, setup.rows, warps, min(setup.depth, -(-num_slabs // warps)))
 
 
-def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, norm: bool, silu: bool) -> dict[str, int]:
+def plain_setup_of(num_tokens: int, out_features: int, in_features: int) -> Setup:
+    """The same for plain weights, from a sweep on an H100: a small layer has too few blocks to wait one by one."""
+    eights, slabs = 1 if num_tokens <= 8 else 2, -(-in_features // SLAB)
+    rows, depth = (2, 2) if out_features * in_features <= 1 << 23 else (1, 1)
+    warps = max(1, min(16, slabs // depth))
+    return Setup(eights, rows, warps, min(depth, slabs))
+
+
+def defines_of(packed: PackedLinear, setup: Setup, is_half: bool, silu: bool) -> dict[str, int]:
     """Macros of ``low_bit_linear.cu``."""
+    return {**_layout_defines(packed, is_half), **_setup_defines(setup, silu)}
+
+
+def plain_defines_of(in_features: int, setup: Setup, is_half: bool, silu: bool) -> dict[str, int]:
+    """Macros of ``low_bit_linear.cu`` for plain weights."""
+    layout = {"BITS": 16, "HALF": is_half, "GROUP": 0, "WIDE": 0, "TAIL": in_features % SLAB != 0}
+    return {**layout, **_setup_defines(setup, silu)}
+
+
+def _setup_defines(setup: Setup, silu: bool) -> dict[str, int]:
     return {
-        **_layout_defines(packed, is_half),
         "NT": setup.eights,
         "ROWS": setup.rows,
         "WARPS": setup.warps,
         "DEPTH": setup.depth,
         "EARLY": setup.eights <= 2,
-        "NORM": norm,
         "SILU": silu,
     }
 
@@ -217,21 +233,45 @@ def run_few(
     packed: PackedLinear,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float] | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
-    """(tokens, out') of contiguous (tokens, in) inputs; as ``low_bit_linear``, ``norm`` is (weight, epsilon)."""
-    tokens, tiles = x.shape[0], packed.out_features // TILE
-    defines = defines_of(packed, setup, x.dtype == torch.float16, norm is not None, silu)
+    """(tokens, out') of contiguous (tokens, in) inputs, as ``low_bit_linear``."""
+    defines = defines_of(packed, setup, x.dtype == torch.float16, silu)
+    shape = (packed.out_features, packed.in_features)
+    return _run(setup, defines, x, (packed.words, packed.scale), shape, bias, residual, silu)
+
+
+def run_plain(
+    setup: Setup,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """As ``run_few`` with a contiguous (out, in) weight in the dtype of x; with ``silu`` its first half are gates."""
+    out_features, in_features = weight.shape
+    defines = plain_defines_of(in_features, setup, x.dtype == torch.float16, silu)
+    return _run(setup, defines, x, (weight, None), (out_features, in_features), bias, residual, silu)
+
+
+def _run(
+    setup: Setup,
+    defines: dict[str, int],
+    x: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor | None],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    silu: bool,
+) -> torch.Tensor:
+    """``weight``: words and scale."""
+    (out_features, in_features), tokens = shape, x.shape[0]
+    tiles = out_features // TILE
     kernel = load_kernel("low_bit_linear.cu", "low_bit_linear", _hashable(defines), x.get_device())
-    out = torch.empty(tokens, packed.out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
-    weight, epsilon = (None, 0.0) if norm is None else norm
-    others = [_like(tensor, x) for tensor in (weight, bias, residual)]
-    kernel(
-        setup.grid(tokens, tiles),
-        32 * setup.warps,
-        [packed.words, packed.scale, x, *others, out, tokens, tiles, packed.in_features, epsilon],
-    )
+    out = torch.empty(tokens, out_features // (2 if silu else 1), dtype=x.dtype, device=x.device)
+    others = [_like(tensor, x) for tensor in (bias, residual)]
+    kernel(setup.grid(tokens, tiles), 32 * setup.warps, [*weight, x, *others, out, tokens, tiles, in_features])
     return out
 
 

@@ -1,20 +1,31 @@
-// y = x W^T for W in the layout of fragments.py: up to 8 NT tokens at a time, by tensor cores, for NVRTC.
+// y = x W^T for W in the layout of fragments.py, or plain: up to 8 NT tokens at a time, by tensor cores, for NVRTC.
 //
 // A block takes 16 ROWS rows; its warps share the inputs, and their FP32 sums meet in shared memory in a fixed order, so
 // every run gives the same bits. Codes become exact BF16 or FP16 integers in registers; a group's products are summed
 // before they are multiplied by its scale, in FP32. A warp has DEPTH slabs of 64 inputs on their way before it uses the
-// first.
+// first; where the kernel starts early, its weights are on their way while the kernel before it ends.
 //
-// Compiled for:  BITS 4 8   HALF 0 BF16, 1 FP16   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32
-//   TAIL  in is no multiple of 64   NT ROWS WARPS DEPTH   EARLY inputs are fetched as early as weights
-//   NORM  x is first RMS-normalised (and rounded, and multiplied by the norm's weight, as Transformers does)
-//   SILU  rows g of a tile are gates and g + 8 their values: silu(gate) * value comes out, half as wide
+// Compiled for:  BITS 4 8, 16: W is (out, in) as torch has it, in HALF's dtype   HALF 0 BF16, 1 FP16
+//   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32   TAIL  in is no multiple of 64
+//   NT ROWS WARPS DEPTH   EARLY inputs are kept like weights   EARLY_START  see low_bit_common.cuh
+//   SILU  rows g of a tile are gates and g + 8 their values: silu(gate) * value comes out, half as wide; with 16 bits
+//         gates are W's first half
 #include "low_bit_common.cuh"
 
+#define GATES_FIRST (SILU && BITS == 16)
 #define STRIDE (16 * ROWS + 4)  // floats between tokens in shared memory: no two lanes meet in a bank
 
+#if BITS == 16
+// 64 inputs of a row tile as a lane has them: 8 of rows g and g + 8, in both blocks.
+struct Weights {
+    uint4 words[4];
+};
+#else
+typedef Tile Weights;
+#endif
+
 struct Slab {
-    Tile tiles[ROWS];
+    Weights tiles[ROWS];
     uint4 given[2][EARLY ? NT : 1];
 };
 
@@ -23,6 +34,7 @@ struct Place {
     const uint4 *words[ROWS];
     const u32 *scale[ROWS];
     const u16 *x[NT];
+    i64 far;  // 16 bits: from row g to row g + 8
     int in, lane;
 };
 
@@ -35,26 +47,45 @@ INLINE void fetch_given(const Place &at, int slab, uint4 (*out)[NT]) {
         }
 }
 
-// 64 inputs of ROWS tiles, on their way.
-INLINE void fetch(const Place &at, int slab, Slab &out) {
-    for (int r = 0; r < ROWS; ++r) fetch_tile(at.words[r], at.scale[r], slab, at.in, out.tiles[r]);
+// Weights of ROWS tiles for 64 inputs.
+INLINE void fetch_weights(const Place &at, int slab, Slab &out) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#if BITS == 16
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bool inside = !TAIL || 64 * slab + 32 * (i >> 1) < at.in;
+            const uint4 *from = at.words[r] + 8 * slab + 4 * (i >> 1) + (i & 1 ? at.far : 0);
+            out.tiles[r].words[i] = inside ? load_once(from) : make_uint4(0, 0, 0, 0);
+        }
+#else
+        fetch_tile(at.words[r], at.scale[r], slab, at.in, out.tiles[r]);
+#endif
+    }
+}
+
+INLINE void fetch_tokens(const Place &at, int slab, Slab &out) {
 #if EARLY
     fetch_given(at, slab, out.given);
 #endif
 }
 
-INLINE uint4 normalised(uint4 v, uint4 by, float factor) {
-    u32 *x = &v.x;
-    const u32 *w = &by.x;
-    for (int i = 0; i < 4; ++i) {
-        const u32 scaled = pair(wide(x[i] & 0xffff) * factor, wide(x[i] >> 16) * factor);
-        x[i] = pair(wide(scaled & 0xffff) * wide(w[i] & 0xffff), wide(scaled >> 16) * wide(w[i] >> 16));
-    }
-    return v;
+// The four registers of product s of block b.
+INLINE void registers_of(const Weights &tile, int b, int s, u32 *a) {
+#if BITS == 16
+    const uint4 near = tile.words[2 * b], far = tile.words[2 * b + 1];
+    a[0] = s ? near.z : near.x;
+    a[1] = s ? far.z : far.x;
+    a[2] = s ? near.w : near.y;
+    a[3] = s ? far.w : far.y;
+#else
+    const u32 *own = &tile.words[BITS == 4 ? 0 : b].x;
+    decode(own + (BITS == 4 ? 2 * b + s : 2 * s), a);
+#endif
 }
 
-KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const u16 *norm, const u16 *bias,
-                      const u16 *residual, u16 *y, int tokens, int tiles, int in, float epsilon) {
+KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias,
+                      const u16 *residual, u16 *y, int tokens, int tiles, int in) {
     SHARED float sums[WARPS][8 * NT * STRIDE];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slabs = (in + 63) / 64;
     const int first_token = blockIdx.y * 8 * NT, each = (slabs + WARPS - 1) / WARPS;
@@ -62,35 +93,31 @@ KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u1
     Place at;
     at.in = in;
     at.lane = lane;
+    at.far = (i64)(SILU ? tiles : 1) * in;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         // What is computed of a tile or a token that is not there is not stored.
         const int tile = min(first_tile + r, tiles - 1);
+#if BITS == 16
+        at.words[r] = words + ((i64)(SILU ? 8 : 16) * tile + (lane >> 2)) * (in / 8) + (lane & 3);
+#else
         at.words[r] = words_of(words, tile, in) + lane;
         at.scale[r] = scale_of(scale, tile, in, lane);
+#endif
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j)
         at.x[j] = x + (i64)min(first_token + 8 * j + (lane >> 2), tokens - 1) * in + 8 * (lane & 3);
 
     Slab kept[DEPTH];
+    let_next_start();
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-        if (begin + d < end) fetch(at, begin + d, kept[d]);
-#if NORM
-    SHARED float factors[8 * NT];
-    for (int n = warp; n < 8 * NT; n += WARPS) {
-        float total = 0.0f;
-        if (first_token + n < tokens)
-            for (int k = lane; k < in; k += 32) {
-                const float v = wide(x[(i64)(first_token + n) * in + k]);
-                total += v * v;
-            }
-        total = sum_of_warp(total);
-        if (lane == 0) factors[n] = 1.0f / sqrtf(total / in + epsilon);
-    }
-    __syncthreads();
-#endif
+        if (begin + d < end) fetch_weights(at, begin + d, kept[d]);
+    wait_for_earlier();
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+        if (begin + d < end) fetch_tokens(at, begin + d, kept[d]);
 
     float all[ROWS][NT][4] = {};
     for (int start = begin; start < end; start += DEPTH) {
@@ -104,31 +131,22 @@ KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u1
             uint4 given[2][NT];
             fetch_given(at, slab, given);
 #endif
-#if NORM
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-                const int k = 64 * slab + 32 * b + 8 * (lane & 3);
-                const uint4 by = !TAIL || k < in ? *(const uint4 *)(norm + k) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-                for (int j = 0; j < NT; ++j) given[b][j] = normalised(given[b][j], by, factors[8 * j + (lane >> 2)]);
-            }
-#endif
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 float part[NT][4] = {};
 #pragma unroll
                 for (int b = 0; b < 2; ++b) {
-                    const u32 *own = &kept[d].tiles[r].words[BITS == 4 ? 0 : b].x;
 #pragma unroll
                     for (int s = 0; s < 2; ++s) {
                         u32 a[4];
-                        decode(own + (BITS == 4 ? 2 * b + s : 2 * s), a);
+                        registers_of(kept[d].tiles[r], b, s, a);
 #pragma unroll
                         for (int j = 0; j < NT; ++j) {
                             const uint4 v = given[b][j];
-                            multiply(part[j], a, s ? v.z : v.x, s ? v.w : v.y);
+                            multiply(BITS == 16 ? all[r][j] : part[j], a, s ? v.z : v.x, s ? v.w : v.y);
                         }
                     }
+#if BITS < 16
                     if (HALVES || b) {
                         const uint2 by = kept[d].tiles[r].scale[HALVES ? b : 0];
 #pragma unroll
@@ -139,9 +157,13 @@ KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u1
                                 part[j][c] = 0.0f;
                             }
                     }
+#endif
                 }
             }
-            if (slab + DEPTH < end) fetch(at, slab + DEPTH, kept[d]);
+            if (slab + DEPTH < end) {
+                fetch_weights(at, slab + DEPTH, kept[d]);
+                fetch_tokens(at, slab + DEPTH, kept[d]);
+            }
         }
     }
 
@@ -160,10 +182,11 @@ KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u1
         if (token >= tokens || tile >= tiles) continue;
         float total = 0.0f, value = 0.0f;
         for (int w = 0; w < WARPS; ++w) total += sums[w][n * STRIDE + row];
-        if (bias) total += wide(bias[16 * tile + row % 16]);
+        const int at_bias = GATES_FIRST ? 8 * tile + row % 8 : 16 * tile + row % 16;
+        if (bias) total += wide(bias[at_bias]);
         if (SILU) {
             for (int w = 0; w < WARPS; ++w) value += sums[w][n * STRIDE + row + 8];
-            if (bias) value += wide(bias[16 * tile + row % 16 + 8]);
+            if (bias) value += wide(bias[at_bias + (GATES_FIRST ? 8 * tiles : 8)]);
             const float gate = wide(rounded(total));
             total = wide(rounded(gate / (1.0f + expf(-gate)))) * wide(rounded(value));
         }

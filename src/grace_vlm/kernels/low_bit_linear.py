@@ -12,6 +12,7 @@ What runs is chosen by tokens and device (``path_of``):
     otherwise                    torch in FP32 on q s: the reference of the others
 
 What few and many are, and how a kernel is compiled, was measured for some GPUs (tuned.json) and is a rule elsewhere.
+A norm before the layer is a launch of its own: inside, every block would do all of it (docs/log.md).
 ``GRACE_KERNELS=cuda``, ``triton`` or ``torch`` forbids ``tiles`` and what comes before it in that order. With ``norm``
 and ``silu`` the layer's neighbours run inside; they round as separate layers do, so that a fused model is the unfused
 one up to the order of sums.
@@ -66,7 +67,7 @@ def interleaved(gate: QuantizedTensor, value: QuantizedTensor) -> QuantizedTenso
 
 def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     """What runs a layer of so many tokens. ``GRACE_KERNELS`` can forbid it."""
-    allowed, device = _allowed(), packed.device
+    allowed, device = allowed_kernels(), packed.device
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or allowed == "torch":
         return "torch"
     if num_tokens > FEW_TOKENS and packed.dense is not None and dtype == torch.bfloat16:
@@ -80,7 +81,7 @@ def path_of(num_tokens: int, packed: PackedLinear, dtype: torch.dtype) -> Path:
     return "triton" if runs_triton(packed.words) else "torch"
 
 
-def _allowed() -> str:
+def allowed_kernels() -> str:
     """The best that ``GRACE_KERNELS`` lets run."""
     allowed = os.environ.get("GRACE_KERNELS", "tiles")
     if allowed not in ("tiles", "cuda", "triton", "torch"):
@@ -90,7 +91,7 @@ def _allowed() -> str:
 
 def _setup(num_tokens: int, packed: PackedLinear) -> Setup | TileSetup | None:
     """What NVRTC's kernels are compiled for, as far as ``GRACE_KERNELS`` lets them."""
-    return setup_for(num_tokens, packed, with_tiles=_allowed() == "tiles")
+    return setup_for(num_tokens, packed, with_tiles=allowed_kernels() == "tiles")
 
 
 def low_bit_linear(
@@ -131,13 +132,8 @@ def low_bit_linear(
     with torch.no_grad(), torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         if not flat.shape[0]:
             out = flat.new_empty(0, width)
-        elif path == "cuda":
-            before = None if norm is None else (aligned(norm.weight.to(x.dtype)), norm.epsilon)
-            setup = _setup(len(flat), packed)
-            assert isinstance(setup, Setup)
-            out = run_few(setup, aligned(flat), packed, bias, rest, before, silu)
         else:
-            out = _parts(path, flat, packed, bias, rest, norm, silu)
+            out = _run(path, flat, packed, bias, rest, norm, silu)
     return out.view(*x.shape[:-1], width)
 
 
@@ -149,7 +145,7 @@ def _require(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: 
         )
 
 
-def _parts(
+def _run(
     path: Path,
     x: torch.Tensor,
     packed: PackedLinear,
@@ -158,12 +154,14 @@ def _parts(
     norm: Norm | None,
     silu: bool,
 ) -> torch.Tensor:
-    """Norm, layer, activation and residual one after the other."""
+    """The norm, and the layer with what comes after it: in one launch, or one after the other."""
     if norm is not None:
         x = rms_norm(x, norm)
-    if path == "tiles":
+    if path in ("cuda", "tiles"):
         setup = _setup(len(x), packed)
-        assert isinstance(setup, TileSetup)
+        if isinstance(setup, Setup):
+            return run_few(setup, aligned(x), packed, bias, residual, silu)
+        assert setup is not None
         return run_many(setup, aligned(x), packed, bias, residual, silu)
     if path == "torch":
         y = _reference(x.float(), packed, None if bias is None else bias.float()).to(x.dtype)

@@ -281,6 +281,7 @@ KERNEL(THREADS, BLOCKS)
 CLUSTER low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const u16 *bias, const u16 *residual, u16 *y,
                       int tokens, int tiles, int in) {
     u16 *shared = shared_memory();
+    let_next_start();
     const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
     const int first_token = blockIdx.y * TOKENS, all_slabs = (in + 63) / 64, block = SPREAD > 1 ? blockIdx.z : 0;
     const int first_slab = all_slabs * block / SPREAD, slabs = all_slabs * (block + 1) / SPREAD - first_slab;
@@ -294,6 +295,7 @@ CLUSTER low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const 
     __syncthreads();
     if (group == CONSUMERS) {
         GIVE_REGISTERS;
+        wait_for_earlier();
         bring_tokens(x, shared, thread, first_token, tokens, first_slab, slabs, in);
         return;
     }
@@ -376,6 +378,7 @@ CLUSTER low_bit_tiles(const uint4 *words, const u32 *scale, const u16 *x, const 
 #else
     float *sums = all;
 #endif
+    wait_for_earlier();  // the residual may be read, and y written
     const int first_stored = first_token + 8 * EIGHTS * block;
     u16 *lines = shared + PARTS + rows * 8 * EIGHTS * LINE;
     const int first_row = 16 * tile + (lane >> 2);

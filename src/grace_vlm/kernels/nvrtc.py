@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.kernels import cache_folder, replacing
+from grace_vlm.kernels import cache_folder, replacing, starts_early
 
 FOLDER, HEADER = Path(__file__).parent, "low_bit_common.cuh"
 
@@ -55,7 +56,8 @@ def compile_text(text: str, architecture: str, defines: Mapping[str, int]) -> by
     """
     from cuda.bindings import nvrtc
 
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    macros = [f"-D{name}={int(value)}" for name, value in sorted(defines.items())]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
     version = _checked(nvrtc.nvrtcVersion(), "asking NVRTC for its version")
     header = (FOLDER / HEADER).read_text(encoding="utf-8")
     digest = hashlib.sha256("\n".join([text, header, *options, str(version)]).encode()).hexdigest()[:32]
@@ -93,16 +95,30 @@ def _keep(path: Path, cubin: bytes) -> None:
 
 
 class Kernel:
-    """A function of a cubin, loaded on the current GPU."""
+    """A function of a cubin, loaded on the current GPU.
 
-    def __init__(self, cubin: bytes, name: str) -> None:
+    Args:
+        early: it may be launched while the kernel before it still runs, whose end its text waits for.
+    """
+
+    def __init__(self, cubin: bytes, name: str, early: bool) -> None:
         from cuda.bindings import driver
 
         _take_context()
         self._module = _checked(driver.cuModuleLoadData(cubin), "loading a kernel")
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "loading a kernel")
-        self._launch = driver.cuLaunchKernel
+        self._launch = driver.cuLaunchKernelEx
         self._shared_bytes = 48 << 10
+        self._attributes = []
+        if early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            self._attributes = [attribute]
+        self._one_at_a_time = threading.Lock()
+        self._config = driver.CUlaunchConfig()
+        self._config.attrs = self._attributes
+        self._config.numAttrs = len(self._attributes)
 
     def __call__(
         self,
@@ -127,9 +143,12 @@ class Kernel:
                 types.append(ctypes.c_void_p)
         if shared_bytes > self._shared_bytes:
             self._allow(shared_bytes)
-        stream = torch.cuda.current_stream().cuda_stream
-        given = (tuple(values), tuple(types))
-        launched = self._launch(self._function, *grid, threads, 1, 1, shared_bytes, stream, given, 0)
+        config = self._config
+        with self._one_at_a_time:  # the configuration is made once: making it takes as long as launching
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+            config.sharedMemBytes, config.hStream = shared_bytes, torch.cuda.current_stream().cuda_stream
+            launched = self._launch(config, self._function, (tuple(values), tuple(types)), 0)
         _checked(launched, "launching a kernel")
 
     def _allow(self, shared_bytes: int) -> None:
@@ -161,5 +180,7 @@ def load_kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], devi
     major, minor = torch.cuda.get_device_capability(device)
     # Warpgroup instructions are of sm_90a alone; code for it runs on every Hopper GPU.
     suffix = "a" if (major, minor) == (9, 0) else ""
+    early = starts_early(device)
     text = (FOLDER / file).read_text(encoding="utf-8")
-    return Kernel(compile_text(text, f"sm_{major}{minor}{suffix}", dict(defines)), name)
+    macros = {**dict(defines), "EARLY_START": early}
+    return Kernel(compile_text(text, f"sm_{major}{minor}{suffix}", macros), name, early)

@@ -21,9 +21,12 @@ from grace_vlm.kernels.heads import BLOCK, Heads
 
 
 def splits_for(num_requests: int, num_kv_heads: int, num_processors: int, most_tokens: int) -> int:
-    """How many shares a context is read in, a power of two: enough programs for the GPU, no share without a block."""
-    wanted = 2 * num_processors / (num_requests * num_kv_heads)
-    return 1 << max(0, min(math.ceil(math.log2(max(wanted, 1))), int(math.log2(max(1, most_tokens // BLOCK))), 5))
+    """How many shares a context is read in, a power of two: enough programs for the GPU, no share without a block. Two
+    at least, so that the last programs of a launch are short ones, until there are very many."""
+    programs = num_requests * num_kv_heads
+    wanted = round(math.log2(max(1.0, 2 * num_processors / programs)))
+    least = 1 if programs < 8 * num_processors else 0
+    return 1 << min(max(wanted, least), int(math.log2(max(1, most_tokens // BLOCK))), 5)
 
 
 def paged_attention(

@@ -3,7 +3,8 @@
 A program is a request, a key head and a share of the context (``SPLITS`` shares); shares are put together in a fixed
 order by a second kernel, or by none where there is one share. The last share has the new token: it makes its key,
 writes it and its value to the cache, and adds them from registers, so nobody waits for the write. Shares are blocks of
-the context's length alone, so a request's result does not depend on what runs beside.
+the context's length alone, so a request's result does not depend on what runs beside. A share's first block is on its
+way to the second cache while the kernel before ends.
 
 Numbers are rounded where a Transformers model rounds them: after the norm, after its weight, after the rotation; keys
 and values once more, to what the cache keeps, the new token's too, so that it sees itself as others will see it.
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from grace_vlm.kernels.cache_rows_triton import as_kept
+from grace_vlm.kernels.early_triton import early, to_second_cache, wait_for_earlier
 from grace_vlm.kernels.heads import BLOCK, Heads
 
 
@@ -29,11 +31,23 @@ def _normed(low, high, weight, d, epsilon, D: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
+def _ask_for(
+    begin, end, line, keys, values, PAGE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block's keys and values, for the second cache."""
+    token = tl.maximum(tl.minimum(begin + tl.arange(0, BLOCK), end - 1), 0)
+    at = (tl.load(line + token // PAGE).to(tl.int64) * PAGE + token % PAGE) * STRIDE
+    num_bytes: tl.constexpr = D * keys.dtype.element_ty.primitive_bitwidth // 8
+    to_second_cache(keys + at, num_bytes)
+    to_second_cache(values + at, num_bytes)
+
+
+@triton.jit
 def _decode(
     qkv, cos, sin, query_norm, key_norm, keys, values, table, lengths, out, parts, stats,
     epsilon, scale, table_stride,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_NORM: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     KEPT: tl.constexpr = keys.dtype.element_ty
@@ -41,6 +55,14 @@ def _decode(
     REPEATS: tl.constexpr = H // KV
     request, kv, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, d, full = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
+    # Which tokens a request has, and where, no kernel between two steps changes.
+    length = tl.load(lengths + request)
+    each = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    begin = share * each
+    end = tl.minimum(begin + each, length)
+    if EARLY:
+        _ask_for(begin, end, table + request * table_stride, keys + kv * D, values + kv * D, PAGE, KV * D, D, BLOCK)
+    wait_for_earlier(EARLY)
     is_head = row < REPEATS
     own = qkv + request.to(tl.int64) * (H + 2 * KV) * D
     at_query = own + (kv * REPEATS + row)[:, None] * D + d[None, :]
@@ -54,10 +76,6 @@ def _decode(
     turned_low = (query_low * cos_low - query_high * sin_low).to(DTYPE)
     turned_high = (query_high * cos_high + query_low * sin_high).to(DTYPE)
 
-    length = tl.load(lengths + request)
-    each = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
-    begin = share * each
-    end = tl.minimum(begin + each, length)
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, D), tl.float32)
@@ -113,7 +131,8 @@ def _decode(
 
 
 @triton.jit
-def _merge(parts, stats, out, D: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(parts, stats, out, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_earlier(EARLY)
     head = tl.program_id(0).to(tl.int64)
     share, full = tl.arange(0, SPLITS), tl.arange(0, D)
     largest = tl.load(stats + 2 * (head * SPLITS + share))
@@ -143,8 +162,8 @@ def decode(
         qkv, *rotation, heads.query_norm, heads.key_norm, keys, values, table, lengths, out, parts, stats,
         heads.epsilon, d**-0.5, table.stride(0),
         H=h, KV=kv, D=d, PAGE=page_tokens, SPLITS=splits, BLOCK=BLOCK, HAS_NORM=heads.query_norm is not None,
-        ROWS=max(16, triton.next_power_of_2(h // kv)), num_warps=4,
+        ROWS=max(16, triton.next_power_of_2(h // kv)), num_warps=4, **early(qkv),
     )  # fmt: skip
     if splits > 1:
-        _merge[(count * h,)](parts, stats, out, D=d, SPLITS=splits, num_warps=4)
+        _merge[(count * h,)](parts, stats, out, D=d, SPLITS=splits, num_warps=4, **early(qkv))
     return out
