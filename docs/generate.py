@@ -201,6 +201,7 @@ def performance() -> str:
         "loss": _plots().table(_plots().read_rows(RESULTS / "loss.csv")),
         "fakequant": _fakequant_table(_plots().read_rows(RESULTS / "fakequant.csv")),
         "train": _train_table(),
+        "decode": _decode_table(),
     }
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
@@ -236,6 +237,25 @@ def _train_table() -> str:
         "| case | official, ms | ours, ms | 20th to 80th percentile | | tokens/s | official, GiB | ours, GiB |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
     )
+
+
+def _decode_table() -> str:
+    """Implementations down; cases of decode.csv, then memory and the first token, across."""
+    rows = [row for name in ("decode", "memory", "ttft") for row in _plots().read_rows(RESULTS / f"{name}.csv")]
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        found.setdefault(row["impl"], {})[row["case"], row["metric"]] = row["p50"]
+    cases = ["b1_c512", "b16_c512", "b64_c512", "b1_c8192"]
+    columns = [*((case, "tok_s", ",.0f") for case in cases), ("all", "weights_gb", ".2f"), ("img448", "ms", ".1f")]
+    lines = []
+    for impl, cells in found.items():
+        said = [format(float(cells[c, m]), form) if (c, m) in cells else "" for c, m, form in columns]
+        lines.append(f"| `{impl}` | {' | '.join(said)} |")
+    where = "; ".join(
+        sorted({"{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**row) for row in rows})
+    )
+    heads = [*(f"`{case}`" for case in cases), "weights, GB", "first token, ms"]
+    return f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n" + "\n".join(lines) + f"\n\n{where}\n"
 
 
 def _fakequant_table(rows: list[dict[str, str]]) -> str:
