@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from worlds import FAMILIES, asked, loaded_toy, on_a_cpu, pictures, stock_tokens
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
-from grace_vlm.engine.llm import LLM, Asked
+from grace_vlm.engine.llm import CPU_PIXELS, LLM, Asked
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.kernels.low_bit_linear import PackedLinear
@@ -292,3 +293,32 @@ def test_entropies_are_those_of_transformers_logits(options: dict[str, int], pat
         expected = torch.distributions.Categorical(logits=logits).entropy().tolist()
         assert [choice.entropy for choice in answer.choices] == pytest.approx(expected, abs=1e-4)
     assert bool(llm.engine.drafter.num_accepted) == bool(options.get("draft_tokens"))
+
+
+@on_a_cpu
+def test_large_pictures_are_shrunk_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To 448 x 448 pixels in all, said once; another area on request, which is never said."""
+    loaded = loaded_toy("tiny")
+    size = loaded.processor.image_processor.size
+    loaded.processor.image_processor.size = type(size)(shortest_edge=128 * 128, longest_edge=1 << 24)
+    path = tmp_path / "large.png"
+    Image.new("RGB", (1536, 1024), (200, 30, 30)).save(path)
+    counts = {}
+    for limit in (None, 256 * 256, 1 << 24):
+        caplog.clear()
+        llm = LLM(copy.deepcopy(loaded), max_pixels=limit)
+        area = (loaded.processor.image_processor.patch_size * loaded.processor.image_processor.merge_size) ** 2
+        first, again = (llm.prompt("what is it?", [path]) for _ in range(2))
+        counts[limit] = len(first.visual) * area
+        assert len(again.visual) == len(first.visual)
+        assert [record.message.count("1536 x 1024") for record in caplog.records] == ([1] if limit is None else [])
+    assert counts[256 * 256] <= 256 * 256 < counts[None] <= CPU_PIXELS < counts[1 << 24]
+    assert counts[1 << 24] > 0.9 * 1536 * 1024
+
+
+@on_a_cpu
+def test_an_area_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="max_pixels is 0; expected at least 1"):
+        LLM(loaded_toy("tiny"), max_pixels=0)
+    with pytest.raises(ConfigError, match="for processors that resize to an area"):
+        LLM(loaded_toy("llava"), max_pixels=1000)

@@ -35,6 +35,9 @@ def chat(
     kv_cache: str = typer.Option("model", "--kv-cache", help="model: its dtype; fp8: half of BF16's memory."),
     int8_head: bool = typer.Option(False, "--int8-head", help="Vocabulary in 8 bits: half of BF16's memory."),
     cpu_activations: str = typer.Option("int8", "--cpu-activations", help="int8, or fp32: exact, slower."),
+    max_pixels: int = typer.Option(
+        None, "--max-pixels", help="Area that larger pictures are shrunk to; default: the model's, 200704 on a CPU."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output; needs --question."),
 ) -> None:
@@ -49,7 +52,7 @@ def chat(
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     kept = {"kv_cache": kv_cache, "int8_head": int8_head, "cpu_activations": cpu_activations}
     options = EngineOptions(cache_tokens, max_running=1, **kept)  # type: ignore[arg-type]
-    llm = LLM(model, device, options)
+    llm = LLM(model, device, options, max_pixels=max_pixels)
     if question is None:
         _talk(llm, list(image), sampling)
     elif as_json:

@@ -35,6 +35,9 @@ def generate(
         0, "--draft-tokens", help="Tokens proposed from the prompt and run at once; 0: none."
     ),
     cpu_activations: str = typer.Option("int8", "--cpu-activations", help="int8, or fp32: exact, slower."),
+    max_pixels: int = typer.Option(
+        None, "--max-pixels", help="Area that larger pictures are shrunk to; default: the model's, 200704 on a CPU."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -58,7 +61,7 @@ def generate(
         "draft_tokens": draft_tokens,
     }
     options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size + draft_tokens), **kept)  # type: ignore[arg-type]
-    llm = LLM(model, device, options)
+    llm = LLM(model, device, options, max_pixels=max_pixels)
     done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)
     failed, count = 0, len(done)

@@ -98,6 +98,15 @@ class PictureStore:
         return Picture(name, grid, pixels, self._digests.get(name))
 
 
+def largest_area(processor: Any) -> int | None:
+    """Pixels that a picture has at most after resizing; None for a processor that resizes to a fixed size."""
+    image_processor = processor.image_processor
+    size = dict(image_processor.size)
+    if {"shortest_edge", "longest_edge"} <= size.keys() and hasattr(image_processor, "merge_size"):
+        return int(size["longest_edge"])
+    return None
+
+
 def patchify_of(
     adapter: Adapter, config: Any, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> Patchify:
@@ -109,9 +118,9 @@ def patchify_of(
     image_processor = processor.image_processor
     if min_pixels is not None or max_pixels is not None:
         size = dict(image_processor.size)
-        if not {"shortest_edge", "longest_edge"} <= size.keys() or not hasattr(image_processor, "merge_size"):
+        if largest_area(processor) is None:
             raise ConfigError(
-                f"data.min_pixels and data.max_pixels are for processors that resize to an area; "
+                f"data.min_pixels and data.max_pixels (--max-pixels) are for processors that resize to an area; "
                 f"{type(image_processor).__name__} has size {size}; leave them out"
             )
         # Transformers' names, kept for history: both are areas in pixels here.

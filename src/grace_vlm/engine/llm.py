@@ -12,24 +12,28 @@ says where a picture goes; pictures without one come first.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace_vlm.data.encode import Encoder
-from grace_vlm.data.pictures import PictureStore, patchify_of
+from grace_vlm.data.pictures import PictureStore, largest_area, patchify_of
 from grace_vlm.data.rows import IMAGE_MARKER, Row, Turn
 from grace_vlm.engine.engine import Engine, EngineOptions, Event
 from grace_vlm.engine.open import open_model
 from grace_vlm.engine.request import EngineImage, Finish, Prompt
 from grace_vlm.engine.sampling import Choice, SamplingParams
 from grace_vlm.engine.text import TextStream
-from grace_vlm.errors import RequestError
+from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.media.image import ImageFault, load_image
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.quant.scheme import QuantizedTensor
 
+CPU_PIXELS = 448 * 448
+"""A picture's area on a CPU if nothing else is asked: the first token waits for the tower, which takes time by
+area (docs/engine.md), and a model's own largest area is some sixteen million pixels."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 TextOrTurns = str | Sequence[str]
 Picture = str | Path
@@ -68,6 +72,11 @@ class LLM:
     Args:
         model: as ``grace chat`` takes it, or one that is open. device: auto, cpu, cuda or cuda:N. options: sizes of the
             engine. quantized: codes of an open model, by module name; of others they are read.
+        max_pixels: area that larger pictures are shrunk to. None: the processor's own, on a CPU at most ``CPU_PIXELS``,
+            which is said once when a picture is larger.
+
+    Raises:
+        ConfigError: ``max_pixels`` for a processor of fixed size, or less than a picture can have.
     """
 
     def __init__(
@@ -76,16 +85,26 @@ class LLM:
         device: str = "auto",
         options: EngineOptions | None = None,
         quantized: Mapping[str, QuantizedTensor] | None = None,
+        max_pixels: int | None = None,
     ) -> None:
+        if max_pixels is not None and max_pixels < 1:
+            raise ConfigError(f"max_pixels is {max_pixels}; expected at least 1, for example {CPU_PIXELS}")
         loaded, codes = (model, quantized) if isinstance(model, LoadedModel) else open_model(model, device)
         self.loaded = loaded
         self.engine = Engine(loaded, codes, options)
         self.tokenizer = loaded.processor.tokenizer
         config = loaded.model.config
         self._encoder = Encoder(loaded.processor, loaded.adapter, config)
-        self._patchify = patchify_of(loaded.adapter, config, loaded.processor)
+        own = largest_area(loaded.processor)
+        self._says_shrunk = max_pixels is None and own is not None and own > CPU_PIXELS and self.on_cpu
+        limit = CPU_PIXELS if self._says_shrunk else max_pixels
+        self._patchify = patchify_of(loaded.adapter, config, loaded.processor, max_pixels=limit)
         self._names = (f"r{number}" for number in itertools.count())
         self._open: dict[str, _Open] = {}
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.engine.weights.device.type == "cpu"
 
     def generate(
         self,
@@ -203,13 +222,24 @@ class LLM:
         store, made = PictureStore(self._patchify), []
         for number, image in enumerate(images):
             try:
-                picture = store.add(str(number), load_image(Path(image)))
+                loaded = load_image(Path(image))
+                self._say_if_shrunk(image, loaded.image.size)
+                picture = store.add(str(number), loaded)
             except ImageFault as fault:
                 raise RequestError(f"{image}: {fault.reason}") from None
             assert picture.pixels is not None
             made.append(EngineImage(picture.grid, picture.pixels))
         sample = self._encoder.prompt(row, [image.grid for image in made])
         return Prompt(sample.input_ids, sample.positions, sample.visual, made)
+
+    def _say_if_shrunk(self, name: Picture, size: tuple[int, int]) -> None:
+        """Once, of the first picture that is larger than a CPU's own limit."""
+        if self._says_shrunk and size[0] * size[1] > CPU_PIXELS:
+            self._says_shrunk = False
+            logging.getLogger("grace_vlm").warning(
+                "%s is %d x %d; on a CPU pictures are shrunk to %d pixels, pass max_pixels (--max-pixels) for more",
+                *(name, *size, CPU_PIXELS),
+            )
 
 
 @dataclass
