@@ -25,10 +25,11 @@ All have the same codes: a normal weight rounded to nearest, minmax scales. Such
 then stores sign and magnitude; a grid that has a -8 stays offset binary there and gets another kernel.
 
 Every implementation has its own packed copies of the weight, more than 160 MB in all and at least eight, so that none
-is found in the L2. A CUDA graph runs each copy once; the graphs are replayed in turns (record.py), and ``us`` is the
-time of a replay over the number of copies. Before that one product is compared with FP64, and a wrong one ends the
-program. A peer that is not installed, or fails at a shape or a number of rows, is said on standard error and has no
-row.
+is found in the L2. A CUDA graph runs each copy once, one after the other: kernels of ours start early there
+(docs/kernels.md) and may be faster than the floor's, which do not. The graphs are replayed in turns (record.py), and
+``us`` is the time of a replay over the number of copies. Before that one product is compared with FP64, and a wrong one
+ends the program. A peer that is not installed, or fails at a shape or a number of rows, is said on standard error and
+has no row.
 """
 
 from __future__ import annotations

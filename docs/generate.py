@@ -120,6 +120,13 @@ def kernels() -> str:
     return text
 
 
+def _places(rows: list[dict[str, str]]) -> str:
+    """What rows were measured on and at which commits."""
+    return "; ".join(
+        sorted({"{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**row) for row in rows})
+    )
+
+
 def _linear_table(path: Path) -> str:
     """Layers and numbers of tokens down, implementations across."""
     impls = ("floor", "bf16", "tinygemm", "humming", "gemlite", "ours", "ours_bf16copy")
@@ -139,7 +146,7 @@ def _linear_table(path: Path) -> str:
         lines.append(
             f"| {shape} | {tokens} | {' | '.join(numbers)} | {' | '.join(f'{r:.2f}' if r else '' for r in ratios)} |"
         )
-    where = "{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**rows[0])
+    where = _places(rows)
     return (
         f"{path.name[1]} bits:\n\n| layer | tokens | {' | '.join(shown)} | ours / best peer | ours / bf16 |\n"
         f"|---|---|{'---|' * len(shown)}---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
@@ -230,9 +237,7 @@ def _train_table() -> str:
             f"{said('ours tokens_per_second', ',.0f')} | {said('official peak_gib', '.1f')} | "
             f"{said('ours peak_gib', '.1f')} |"
         )
-    where = "; ".join(
-        sorted({"{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**row) for row in rows})
-    )
+    where = _places(rows)
     return (
         "| case | official, ms | ours, ms | 20th to 80th percentile | | tokens/s | official, GiB | ours, GiB |\n"
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + f"\n\n{where}\n"
@@ -251,9 +256,7 @@ def _decode_table() -> str:
     for impl, cells in found.items():
         said = [format(float(cells[c, m]), form) if (c, m) in cells else "" for c, m, form in columns]
         lines.append(f"| `{impl}` | {' | '.join(said)} |")
-    where = "; ".join(
-        sorted({"{device}, torch {torch}, Triton {triton}, commit {commit}, {date}".format(**row) for row in rows})
-    )
+    where = _places(rows)
     heads = [*(f"`{case}`" for case in cases), "weights, GB", "first token, ms"]
     return f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n" + "\n".join(lines) + f"\n\n{where}\n"
 

@@ -116,7 +116,8 @@ def test_first_differences_on_a_gpu_are_near_ties(family: str, paths: list[Path]
             choice, token = tokens[place]
             assert choice.logprob - dict(choice.top_logprobs).get(token, -1e9) < 0.1, (number, place)
             differing += 1
-    assert differing <= 24  # of 40 answers, 30 tokens each, of untrained weights
+    # 16 of 40 answers of 30 tokens were seen on an H100: the weights are random, and equals are many.
+    assert differing <= 24
     assert 0 < drafted.engine.drafter.num_accepted < drafted.engine.drafter.num_proposed
 
 

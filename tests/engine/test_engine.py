@@ -160,6 +160,14 @@ def test_names_and_empty_prompts() -> None:
         with pytest.raises(RequestError) as caught:
             engine.add("c", prompt, SamplingParams())
         assert str(caught.value) == said
+    for positions in ([0, 2], [-1, 0]):
+        prompt = Prompt(np.array([5, 6]), np.array([positions] * 3), np.zeros(0, dtype=np.int64))
+        with pytest.raises(RequestError) as caught:
+            engine.add("c", prompt, SamplingParams())
+        assert str(caught.value) == (
+            f"request c has positions {min(positions)} to {max(positions)} for 2 tokens; expected 0 to at most one "
+            "less than tokens: encode it with the model's own processor"
+        )
     assert engine.cancel("a")
     assert not engine.cancel("a")
     assert engine.step() == []

@@ -140,6 +140,10 @@ def test_what_the_forward_does_not_do_is_refused() -> None:
     loaded.model.config.text_config.hidden_act = "gelu"
     with pytest.raises(ConfigError, match="the decoder's activation is 'gelu'; the engine has silu"):
         LLM(loaded)
+    loaded = loaded_toy("tiny")
+    loaded.model.config.text_config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(ConfigError, match="rope_type is 'dynamic', whose angles depend on a prompt's length"):
+        LLM(loaded)
 
 
 def test_a_stream_is_the_answer(paths: list[Path]) -> None:

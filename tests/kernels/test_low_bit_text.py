@@ -282,6 +282,25 @@ def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architectu
 
 
 @pytest.mark.skipif(not has_nvrtc(), reason="needs NVIDIA's compiler")
+@pytest.mark.parametrize(("architecture", "early"), [("sm_80", 0), ("sm_90a", 1), ("sm_120", 1)])
+def test_plain_weights_and_early_starts_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, early: int
+) -> None:
+    """Only where a kernel starts early does its code wait for others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few, arrange = (TEXT.with_name(name).read_text(encoding="utf-8") for name in (TEXT.name, "low_bit_arrange.cu"))
+    layout = {"BITS": 4, "HALF": 0, "GROUP": 0, "WIDE": 0, "TAIL": 0}
+    texts = [(arrange, layout)]
+    for tokens, half in ((1, False), (16, True)):
+        setup = plain_setup_of(tokens, 4096, 2048)
+        texts.append((few, plain_defines_of(2048, setup, is_half=half, silu=half)))
+    for text, defines in texts:
+        made = [compile_text(text, architecture, {**defines, "EARLY_START": value}) for value in (0, early)]
+        assert all(cubin.startswith(b"\x7fELF") for cubin in made)
+        assert (made[0] == made[1]) == (not early)
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVIDIA's compiler")
 def test_the_text_for_many_tokens_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = TEXT.with_name("low_bit_tiles.cu").read_text(encoding="utf-8")

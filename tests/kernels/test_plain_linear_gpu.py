@@ -6,12 +6,20 @@ import pytest
 import torch
 from low_bit_cases import error, inputs_of
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import gated_reference
 from grace_vlm.kernels.plain_linear import FEW_TOKENS, plain_linear, takes_plain
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 SHAPES = [(4096, 2048), (2048, 6144), (12288, 2048), (2048, 2048), (64, 576), (32, 96), (96, 1056), (151936, 2048)]
+
+
+def poison() -> None:
+    """What the allocator gives next is full of NaN, whichever pool it is from."""
+    for size in (1 << 14, 1 << 18, 1 << 22):
+        blocks = [torch.full((size,), float("nan"), dtype=torch.bfloat16, device=GPU) for _ in range(4)]
+        del blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -22,8 +30,7 @@ def test_every_number_of_tokens(out: int, inputs: int, dtype: torch.dtype) -> No
     for tokens in (1, 2, 7, 8, 9, FEW_TOKENS):
         x = inputs_of(tokens, inputs, dtype).to(GPU)
         assert takes_plain(x, weight)
-        poison = [torch.full((1 << 18,), float("nan"), dtype=dtype, device=GPU) for _ in range(4)]
-        del poison
+        poison()
         y, right = plain_linear(x, weight), x.double() @ wide.T
         assert error(y, right) <= 2 * error(torch.nn.functional.linear(x, weight), right), tokens
         for _ in range(100):
@@ -52,3 +59,8 @@ def test_what_it_does_not_take() -> None:
     assert not takes_plain(x, weight[:24])
     assert not takes_plain(x[:, :80].contiguous(), weight[:, :80].contiguous())
     assert not takes_plain(x, weight.T.contiguous().T)
+    assert not takes_plain(x, weight[:, :64].contiguous())
+    shifted = torch.empty(32 * 96 + 1, dtype=torch.bfloat16, device=GPU)[1:].view(32, 96)
+    assert not takes_plain(x, shifted), "sixteen bytes at a time"
+    with pytest.raises(ConfigError, match=r"residual \(1, 32\).*expected \(4, 32\)"):
+        plain_linear(x, weight, residual=x.new_zeros(1, 32))

@@ -42,6 +42,16 @@ def panel_layers(weights: Weights, cache: KeyValueCache) -> DecoderLayers | None
     return DecoderLayers(made, weights.layers[0].qkv.exact, PAGE_TOKENS) if made else None
 
 
+@torch.inference_mode()
+def _turns(weights: Weights, count: int) -> list[torch.Tensor]:
+    """cos and sin of positions 0 to ``count`` - 1, (count, D) each, as the model's own module makes them; in pieces, as
+    its way there is in FP32 and threefold."""
+    like = torch.empty(0, dtype=weights.dtype, device=weights.device)
+    places = torch.arange(count, device=weights.device)
+    pieces = [weights.rotary(like, piece.expand(3, -1)) for piece in places.split(4096)]
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
 class DecodeStep:
     """The step for up to ``max_rows`` answers.
 
@@ -62,11 +72,7 @@ class DecodeStep:
         self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._table = torch.full((max_rows, width), self._nobody, dtype=torch.int32, device=device)
-        # Of the places of a line of the table, as the model's own module has them: looked up, not made at each token.
-        places = torch.arange(width * PAGE_TOKENS, device=device)
-        like = torch.empty(0, dtype=weights.dtype, device=device)
-        with torch.inference_mode():
-            self._turns = [part.contiguous() for part in weights.rotary(like, places.expand(3, -1))]
+        self._turns = _turns(weights, width * PAGE_TOKENS)
         self._heads = [weights.heads(layer) for layer in weights.layers]
         self._in_one_call, self._cache_at = panel_layers(weights, cache), cache.keys.data_ptr()
         self._recorded: dict[int, Recorded[torch.Tensor]] = {}

@@ -27,7 +27,7 @@ from grace_vlm.engine.guide import Guides
 from grace_vlm.engine.layers import Weights, take_weights
 from grace_vlm.engine.pictures import PictureFeatures
 from grace_vlm.engine.recorded import RecordedPrompts
-from grace_vlm.engine.request import Finish, Prompt, Request
+from grace_vlm.engine.request import Finish, Prompt, Request, require_usable
 from grace_vlm.engine.sampling import Choice, SamplingParams, choose
 from grace_vlm.engine.scheduler import Scheduler
 from grace_vlm.errors import ConfigError, RequestError
@@ -194,29 +194,15 @@ class Engine:
         """Queue a request; ``RequestError`` if its name is taken, it is empty, or it could never run."""
         if request_id in self._requests:
             raise RequestError(f"request {request_id} is there already; give each a name of its own")
-        self._require_usable(request_id, prompt)
+        adapter, config = self.pictures.adapter, self.model.config
+        num_visual = sum(adapter.num_visual_tokens(config, image.grid) for image in prompt.images)
+        require_usable(request_id, prompt, self.weights.embeddings.num_words, num_visual)
         guide = None if params.json_schema is None else self.guides.of_schema(str(params.json_schema))
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
         request = Request(request_id, prompt, params, ends)
         request.chooser.guide = guide
         self.scheduler.add(request)
         self._requests[request_id] = request
-
-    def _require_usable(self, name: str, prompt: Prompt) -> None:
-        """``RequestError`` for what would end a forward, and with it the requests beside."""
-        words = self.weights.embeddings.num_words
-        if not len(prompt.ids):
-            raise RequestError(f"request {name} has an empty prompt; expected at least one token")
-        if prompt.ids.min() < 0 or prompt.ids.max() >= words:
-            wrong = next(int(token) for token in prompt.ids if not 0 <= token < words)
-            raise RequestError(f"request {name} has token {wrong}; the model has tokens 0 to {words - 1}")
-        adapter, config = self.pictures.adapter, self.model.config
-        expected = sum(adapter.num_visual_tokens(config, image.grid) for image in prompt.images)
-        if len(prompt.visual) != expected:
-            raise RequestError(
-                f"request {name} has {len(prompt.visual)} visual tokens and its {len(prompt.images)} pictures make "
-                f"{expected}; encode it with the model's own processor"
-            )
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; its pages are free for the next step. False if there is none of that name."""

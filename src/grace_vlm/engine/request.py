@@ -11,6 +11,7 @@ import torch
 
 from grace_vlm.engine.lookup import Lookup
 from grace_vlm.engine.sampling import Chooser, SamplingParams
+from grace_vlm.errors import RequestError
 from grace_vlm.models.adapter import Grid
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -41,6 +42,30 @@ class Prompt:
     positions: np.ndarray
     visual: np.ndarray
     images: Sequence[EngineImage] = ()
+
+
+def require_usable(name: str, prompt: Prompt, num_words: int, num_visual: int) -> None:
+    """``RequestError`` for what would end a forward, and with it the requests beside.
+
+    Args:
+        num_words: of the model. num_visual: tokens that the prompt's pictures make.
+    """
+    if not len(prompt.ids):
+        raise RequestError(f"request {name} has an empty prompt; expected at least one token")
+    if prompt.ids.min() < 0 or prompt.ids.max() >= num_words:
+        wrong = next(int(token) for token in prompt.ids if not 0 <= token < num_words)
+        raise RequestError(f"request {name} has token {wrong}; the model has tokens 0 to {num_words - 1}")
+    least, most = int(prompt.positions.min()), int(prompt.positions.max())
+    if least < 0 or most >= len(prompt.ids):
+        raise RequestError(
+            f"request {name} has positions {least} to {most} for {len(prompt.ids)} tokens; expected 0 to at most one "
+            "less than tokens: encode it with the model's own processor"
+        )
+    if len(prompt.visual) != num_visual:
+        raise RequestError(
+            f"request {name} has {len(prompt.visual)} visual tokens and its {len(prompt.images)} pictures make "
+            f"{num_visual}; encode it with the model's own processor"
+        )
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,13 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
 @functools.cache
 def starts_early(device: int | torch.device) -> bool:
     """Whether a kernel may be launched while the one before it still runs ("programmatic dependent launch", from Hopper
-    on). One that is must wait for the other's end before it reads or writes what others have written or read;
-    everything of ours does, so that whoever has waited for the last kernel has waited for all. Only weights are fetched
-    before: whoever makes them waits for the GPU."""
+    on). One that is must wait for the other's end before it computes with what others have written, and before it
+    writes; everything of ours does, so that whoever has waited for the last kernel has waited for all. Only weights,
+    a norm's too, are taken before: whoever makes them waits for the GPU."""
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_nvidia = torch.cuda.is_available() and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from grace_vlm.kernels.heads import Heads
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm: ``weight`` (d,), ``epsilon``."""
+    """An RMS norm: ``weight`` (d,), ``epsilon``. The weight must be complete before it is used (``starts_early``)."""
 
     weight: torch.Tensor
     epsilon: float

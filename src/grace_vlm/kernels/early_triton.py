@@ -14,7 +14,7 @@ from grace_vlm.kernels import starts_early
 
 @triton.jit
 def wait_for_earlier(EARLY: tl.constexpr):
-    """Before anything is read that a kernel writes, or written."""
+    """Before anything that a kernel writes is computed with, and before anything is written."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -1,6 +1,6 @@
 // What the kernels of low-bit layers share: a GPU's instructions, and codes to a tensor core's registers (fragments.py).
 //
-// Compiled for:  BITS 4 8   HALF 0 BF16, 1 FP16   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32
+// Compiled for:  BITS 4 8, 16 for plain weights   HALF 0 BF16, 1 FP16   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32
 //   TAIL  in is no multiple of 64   EARLY_START  the kernel is launched while the one before it still runs (Hopper)
 #pragma once
 #ifdef EMULATE

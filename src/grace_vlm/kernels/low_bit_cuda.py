@@ -71,7 +71,7 @@ def _setup_defines(setup: Setup, silu: bool) -> dict[str, int]:
         "ROWS": setup.rows,
         "WARPS": setup.warps,
         "DEPTH": setup.depth,
-        "EARLY": setup.eights <= 2,
+        "KEEP_INPUTS": setup.eights <= 2,
         "SILU": silu,
     }
 

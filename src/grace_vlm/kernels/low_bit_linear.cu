@@ -7,7 +7,7 @@
 //
 // Compiled for:  BITS 4 8, 16: W is (out, in) as torch has it, in HALF's dtype   HALF 0 BF16, 1 FP16
 //   GROUP a multiple of 32, 0 for a row   WIDE scales in FP32   TAIL  in is no multiple of 64
-//   NT ROWS WARPS DEPTH   EARLY inputs are kept like weights   EARLY_START  see low_bit_common.cuh
+//   NT ROWS WARPS DEPTH   KEEP_INPUTS as weights are   EARLY_START  see low_bit_common.cuh
 //   SILU  rows g of a tile are gates and g + 8 their values: silu(gate) * value comes out, half as wide; with 16 bits
 //         gates are W's first half
 #include "low_bit_common.cuh"
@@ -26,7 +26,7 @@ typedef Tile Weights;
 
 struct Slab {
     Weights tiles[ROWS];
-    uint4 given[2][EARLY ? NT : 1];
+    uint4 given[2][KEEP_INPUTS ? NT : 1];
 };
 
 // Where a lane reads: weights and scales of its row tiles, inputs of its tokens.
@@ -65,7 +65,7 @@ INLINE void fetch_weights(const Place &at, int slab, Slab &out) {
 }
 
 INLINE void fetch_tokens(const Place &at, int slab, Slab &out) {
-#if EARLY
+#if KEEP_INPUTS
     fetch_given(at, slab, out.given);
 #endif
 }
@@ -125,7 +125,7 @@ KERNEL(32 * WARPS) low_bit_linear(const uint4 *words, const u32 *scale, const u1
         for (int d = 0; d < DEPTH; ++d) {
             const int slab = start + d;
             if (slab >= end) break;
-#if EARLY
+#if KEEP_INPUTS
             uint4(*given)[NT] = kept[d].given;
 #else
             uint4 given[2][NT];

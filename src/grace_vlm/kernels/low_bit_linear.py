@@ -13,9 +13,9 @@ What runs is chosen by tokens and device (``path_of``):
 
 What few and many are, and how a kernel is compiled, was measured for some GPUs (tuned.json) and is a rule elsewhere.
 A norm before the layer is a launch of its own: inside, every block would do all of it (docs/log.md).
-``GRACE_KERNELS=cuda``, ``triton`` or ``torch`` forbids ``tiles`` and what comes before it in that order. With ``norm``
-and ``silu`` the layer's neighbours run inside; they round as separate layers do, so that a fused model is the unfused
-one up to the order of sums.
+``GRACE_KERNELS=cuda``, ``triton`` or ``torch`` forbids ``tiles`` and what comes before it in that order. Bias, ``silu``
+and residual run inside the layer; they round as separate layers do, so that a fused model is the unfused one up to the
+order of sums.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def low_bit_linear(
             f"{packed.device}; expected (..., {packed.in_features}) there"
         )
     width = packed.out_features // 2 if silu else packed.out_features
-    _require("bias", bias, (packed.out_features,), x)
-    _require("residual", residual, (*x.shape[:-1], width), x)
-    _require("norm.weight", None if norm is None else norm.weight, (packed.in_features,), x)
+    require_beside("bias", bias, (packed.out_features,), x)
+    require_beside("residual", residual, (*x.shape[:-1], width), x)
+    require_beside("norm.weight", None if norm is None else norm.weight, (packed.in_features,), x)
     flat = x.detach().reshape(-1, packed.in_features)
     rest = None if residual is None else residual.reshape(-1, width).to(x.dtype)
     path = path_of(flat.shape[0], packed, x.dtype)
@@ -137,11 +137,11 @@ def low_bit_linear(
     return out.view(*x.shape[:-1], width)
 
 
-def _require(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+def require_beside(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
     """``ConfigError`` unless it is of that shape and beside x: a kernel would read on behind its end."""
     if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
         raise ConfigError(
-            f"low_bit_linear was given {name} {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
+            f"a layer was given {name} {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
         )
 
 

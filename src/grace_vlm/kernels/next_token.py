@@ -8,7 +8,8 @@ from grace_vlm.kernels import runs_triton
 
 
 def advance(logits: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
-    """ids become the argmax of (n, V) logits, the first of equals; positions and lengths grow by one.
+    """ids become the argmax of (n, V) logits, the first of equals; positions and lengths grow by one. Of logits that
+    are not numbers a GPU takes none, torch the first: such a model says nothing either way.
 
     Args:
         ids, positions: (n,) int64. lengths: (n,) int32. All are changed.

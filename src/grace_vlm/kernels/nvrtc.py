@@ -109,33 +109,29 @@ class Kernel:
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "loading a kernel")
         self._launch = driver.cuLaunchKernelEx
         self._shared_bytes = 48 << 10
-        self._attributes = []
+        attributes = []
         if early:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            self._attributes = [attribute]
+            attributes = [attribute]
         self._one_at_a_time = threading.Lock()
         self._config = driver.CUlaunchConfig()
-        self._config.attrs = self._attributes
-        self._config.numAttrs = len(self._attributes)
+        self._config.attrs, self._config.numAttrs = attributes, len(attributes)
 
     def __call__(
         self,
         grid: tuple[int, int, int],
         threads: int,
-        arguments: Sequence[torch.Tensor | int | float | None],
+        arguments: Sequence[torch.Tensor | int | None],
         shared_bytes: int = 0,
     ) -> None:
-        """Queue it on the current stream. Tensors are passed as addresses (None: 0), numbers as int32 or FP32;
+        """Queue it on the current stream. Tensors are passed as addresses (None: 0), numbers as int32;
         ``shared_bytes``: of a block, beside those that the text declares."""
-        values: list[int | float] = []
+        values: list[int] = []
         types: list[Any] = []
         for argument in arguments:
-            if isinstance(argument, float):
-                values.append(argument)
-                types.append(ctypes.c_float)
-            elif isinstance(argument, int):
+            if isinstance(argument, int):
                 values.append(argument)
                 types.append(ctypes.c_int)
             else:

@@ -31,6 +31,14 @@ def _normed(low, high, weight, d, epsilon, D: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
+def _share(length, share, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Its first token and the one behind its last, in whole blocks of the context."""
+    each = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    begin = share * each
+    return begin, tl.minimum(begin + each, length)
+
+
+@triton.jit
 def _ask_for(
     begin, end, line, keys, values, PAGE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -55,14 +63,13 @@ def _decode(
     REPEATS: tl.constexpr = H // KV
     request, kv, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, d, full = tl.arange(0, ROWS), tl.arange(0, HALF), tl.arange(0, D)
-    # Which tokens a request has, and where, no kernel between two steps changes.
-    length = tl.load(lengths + request)
-    each = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
-    begin = share * each
-    end = tl.minimum(begin + each, length)
     if EARLY:
+        # What is asked for too early, by a length that is still to grow, is another block: nothing is computed with it.
+        begin, end = _share(tl.load(lengths + request), share, SPLITS, BLOCK)
         _ask_for(begin, end, table + request * table_stride, keys + kv * D, values + kv * D, PAGE, KV * D, D, BLOCK)
     wait_for_earlier(EARLY)
+    length = tl.load(lengths + request, volatile=True)
+    begin, end = _share(length, share, SPLITS, BLOCK)
     is_head = row < REPEATS
     own = qkv + request.to(tl.int64) * (H + 2 * KV) * D
     at_query = own + (kv * REPEATS + row)[:, None] * D + d[None, :]
