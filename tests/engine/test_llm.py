@@ -326,3 +326,19 @@ def test_an_area_that_cannot_be() -> None:
         LLM(loaded_toy("tiny"), max_pixels=0)
     with pytest.raises(ConfigError, match="for processors that resize to an area"):
         LLM(loaded_toy("llava"), max_pixels=1000)
+
+
+@on_a_cpu
+def test_pictures_come_as_paths_bytes_or_pillows(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    opened = Image.open(paths[0])
+    ways = [paths[0], str(paths[0]), paths[0].read_bytes(), opened, [opened], [paths[0].read_bytes()]]
+    answers = [llm.generate("what is it?", way, GREEDY)[0] for way in ways]  # type: ignore[arg-type]
+    assert len({answer.token_ids for answer in answers}) == 1
+    assert answers[0].token_ids != llm.generate("what is it?", None, GREEDY)[0].token_ids
+    together = llm.generate(["what is it?"] * 3, [paths[0], opened, [paths[0].read_bytes()]], GREEDY)
+    assert [answer.token_ids for answer in together] == [answers[0].token_ids] * 3
+    with pytest.raises(RequestError, match="picture 1: "):
+        llm.generate("what is it?", b"no picture", GREEDY)
+    with pytest.raises(RequestError, match="picture 1: 4 x 4 pixels; each side must be at least 8"):
+        llm.generate("what is it?", Image.new("RGB", (4, 4)), GREEDY)

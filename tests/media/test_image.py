@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from grace_vlm.media.image import CONVERSIONS, IMAGE_KINDS, ImageFault, ImageLimits, decode_image, load_image
+from grace_vlm.media.image import (
+    CONVERSIONS,
+    IMAGE_KINDS,
+    ImageFault,
+    ImageLimits,
+    decode_image,
+    load_image,
+    take_image,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -271,3 +279,16 @@ def test_an_animation_gives_its_first_frame() -> None:
 def test_broken_exif_counts_as_none() -> None:
     data = encode(smooth(16, 16), "JPEG", exif=b"Exif\0\0" + b"\xff" * 20)
     assert decode_image(data).conversions == ()
+
+
+def test_pillows_own_pictures_turn_as_files_do(tmp_path: Path) -> None:
+    """Orientation and transparency of an open picture are those of its file."""
+    layer = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    layer.paste((0, 0, 255, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    layer.save(path, exif=exif)
+    from_file, from_pillow = load_image(path).image, take_image(Image.open(path)).image
+    assert from_file.size == from_pillow.size == (20, 40)
+    assert from_file.tobytes() == from_pillow.tobytes() == take_image(path.read_bytes()).image.tobytes()

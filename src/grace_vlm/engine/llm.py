@@ -27,7 +27,7 @@ from grace_vlm.engine.request import EngineImage, Finish, Prompt
 from grace_vlm.engine.sampling import Choice, SamplingParams
 from grace_vlm.engine.text import TextStream
 from grace_vlm.errors import ConfigError, RequestError
-from grace_vlm.media.image import ImageFault, load_image
+from grace_vlm.media.image import ImageFault, ImageSource, take_image
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.quant.scheme import QuantizedTensor
 
@@ -36,7 +36,7 @@ CPU_PIXELS = 448 * 448
 area (docs/engine.md), and a model's own largest area is some sixteen million pixels."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 TextOrTurns = str | Sequence[str]
-Picture = str | Path
+Picture = ImageSource
 Pictures = Picture | Sequence[Picture] | None
 
 
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: a prompt, its pictures' paths and what is asked of the answer. ``id`` is the caller's."""
+    """A request: a prompt, its pictures and what is asked of the answer. ``id`` is the caller's."""
 
     id: str
     prompt: TextOrTurns
@@ -115,7 +115,7 @@ class LLM:
         """An answer to each prompt, in order; prompts run together.
 
         Args:
-            prompts: one text, or a list of texts or conversations. images: for one text its pictures' paths, else for
+            prompts: one text, or a list of texts or conversations. images: for one text its pictures, else for
                 each prompt its own. sampling: for all, or one each; greedy if left out.
 
         Raises:
@@ -218,21 +218,22 @@ class LLM:
                 )
         texts = _marked(texts, len(images))
         turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
-        row = Row(0, "prompt", tuple(str(image) for image in images), (*turns, Turn("assistant", "")))
+        names = [str(one) if isinstance(one, str | Path) else f"picture {n}" for n, one in enumerate(images, start=1)]
+        row = Row(0, "prompt", tuple(names), (*turns, Turn("assistant", "")))
         store, made = PictureStore(self._patchify), []
-        for number, image in enumerate(images):
+        for number, (name, image) in enumerate(zip(names, images, strict=True)):
             try:
-                loaded = load_image(Path(image))
-                self._say_if_shrunk(image, loaded.image.size)
+                loaded = take_image(image)
+                self._say_if_shrunk(name, loaded.image.size)
                 picture = store.add(str(number), loaded)
             except ImageFault as fault:
-                raise RequestError(f"{image}: {fault.reason}") from None
+                raise RequestError(f"{name}: {fault.reason}") from None
             assert picture.pixels is not None
             made.append(EngineImage(picture.grid, picture.pixels))
         sample = self._encoder.prompt(row, [image.grid for image in made])
         return Prompt(sample.input_ids, sample.positions, sample.visual, made)
 
-    def _say_if_shrunk(self, name: Picture, size: tuple[int, int]) -> None:
+    def _say_if_shrunk(self, name: str, size: tuple[int, int]) -> None:
         """Once, of the first picture that is larger than a CPU's own limit."""
         if self._says_shrunk and size[0] * size[1] > CPU_PIXELS:
             self._says_shrunk = False
@@ -273,7 +274,7 @@ class _Open:
 def _listed(images: Pictures) -> list[Picture]:
     if images is None:
         return []
-    return [images] if isinstance(images, str | Path) else list(images)
+    return [images] if isinstance(images, Picture) else list(images)
 
 
 def _for_each(images: Pictures | Sequence[Pictures], count: int, is_one: bool) -> list[Pictures]:
@@ -282,7 +283,7 @@ def _for_each(images: Pictures | Sequence[Pictures], count: int, is_one: bool) -
         return [None] * count
     if is_one:
         return [_listed(images)]  # type: ignore[arg-type]
-    each: list[Pictures] = [images] if isinstance(images, str | Path) else list(images)
+    each: list[Pictures] = [images] if isinstance(images, Picture) else list(images)
     if len(each) != count:
         raise RequestError(f"images has {len(each)} entries for {count} prompts; give each its own, None for none")
     return each

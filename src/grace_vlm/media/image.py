@@ -87,6 +87,24 @@ class LoadedImage:
     conversions: tuple[str, ...] = ()
 
 
+ImageSource = str | Path | bytes | Image.Image
+"""A file's path, a file's bytes, or Pillow's own."""
+
+
+def take_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
+    """A picture from wherever a caller has it: a file's path, a file's bytes, or Pillow's.
+
+    Raises:
+        ImageFault: with a kind of ``IMAGE_KINDS``.
+    """
+    if isinstance(source, bytes):
+        return decode_image(source, limits)
+    if not isinstance(source, Image.Image):
+        return load_image(Path(source), limits)
+    _check_limits(*source.size, limits)
+    return LoadedImage(_upright(source, _read_orientation(source)))
+
+
 def load_image(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedImage:
     """Read and decode one file.
 
@@ -125,9 +143,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> LoadedIma
             orientation = _read_orientation(image)
             found = _find_conversions(image, header, orientation)
             image.load()
-            upright = _to_rgb(image)
-            if orientation in _UPRIGHT:
-                upright = upright.transpose(_UPRIGHT[orientation])
+            upright = _upright(image, orientation)
     except _DECODER_ERRORS:
         raise ImageFault("image_truncated", f"the {header.format} data is damaged and does not decode") from None
     return LoadedImage(upright, tuple(name for name in CONVERSIONS if name in found))
@@ -160,6 +176,11 @@ def _find_conversions(image: Image.Image, header: Header, orientation: int) -> s
         "animation": getattr(image, "is_animated", False) and header.format != "JPEG",
     }
     return {name for name, is_so in facts.items() if is_so}
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    rgb = _to_rgb(image)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
