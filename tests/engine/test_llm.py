@@ -13,7 +13,7 @@ from worlds import FAMILIES, asked, loaded_toy, on_a_cpu, pictures, stock_tokens
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.engine import EngineOptions
-from grace_vlm.engine.llm import CPU_PIXELS, LLM, Asked
+from grace_vlm.engine.llm import CPU_PIXELS, LLM, Asked, Parts
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import ConfigError, RequestError
 from grace_vlm.kernels.low_bit_linear import PackedLinear
@@ -342,3 +342,26 @@ def test_pictures_come_as_paths_bytes_or_pillows(paths: list[Path]) -> None:
         llm.generate("what is it?", b"no picture", GREEDY)
     with pytest.raises(RequestError, match="picture 1: 4 x 4 pixels; each side must be at least 8"):
         llm.generate("what is it?", Image.new("RGB", (4, 4)), GREEDY)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_taken_to_the_last_space(family: str, paths: list[Path]) -> None:
+    """Token by token what Transformers' processor makes of the same parts; a marker in a text is letters."""
+    loaded = loaded_toy(family)
+    llm = LLM(loaded)
+    parts = (paths[0], "what is in <image> ?\nA. red \n", paths[1].read_bytes(), " choose. \n")
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    rendered = loaded.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    if "<image>" in loaded.processor.tokenizer.get_vocab():
+        rendered = rendered.replace("in <image> ?", "in picture ?")  # where the marker is a token, letters are not it
+        parts = (parts[0], parts[1].replace("<image>", "picture"), *parts[2:])  # type: ignore[union-attr]
+    images = [Image.open(path).convert("RGB") for path in paths[:2]]
+    expected = loaded.processor(text=[rendered], images=images, return_tensors="np")["input_ids"][0].tolist()
+    assert llm.prompt(Parts(parts)).ids.tolist() == expected
+    with pytest.raises(RequestError, match="a prompt of parts has no words; expected some"):
+        llm.prompt(Parts((paths[0], " ")))
+    with pytest.raises(RequestError, match="has its own pictures, and 1 more came"):
+        llm.prompt(Parts(("what?",)), [paths[0]])

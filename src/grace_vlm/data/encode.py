@@ -85,11 +85,31 @@ class Encoder:
         """Everything up to the last answer, and the opening of the assistant's turn."""
         return self._encode(row, grids, with_answer=False)
 
+    def prompt_of(self, parts: Sequence[str | None], grids: Sequence[Grid]) -> Sample:
+        """One turn of the user's, texts to the last space as they are given and None for each picture, and the opening
+        of the assistant's turn."""
+        texts = [part for part in parts if part]
+        kinds = tuple("image" if part is None else "text" for part in parts if part != "")
+        is_plain = not any(map(self._special_text.search, texts))
+        names = tuple(f"picture {number}" for number in range(1, len(grids) + 1))
+        return self._sample(Row(0, "prompt", names, ()), (("user", kinds),), texts, is_plain, grids, with_answer=False)
+
     def _encode(self, row: Row, grids: Sequence[Grid], with_answer: bool) -> Sample:
         shape, texts = _shape_of(row.turns if with_answer else row.turns[:-1])
-        pieces = self._pieces(shape, with_answer)
         # Of the whole row, so that its prompt is cut like the row itself.
         is_plain = not any(self._special_text.search(turn.text.replace(IMAGE_MARKER, "")) for turn in row.turns)
+        return self._sample(row, shape, texts, is_plain, grids, with_answer)
+
+    def _sample(
+        self,
+        row: Row,
+        shape: tuple[tuple[str, tuple[str, ...]], ...],
+        texts: Sequence[str],
+        is_plain: bool,
+        grids: Sequence[Grid],
+        with_answer: bool,
+    ) -> Sample:
+        pieces = self._pieces(shape, with_answer)
         ids, supervised = self._tokenize(pieces, texts) if is_plain else self._tokenize_apart(pieces, texts)
         if with_answer:
             ids, supervised = self._closed(ids, supervised)

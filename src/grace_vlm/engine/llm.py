@@ -35,8 +35,21 @@ CPU_PIXELS = 448 * 448
 """A picture's area on a CPU if nothing else is asked: the first token waits for the tower, which takes time by
 area (docs/engine.md), and a model's own largest area is some sixteen million pixels."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-TextOrTurns = str | Sequence[str]
 Picture = ImageSource
+TextOrTurns = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A prompt of one turn, texts to the last space as they are given: ``<image>`` in one is no more than its letters.
+
+    Args:
+        parts: texts, and pictures as bytes, Pillow's, or a ``Path``.
+    """
+
+    parts: tuple[str | Picture, ...]
+
+
 Pictures = Picture | Sequence[Picture] | None
 
 
@@ -61,7 +74,7 @@ class Asked:
     """A request: a prompt, its pictures and what is asked of the answer. ``id`` is the caller's."""
 
     id: str
-    prompt: TextOrTurns
+    prompt: TextOrTurns | Parts
     images: Sequence[Picture] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
@@ -199,29 +212,32 @@ class LLM:
         finally:
             self._forget([own])
 
-    def prompt(self, prompt: TextOrTurns, images: Sequence[Picture] = ()) -> Prompt:
+    def prompt(self, prompt: TextOrTurns | Parts, images: Sequence[Picture] = ()) -> Prompt:
         """Token ids and pixels of a prompt, by the model's own template and image processor.
 
         Raises:
             RequestError: an empty text, a conversation that does not end with the user, pictures and markers that do
                 not agree, or a picture that cannot be used.
         """
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts or len(texts) % 2 == 0:
-            raise RequestError(f"a conversation has {len(texts)} texts; expected an odd number, the user's last")
-        if empty := [number for number, text in enumerate(texts) if not text.replace(IMAGE_MARKER, "").strip()]:
-            raise RequestError(f"text {empty[0] + 1} of the prompt is empty; expected words")
-        for number, text in enumerate(texts, start=1):
-            if not text.isascii() and _SURROGATE.search(text):
+        if isinstance(prompt, Parts):
+            if images:
                 raise RequestError(
-                    f"text {number} of the prompt has half of a surrogate pair; expected whole characters"
+                    f"a prompt of parts has its own pictures, and {len(images)} more came; leave those out"
                 )
-        texts = _marked(texts, len(images))
-        turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
-        names = [str(one) if isinstance(one, str | Path) else f"picture {n}" for n, one in enumerate(images, start=1)]
-        row = Row(0, "prompt", tuple(names), (*turns, Turn("assistant", "")))
+            made = self._pictures([part for part in prompt.parts if not isinstance(part, str)])
+            texts: list[str | None] = [part if isinstance(part, str) else None for part in prompt.parts]
+            if not any(text and text.strip() for text in texts):
+                raise RequestError("a prompt of parts has no words; expected some")
+            sample = self._encoder.prompt_of(texts, [image.grid for image in made])
+        else:
+            row = _row_of(prompt, images)
+            made = self._pictures(images)
+            sample = self._encoder.prompt(row, [image.grid for image in made])
+        return Prompt(sample.input_ids, sample.positions, sample.visual, made)
+
+    def _pictures(self, images: Sequence[Picture]) -> list[EngineImage]:
         store, made = PictureStore(self._patchify), []
-        for number, (name, image) in enumerate(zip(names, images, strict=True)):
+        for number, (name, image) in enumerate(zip(_names(images), images, strict=True)):
             try:
                 loaded = take_image(image)
                 self._say_if_shrunk(name, loaded.image.size)
@@ -230,8 +246,7 @@ class LLM:
                 raise RequestError(f"{name}: {fault.reason}") from None
             assert picture.pixels is not None
             made.append(EngineImage(picture.grid, picture.pixels))
-        sample = self._encoder.prompt(row, [image.grid for image in made])
-        return Prompt(sample.input_ids, sample.positions, sample.visual, made)
+        return made
 
     def _say_if_shrunk(self, name: str, size: tuple[int, int]) -> None:
         """Once, of the first picture that is larger than a CPU's own limit."""
@@ -269,6 +284,29 @@ class _Open:
         tokens = tuple(choice.token for choice in self.choices)
         self.answer = Answer(self.text.text, tokens, finish, self.num_prompt_tokens, tuple(self.choices))
         return True
+
+
+def _names(images: Sequence[Picture]) -> list[str]:
+    return [str(one) if isinstance(one, str | Path) else f"picture {n}" for n, one in enumerate(images, start=1)]
+
+
+def _row_of(prompt: TextOrTurns, images: Sequence[Picture]) -> Row:
+    """A conversation as a row of data.
+
+    Raises:
+        RequestError: see ``LLM.prompt``.
+    """
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts or len(texts) % 2 == 0:
+        raise RequestError(f"a conversation has {len(texts)} texts; expected an odd number, the user's last")
+    if empty := [number for number, text in enumerate(texts) if not text.replace(IMAGE_MARKER, "").strip()]:
+        raise RequestError(f"text {empty[0] + 1} of the prompt is empty; expected words")
+    for number, text in enumerate(texts, start=1):
+        if not text.isascii() and _SURROGATE.search(text):
+            raise RequestError(f"text {number} of the prompt has half of a surrogate pair; expected whole characters")
+    texts = _marked(texts, len(images))
+    turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+    return Row(0, "prompt", tuple(_names(images)), (*turns, Turn("assistant", "")))
 
 
 def _listed(images: Pictures) -> list[Picture]:
