@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON ?= python3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: help demo demo-from-scratch test soak interop gpu-test lint format types docs clean
 
@@ -28,8 +29,8 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace train recipes/toy_student_3_sft_bf16.yaml --out runs/toy-student-3 --resume
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
-test: .venv/.stamp lint types  ## lint, types, tests, coverage
-	$(BIN)/python -m pytest -m "not soak and not interop and not gpu" --cov=grace_vlm --cov-report=term:skip-covered
+test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not soak and not interop and not gpu" --cov=grace_vlm --cov-report=term:skip-covered
 
 soak: .venv/.stamp  ## kills and long property runs
 	$(BIN)/python -m pytest -m soak

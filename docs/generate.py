@@ -23,6 +23,7 @@ COMMANDS = (
     "verify",
     "inspect",
     "eval",
+    "scores",
     "chat",
     "generate",
     "compare",

@@ -210,7 +210,7 @@ def test_what_stands_around_must_fit() -> None:
     packed, x = pack_linear(weight(4, 48, 128, 32), DEVICE), inputs_of(3, 128, torch.bfloat16).to(DEVICE)
     with pytest.raises(ConfigError) as caught:
         low_bit_linear(x, packed, bias=torch.zeros(1, device=DEVICE))
-    assert str(caught.value) == f"low_bit_linear was given bias (1,) on {x.device}; expected (48,) on {x.device}"
+    assert str(caught.value) == f"a layer was given bias (1,) on {x.device}; expected (48,) on {x.device}"
     with pytest.raises(ConfigError, match=r"residual \(1, 48\) on .*; expected \(3, 24\) on"):
         low_bit_linear(x, packed, residual=torch.zeros(1, 48, device=DEVICE), silu=True)
     with pytest.raises(ConfigError, match=r"norm.weight \(127,\) on .*; expected \(128,\) on"):

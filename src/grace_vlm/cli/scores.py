@@ -1,0 +1,80 @@
+"""``grace scores``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from grace_vlm.cli.output import emit_json, print_table
+from grace_vlm.errors import ConfigError
+
+HELP = """The table of several evaluations by grace eval --suite, and what one lost against another.
+
+Example: grace scores bf16=runs/eval-bf16 w4=runs/eval-w4 --reference teacher=runs/eval-8b --baseline bf16"""
+
+
+def scores(
+    runs: list[str] = typer.Argument(..., help="Folders of grace eval --suite, each as NAME=FOLDER or FOLDER."),
+    reference: list[str] = typer.Option(
+        [], "--reference", help="One that is shown and not compared, such as a teacher."
+    ),
+    profile: str = typer.Option("strict", "--profile", help="Whose prompts, parsers and aggregates."),
+    form: str = typer.Option("markdown", "--format", help="markdown, latex, csv or html."),
+    baseline: str = typer.Option(None, "--baseline", help="NAME of the one that others are compared with, row by row."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
+) -> None:
+    from grace_vlm.evals.suite.tables import read_line, table
+
+    named = [_named(run) for run in runs]
+    lines = [read_line(folder, label, profile) for label, folder in named]
+    lines += [read_line(folder, label, profile, is_reference=True) for label, folder in map(_named, reference)]
+    compared = {} if baseline is None else _compared(named, baseline, profile)
+    if as_json:
+        from dataclasses import asdict
+
+        emit_json({"profile": profile, "rows": [asdict(line) for line in lines], "differences": compared})
+        return
+    print(table(lines, profile, form), end="")
+    for label, found in compared.items():
+        print(f"\n{label} against {baseline}, profile {profile}:\n")
+        rows = [
+            (
+                one["task"],
+                f"{100 * one['mean']:+.2f} [{100 * one['low']:+.2f}, {100 * one['high']:+.2f}]",
+                f"{one['p_value']:.3f}",
+                f"{one['holm']:.3f}",
+                f"{100 * one['disagreement']:.1f}",
+                f"{len(one['lost'])} / {len(one['won'])}",
+            )
+            for one in found
+        ]
+        print_table(("task", "difference, points", "p", "p by Holm", "answers apart %", "lost / won"), rows)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    label, equals, folder = text.partition("=")
+    return (label, Path(folder)) if equals else (Path(text).name, Path(text))
+
+
+def _compared(named: list[tuple[str, Path]], baseline: str, profile: str) -> dict[str, list[dict[str, Any]]]:
+    """Differences of every other evaluation to the baseline, by name."""
+    from dataclasses import asdict
+
+    from grace_vlm.evals.statistics import holm
+    from grace_vlm.evals.suite.paired import difference, read_records
+
+    folders = dict(named)
+    if baseline not in folders:
+        raise ConfigError(f"--baseline is {baseline}; expected one of {', '.join(folders)}")
+    base = read_records(folders[baseline], profile)
+    found = {}
+    for label, folder in named:
+        if label == baseline:
+            continue
+        own = read_records(folder, profile)
+        each = [difference(task, own[task], base[task]) for task in base if task in own]
+        adjusted = holm([one.p_value for one in each])
+        found[label] = [{**asdict(one), "holm": p} for one, p in zip(each, adjusted, strict=True)]
+    return found

@@ -1,0 +1,166 @@
+"""``grace eval --suite``: benchmarks of a folder, answers in a ledger, scores by profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grace_vlm import __version__
+from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
+from grace_vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grace_vlm.engine.engine import EngineOptions
+    from grace_vlm.evals.suite.responders import Responder
+    from grace_vlm.evals.suite.run import Part
+    from grace_vlm.evals.tasks.task import Profile, Report
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated, as ``grace eval`` has it."""
+
+    model: str
+    data: Path
+    suite: str
+    tasks: tuple[str, ...]
+    profiles: tuple[str, ...]
+    out: Path
+    resume: bool
+    part: str
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class By:
+    """Who answers."""
+
+    endpoint: str | None
+    api_key: str | None
+    stock: bool
+    batch_size: int
+    device: str
+    options: EngineOptions
+
+
+def run_suite(asked: Asked, by: By, as_json: bool) -> None:
+    """Ask what has no answer yet, and write the scores when everything was asked."""
+    from grace_vlm.checkpoint.lock import FolderLock
+    from grace_vlm.evals.suite.ledger import Ledger
+    from grace_vlm.evals.suite.run import SUITES, ask, missing_answers, read_benchmarks, write_scores
+    from grace_vlm.evals.tasks.registry import task_named
+
+    if asked.suite not in SUITES:
+        raise ConfigError(f"--suite is {asked.suite}; expected one of {', '.join(SUITES)}")
+    names = tuple(task_named(name).about.name for name in asked.tasks) or SUITES[asked.suite]
+    profiles, part = _profiles(asked.profiles), _part(asked.part)
+    benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, wants_all=bool(asked.tasks))
+    if absent:
+        say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
+    for one in benchmarks:
+        for reason, count in one.docs.skipped.items():
+            say(f"{one.task.about.title}: {count} rows left out, {reason}")
+    with FolderLock(asked.out / f".part{part.number + 1}"):
+        ledger = Ledger(asked.out, _identity(asked.model, by), asked.resume, (part.number, part.of))
+        if _is_open(benchmarks, profiles, ledger, part):
+            with ProgressBar("answering") as bar:
+                ask(benchmarks, profiles, _responder(asked.model, by), ledger, part, bar.update)
+        if left := missing_answers(benchmarks, profiles, ledger.replies):
+            say(f"{left} questions are other parts'; scores are written when all parts have ended")
+            return
+        reports = write_scores(benchmarks, profiles, ledger.replies, asked.out, asked.limit)
+    failed = sum(reply.text is None for reply in ledger.replies.values())
+    if failed:
+        say(f"{failed} questions have no answer and count as wrong; --resume asks them again")
+    if as_json:
+        emit_json(_summary(reports, asked.out))
+    else:
+        _print(reports)
+
+
+def _is_open(benchmarks: Any, profiles: Any, ledger: Any, part: Part) -> bool:
+    """Whether a question of the part has no answer: only then a model is opened."""
+    from grace_vlm.evals.suite.questions import in_shard
+
+    return any(
+        not ledger.has(question.key)
+        for one in benchmarks
+        for question in one.questions(profiles)
+        if in_shard(question, part.number, part.of)
+    )
+
+
+def _profiles(names: tuple[str, ...]) -> list[Profile]:
+    from grace_vlm.evals.tasks.task import PROFILES
+
+    if wrong := [name for name in names if name not in PROFILES]:
+        raise ConfigError(f"--profile is {wrong[0]}; expected one of {', '.join(PROFILES)}")
+    return [profile for profile in PROFILES if profile in names]
+
+
+def _part(text: str) -> Part:
+    from grace_vlm.evals.suite.run import Part
+
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ConfigError(f"--part is {text}; expected a number of so many, for example 2/4")
+    return Part(int(number) - 1, int(of))
+
+
+def _identity(model: str, by: By) -> dict[str, Any]:
+    """What answers of one folder have in common."""
+    from grace_vlm.evals.suite.run import same_numbers, weights_digest
+
+    stated: dict[str, Any] = {"model": model, "grace_vlm": __version__}
+    if by.endpoint is not None:
+        return {**stated, "by": "endpoint", "endpoint": by.endpoint}
+    stated["weights"] = weights_digest(model)
+    if by.stock:
+        return {**stated, "by": "transformers"}
+    return {**stated, "by": "engine", "options": same_numbers(by.options)}
+
+
+def _responder(model: str, by: By) -> Responder:
+    from grace_vlm.evals.suite.responders import EndpointResponder, EngineResponder, TransformersResponder
+
+    if by.endpoint is not None:
+        return EndpointResponder(by.endpoint, model, by.api_key, by.batch_size)
+    if by.stock:
+        from grace_vlm.models.load import load_model
+
+        return TransformersResponder(load_model(model, by.device), by.batch_size)
+    from grace_vlm.engine.llm import LLM
+    from grace_vlm.engine.open import open_model
+
+    loaded, codes = open_model(model, by.device)
+    # The processor's own area on a CPU too: a score is the model's.
+    return EngineResponder(LLM(loaded, options=by.options, quantized=codes, max_pixels=_own_area(loaded)))
+
+
+def _own_area(loaded: Any) -> int | None:
+    from grace_vlm.data.pictures import largest_area
+
+    return largest_area(loaded.processor)
+
+
+def _summary(reports: Mapping[Profile, Mapping[str, Report]], out: Path) -> dict[str, Any]:
+    from grace_vlm.evals.suite.score import as_json
+
+    scores = {profile: {name: as_json(one) for name, one in own.items()} for profile, own in reports.items()}
+    return {"out": str(out), "scores": scores}
+
+
+def _print(reports: Mapping[Profile, Mapping[str, Report]]) -> None:
+    from grace_vlm.evals.suite.score import said
+    from grace_vlm.evals.tasks.registry import TASKS
+
+    rows = []
+    for profile, own in reports.items():
+        for name, report in own.items():
+            for metric, value in report.metrics.items():
+                mark = "*" if metric == report.headline else ""
+                unread = str(report.num_unparsed) if mark else ""
+                rows.append((f"{TASKS[name].about.title}{mark}", profile, metric, said(value), unread))
+    print_table(("benchmark", "profile", "metric", "value [95 % interval] scored/all", "unparsed"), rows)

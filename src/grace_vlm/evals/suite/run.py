@@ -1,0 +1,149 @@
+"""An evaluation: benchmarks of a folder, questions that have no answer yet, answers to a ledger, scores from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grace_vlm.checkpoint.atomic import write_json_atomic
+from grace_vlm.checkpoint.manifest import MARKER
+from grace_vlm.errors import ConfigError
+from grace_vlm.evals.suite.ledger import Ledger, Reply, read_identity
+from grace_vlm.evals.suite.questions import Benchmark, Question, digest_of, in_shard
+from grace_vlm.evals.suite.responders import Responder
+from grace_vlm.evals.suite.score import as_json, score, write_lines
+from grace_vlm.evals.tasks.registry import TASKS, task_named
+from grace_vlm.evals.tasks.task import Docs, Profile, Report
+
+SUITES: Mapping[str, tuple[str, ...]] = {
+    "card": ("hallusion", "mmbench", "scienceqa", "ai2d", "mmmu", "seed", "mmstar"),
+    "all": tuple(TASKS),
+}
+"""Names of tasks by suite; ``card`` has the columns of the model card's table, in its order."""
+_EDGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which share of the questions is asked: ``number`` (from 0) of ``of``."""
+
+    number: int = 0
+    of: int = 1
+
+
+def read_benchmarks(
+    names: Sequence[str], folder: Path, limit: int | None = None, wants_all: bool = False
+) -> tuple[list[Benchmark], list[str]]:
+    """(benchmarks of ``folder``, names that it has no sub-folder for).
+
+    Args:
+        folder: has a folder, or a link to one, of each task's name. limit: of rows of each. wants_all: a missing one is
+            an error.
+
+    Raises:
+        ConfigError: none of them is there, or one is missing that was asked for. DataError: files that cannot be read.
+    """
+    found, missing = [], []
+    for name in names:
+        task, source = task_named(name), folder / name
+        if not source.exists():
+            missing.append(name)
+            continue
+        docs = task.docs(source)
+        kept = docs if limit is None else Docs(docs.docs[:limit], docs.skipped)
+        found.append(Benchmark(task, kept, digest_of(source)))
+    if not found or (missing and wants_all):
+        raise ConfigError(
+            f"{folder} has no folder {', '.join(missing)}; give each benchmark's files in a folder of its task's name "
+            "(docs/evaluation.md)"
+        )
+    return found, missing
+
+
+def weights_digest(model: str) -> str:
+    """Of a model's files: the manifest's hash where the folder is sealed, else names, sizes and both ends of each."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    if (folder / MARKER).is_file():
+        return (folder / MARKER).read_text(encoding="utf-8").split()[0][:32]
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            found.update(file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            found.update(file.read(_EDGE))
+    return found.hexdigest()[:32]
+
+
+def ask(
+    benchmarks: Sequence[Benchmark],
+    profiles: Sequence[Profile],
+    responder: Responder,
+    ledger: Ledger,
+    part: Part = Part(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Every question of the part that the ledger has no answer to, once."""
+    wanted = [
+        question
+        for benchmark in benchmarks
+        for question in benchmark.questions(profiles)
+        if in_shard(question, part.number, part.of)
+    ]
+    todo = [question for question in wanted if not ledger.has(question.key)]
+    done = len(wanted) - len(todo)
+    progress(done, len(wanted))
+    with ledger.writing():
+        for reply in responder.answers(_told(todo)):
+            ledger.add(reply)
+            done += 1
+            progress(done, len(wanted))
+
+
+def _told(questions: Sequence[Question]) -> Iterator[Question]:
+    yield from questions
+
+
+def missing_answers(benchmarks: Sequence[Benchmark], profiles: Sequence[Profile], replies: Mapping[str, Reply]) -> int:
+    """Questions that nobody has asked: other parts' work."""
+    return sum(question.key not in replies for one in benchmarks for question in one.questions(profiles))
+
+
+def write_scores(
+    benchmarks: Sequence[Benchmark],
+    profiles: Sequence[Profile],
+    replies: Mapping[str, Reply],
+    out: Path,
+    limit: int | None,
+) -> dict[Profile, dict[str, Report]]:
+    """Records of every row and ``scores.json``, from the replies alone."""
+    reports: dict[Profile, dict[str, Report]] = {}
+    for profile in profiles:
+        for benchmark in benchmarks:
+            name = benchmark.task.about.name
+            lines, report = score(benchmark, profile, replies)
+            write_lines(out / "records" / profile / f"{name}.jsonl", lines)
+            reports.setdefault(profile, {})[name] = report
+    content: dict[str, Any] = {
+        "format_version": 1,
+        "run": read_identity(out),
+        "limit": limit,
+        "skipped": {one.task.about.name: dict(one.docs.skipped) for one in benchmarks if one.docs.skipped},
+        "data": {one.task.about.name: one.data for one in benchmarks},
+        "scores": {profile: {name: as_json(one) for name, one in own.items()} for profile, own in reports.items()},
+    }
+    write_json_atomic(out / "scores.json", content)
+    return reports
+
+
+def same_numbers(options: Any) -> dict[str, Any]:
+    """Of an engine's options those that an answer may hang on."""
+    names = ("batch_invariant", "kv_cache", "int8_head", "cpu_activations")
+    return {name: value for name, value in dataclasses.asdict(options).items() if name in names}
