@@ -8,7 +8,15 @@ from fractions import Fraction
 
 import pytest
 
-from grace_vlm.evals.statistics import mcnemar_p, paired_difference, wilson_interval
+from grace_vlm.evals.statistics import (
+    Flips,
+    disagreement_rate,
+    flips,
+    holm,
+    mcnemar_p,
+    paired_difference,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize("correct_of", [(0, 10), (1, 10), (81, 263), (2000, 2000), (1, 1), (500, 1000)])
@@ -66,6 +74,13 @@ def test_mcnemar_of_thousands_of_differences_does_not_overflow() -> None:
     assert 0.0 <= mcnemar_p(a, b) < 1e-100
 
 
+def test_mcnemar_of_a_published_example() -> None:
+    """Fagerland, Lydersen and Laake 2013, table 1 (airway hyper-responsiveness, Bentur et al. 2009): of 21 children 7
+    changed one way and 1 the other; exact conditional p = 0.070."""
+    a, b = outcomes(1, 1, 7, 12)
+    assert mcnemar_p(a, b) == pytest.approx(0.0703, abs=5e-5)
+
+
 def test_mcnemar_needs_pairs() -> None:
     with pytest.raises(ValueError, match="paired test on 2 and 3 outcomes"):
         mcnemar_p([True, True], [True, True, False])
@@ -88,3 +103,69 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
     interval = wilson_interval(1540, 2000)
     assert high - low < interval[1] - interval[0]
     assert mean == pytest.approx(0.015)
+
+
+# --- several tests ---
+
+
+def holm_rejects(p_values: list[float], level: float) -> list[bool]:
+    """The procedure as Holm states it: step through the sorted p values, stop at the first that is too large."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    rejected = [False] * len(p_values)
+    for step, index in enumerate(order):
+        if p_values[index] > level / (len(p_values) - step):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def test_holm_rejects_what_the_stepwise_procedure_rejects() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        p_values = [rng.random() ** 3 for _ in range(rng.randint(1, 8))]
+        adjusted = holm(p_values)
+        for level in (0.01, 0.05, 0.2):
+            assert [p <= level for p in adjusted] == holm_rejects(p_values, level)
+
+
+def test_holm_of_a_published_example() -> None:
+    """Four hypotheses with p of 0.01, 0.04, 0.03, 0.005: at 0.05 the first and the last are rejected. R's
+    ``p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")`` gives 0.03 0.06 0.06 0.02."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_of_one_none_and_ties() -> None:
+    assert holm([]) == []
+    assert holm([0.03]) == [0.03]
+    assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
+    assert holm([1.0, 0.9]) == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"1\.2 is no p value"):
+        holm([0.1, 1.2])
+    with pytest.raises(ValueError, match="nan is no p value"):
+        holm([math.nan])
+
+
+# --- what differs ---
+
+
+def test_disagreement_counts_answers_and_not_outcomes() -> None:
+    """Both wrong with different letters disagree, though McNemar does not see it."""
+    assert disagreement_rate("ABCD", "ABDD") == 0.25
+    assert disagreement_rate(["B", None, "A"], ["C", "A", "A"]) == pytest.approx(2 / 3)
+    assert mcnemar_p([False, False], [False, False]) == 1.0
+    with pytest.raises(ValueError, match="paired comparison of 1 and 2 outcomes"):
+        disagreement_rate("A", "AB")
+    with pytest.raises(ValueError, match="a disagreement rate of no answers"):
+        disagreement_rate([], [])
+
+
+def test_flips_are_named_and_are_mcnemars_counts() -> None:
+    a, b = outcomes(30, 9, 4, 20)
+    keys = [f"q{number}" for number in range(63)]
+    found = flips(keys, a, b)
+    assert (len(found.lost), len(found.gained)) == (9, 4)
+    assert list(found.lost) == [key for key in keys if a[int(key[1:])] and not b[int(key[1:])]]
+    assert flips(keys, b, a) == Flips(found.gained, found.lost)
+    assert exact_p(len(found.lost), len(found.gained)) == pytest.approx(mcnemar_p(a, b))
+    with pytest.raises(ValueError, match="paired comparison of 2 and 1 outcomes"):
+        flips(["x", "y"], [True, True], [True])

@@ -14,10 +14,11 @@ from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
 if TYPE_CHECKING:
     from grace_vlm.data.sources.conversations import PreparedRows, RowsReport
 
-HELP = """Make a data set to train on: one of ours, or rows and pictures that you downloaded.
+HELP = """Make a data set to train on: one of ours, or rows and pictures that you downloaded. Or one to evaluate on.
 
 easy-vqa, scenes, mix (both) and toy (of the shipped bases) are made from an installed package and our generators.
 sharegpt4v and llava take an annotation file and its pictures; hf takes a Hugging Face data set with LLaVA's columns.
+toy-suite is for evaluation: small stand-ins for seven benchmarks, in the layouts of the real ones.
 
 Example: grace data prepare easy-vqa runs/data/easy-vqa
 
@@ -29,6 +30,7 @@ _OPTIONS = {
     "llava": (("--annotations", "--images"), ("--skip-missing",)),
     "hf": (("--dataset",), ("--config", "--split", "--image-column", "--images", "--skip-missing")),
 }
+_SUITES = ("toy-suite",)
 _GENERATED: tuple[tuple[str, ...], tuple[str, ...]] = ((), ("--seed",))
 _WEB_DATA = "https://github.com/InternLM/InternLM-XComposer/blob/main/projects/ShareGPT4V/docs/Data.md (web data)"
 _DOWNLOADS = {
@@ -57,9 +59,9 @@ _NOTES = {
 
 
 def prepare_data(
-    source: str = typer.Argument(..., help="easy-vqa, scenes, mix, toy; sharegpt4v, llava; hf."),
+    source: str = typer.Argument(..., help="easy-vqa, scenes, mix, toy; sharegpt4v, llava; hf; toy-suite."),
     out: Path = typer.Argument(..., help="Folder to make: train.jsonl, manifest.json, pictures where they are made."),
-    seed: int = typer.Option(None, "--seed", help="easy-vqa to toy: same seed, same bytes; default: 0."),
+    seed: int = typer.Option(None, "--seed", help="easy-vqa to toy, toy-suite: same seed, same bytes; default: 0."),
     annotations: Path = typer.Option(None, "--annotations", help="sharegpt4v, llava: the rows, JSON array or JSONL."),
     images: Path = typer.Option(None, "--images", help="sharegpt4v, llava, hf: folder that image paths start from."),
     skip_missing: bool = typer.Option(False, "--skip-missing", help="Leave out rows whose pictures are missing."),
@@ -84,6 +86,8 @@ def prepare_data(
     _check_options(source, options)
     if source in _OPTIONS:
         _prepare_rows(source, out, options, overwrite, as_json)
+    elif source in _SUITES:
+        _prepare_suite(out, seed or 0, overwrite, as_json)
     else:
         _prepare_generated(source, out, seed or 0, overwrite, as_json)
 
@@ -92,8 +96,9 @@ def _check_options(source: str, options: dict[str, Any]) -> None:
     from grace_vlm.data.sources.prepare import SOURCES
     from grace_vlm.errors import ConfigError
 
-    if source not in SOURCES and source not in _OPTIONS:
-        raise ConfigError(f"unknown source {source!r}; choose one of {', '.join((*SOURCES, *_OPTIONS))}")
+    known = (*SOURCES, *_OPTIONS, *_SUITES)
+    if source not in known:
+        raise ConfigError(f"unknown source {source!r}; choose one of {', '.join(known)}")
     needed, allowed = _OPTIONS.get(source, _GENERATED)
     for name in options:
         if name not in needed + allowed:
@@ -113,6 +118,20 @@ def _prepare_generated(source: str, out: Path, seed: int, overwrite: bool, as_js
         return
     rows = [(split, str(info.num_images[split]), str(info.num_rows[split])) for split in info.num_rows]
     print_table(("split", "pictures", "questions"), rows)
+
+
+def _prepare_suite(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
+    from grace_vlm.evals.toy.suite import read_manifest, write_toy_suite
+
+    with ProgressBar("preparing") as bar:
+        folders = write_toy_suite(out, seed, overwrite=overwrite, progress=bar.update)
+    manifest = read_manifest(out)
+    if as_json:
+        emit_json({"out": str(out), **manifest})
+        return
+    counts = {name: manifest["benchmarks"][name]["counts"] for name in folders}
+    rows = [(name, str(one["rows"]), str(one["pictures"])) for name, one in counts.items()]
+    print_table(("benchmark", "rows", "pictures"), rows)
 
 
 def _prepare_rows(source: str, out: Path, options: dict[str, Any], overwrite: bool, as_json: bool) -> None:

@@ -71,7 +71,7 @@ def ask(rng: random.Random, scene: Scene, kinds: Kinds[Scene], num_questions: in
         if len(asked) == num_questions or not order:
             break
         kind = order[turn % len(order)]
-        text, answer = _pick(rng, pool[kind])
+        text, answer = pick(rng, pool[kind])
         if text not in asked:
             asked[text] = _phrase(rng, kind, text, answer)
     return list(asked.values())
@@ -82,7 +82,8 @@ def _is_fair(candidates: Sequence[Candidate]) -> bool:
     return bool(answers) and answers not in ({"yes"}, {"no"})
 
 
-def _pick(rng: random.Random, candidates: Sequence[Candidate]) -> Candidate:
+def pick(rng: random.Random, candidates: Sequence[Candidate]) -> Candidate:
+    """First an answer, uniformly, then a candidate with that answer."""
     answer = rng.choice(sorted({answer for _, answer in candidates}))
     return rng.choice([candidate for candidate in candidates if candidate[1] == answer])
 
@@ -90,7 +91,7 @@ def _pick(rng: random.Random, candidates: Sequence[Candidate]) -> Candidate:
 def _phrase(rng: random.Random, kind: str, text: str, answer: str) -> Question:
     if answer in ("yes", "no"):
         return Question(kind, "yes_no", text, answer)
-    wrong = _wrong_answers(answer)
+    wrong = wrong_answers(answer)
     if not wrong or rng.random() >= CHOICE_FRACTION:
         return Question(kind, "open", text, answer)
     options = [answer, *rng.sample(wrong, min(len(wrong), rng.choice((2, 3))))]
@@ -99,7 +100,7 @@ def _phrase(rng: random.Random, kind: str, text: str, answer: str) -> Question:
     return Question(kind, "choice", "\n".join([text, *lines, CHOICE_REQUEST]), "ABCD"[options.index(answer)])
 
 
-def _wrong_answers(answer: str) -> list[str]:
+def wrong_answers(answer: str) -> list[str]:
     """Plausible other answers; none for the letter of a node, which would read like an option's letter."""
     for words in (tuple(COLORS), SHAPES):
         if answer in words:
