@@ -60,6 +60,10 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     if absent:
         say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
     for one in benchmarks:
+        if without := [profile for profile in profiles if profile not in one.known(profiles)]:
+            say(
+                f"{one.task.about.title} has no profile {', '.join(without)}; it has {', '.join(one.task.about.profiles)}"
+            )
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
     with FolderLock(asked.out / f".part{part.number + 1}"):

@@ -52,11 +52,15 @@ class Benchmark:
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return Question(key, name, doc.id, parts, budget)
 
+    def known(self, profiles: Sequence[Profile]) -> list[Profile]:
+        """Those of ``profiles`` that the task has: not every program scores every benchmark without a judge."""
+        return [profile for profile in profiles if profile in self.task.about.profiles]
+
     def questions(self, profiles: Sequence[Profile]) -> list[Question]:
-        """Every distinct one, in the order of the rows."""
+        """Every distinct one of the profiles that the task has, in the order of the rows."""
         found: dict[str, Question] = {}
         for doc in self.docs:
-            for profile in profiles:
+            for profile in self.known(profiles):
                 question = self.question(doc, profile)
                 found.setdefault(question.key, question)
         return list(found.values())

@@ -127,6 +127,8 @@ def write_scores(
     reports: dict[Profile, dict[str, Report]] = {}
     for profile in profiles:
         for benchmark in benchmarks:
+            if profile not in benchmark.known(profiles):
+                continue
             name = benchmark.task.about.name
             lines, report = score(benchmark, profile, replies)
             write_lines(out / "records" / profile / f"{name}.jsonl", lines)
