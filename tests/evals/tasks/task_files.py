@@ -241,6 +241,103 @@ def mmstar_tsv(folder: Path, rename: Rename = None) -> Path:
     return folder
 
 
+def _text_columns(*names: str, **others: Any) -> dict[str, Any]:
+    return dict.fromkeys(names, pa.string()) | others
+
+
+def pope(folder: Path, rename: Rename = None) -> Path:
+    """Two pictures, two categories; the same question ids in both categories."""
+    rows = [
+        {"id": str(number), "question_id": str(number % 3), "category": category, "question": "Is there a cat?"}
+        | {"answer": answer, "image_source": f"COCO_{name}", "image": cell(name)}
+        for number, (category, name, answer) in enumerate(
+            (
+                *(("random", "red", "yes"), ("random", "blue", "no"), ("random", "blue", "yes")),
+                *(("popular", "red", "yes"), ("popular", "red", "no"), ("popular", "blue", "no")),
+            )
+        )
+    ]
+    types = _text_columns("id", "question_id", "question", "answer", "image_source", "category", image=PICTURE)
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows, types, rename)
+    return folder
+
+
+def gqa(folder: Path, rename: Rename = None) -> Path:
+    """Three questions on two pictures, in two tables."""
+    images = [{"id": "n1", "image": cell("red")}, {"id": "n2", "image": cell("blue")}]
+    own = {"fullAnswer": "It is.", "isBalanced": True, "semanticStr": "s"}
+    asked = [
+        {"id": f"0{number}", "imageId": image, "question": "What is it?", "answer": answer, **own}
+        for number, (image, answer) in enumerate([("n2", "traffic light"), ("n1", "yes"), ("n2", "left")])
+    ]
+    of_images = _text_columns("id", image=PICTURE)
+    write_parquet(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images, of_images)
+    types = _text_columns("id", "imageId", "question", "answer", "fullAnswer", "semanticStr", isBalanced=pa.bool_())
+    write_parquet(folder / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", asked, types, rename)
+    return folder
+
+
+TEN = ("cat",) * 2 + ("a Cat",) + ("dog",) * 3 + ("two", "2", "cat!", "bird")
+"""What ten people said: four cats, three dogs, two twos, one bird, once words are alike."""
+
+
+def vqav2(folder: Path, rename: Rename = None) -> Path:
+    answers = [{"answer": said, "answer_confidence": "yes", "answer_id": number} for number, said in enumerate(TEN, 1)]
+    kind = pa.struct([("answer", pa.string()), ("answer_confidence", pa.string()), ("answer_id", pa.int64())])
+    rows = [
+        {
+            "question_id": 100 + number,
+            "image_id": 9,
+            "question": "What Is it?",
+            "answers": answers,
+            "image": cell("red"),
+        }
+        | {"answer_type": answer_type, "question_type": "what is", "multiple_choice_answer": "cat"}
+        for number, answer_type in enumerate(("other", "number"))
+    ]
+    types = _text_columns("question", "answer_type", "question_type", "multiple_choice_answer", image=PICTURE)
+    types |= {"question_id": pa.int64(), "image_id": pa.int64(), "answers": pa.list_(kind)}
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", rows, types, rename)
+    return folder
+
+
+def textvqa(folder: Path, rename: Rename = None) -> Path:
+    rows = [
+        {"question_id": 7, "image_id": "x1", "question": "what Brand is it?", "answers": list(TEN)}
+        | {"ocr_tokens": ["Dakota", "DIGITAL"], "image": cell("red"), "set_name": "val", "image_classes": ["Camera"]}
+    ]
+    texts = pa.list_(pa.string())
+    types = _text_columns("image_id", "question", "set_name", question_id=pa.int64(), answers=texts, image=PICTURE)
+    types |= {"ocr_tokens": texts, "image_classes": texts}
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", rows, types, rename)
+    return folder
+
+
+def vizwiz(folder: Path, rename: Rename = None) -> Path:
+    rows = [
+        {"question_id": f"VizWiz_val_{n}", "question": "Can you tell me?", "answers": list(TEN)}
+        | {"image": cell("red"), "category": category}
+        for n, category in enumerate(("other", "unanswerable"))
+    ]
+    types = _text_columns("question_id", "question", "category", answers=pa.list_(pa.string()), image=PICTURE)
+    write_parquet(folder / "data" / "val-00000-of-00001.parquet", rows, types, rename)
+    return folder
+
+
+def mme(folder: Path, rename: Rename = None) -> Path:
+    """Two pictures in ``count``, one in ``OCR`` and one in ``code_reasoning``, each with two questions."""
+    pairs = [("count", "a.png"), ("count", "b.png"), ("OCR", "a.png"), ("code_reasoning", "c.png")]
+    rows = [
+        {"question_id": name, "category": category, "answer": answer, "image": cell("red")}
+        | {"question": "Is it one? Please answer yes or no."}
+        for category, name in pairs
+        for answer in ("Yes", "No")
+    ]
+    types = _text_columns("question_id", "question", "answer", "category", image=PICTURE)
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows, types, rename)
+    return folder
+
+
 WRITERS: dict[str, Callable[..., Path]] = {
     "hallusion": hallusion,
     "mmbench": mmbench,
@@ -250,4 +347,10 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "mmmu": mmmu,
     "seed": seed,
     "mmstar": mmstar_tsv,
+    "pope": pope,
+    "gqa": gqa,
+    "vqav2": vqav2,
+    "textvqa": textvqa,
+    "vizwiz": vizwiz,
+    "mme": mme,
 }

@@ -15,12 +15,7 @@ from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.evals.tasks.registry import TASKS, task_named
 from grace_vlm.evals.tasks.task import PROFILES, Doc, Part, Picture
 
-RENAMED = [
-    (name, column.name)
-    for name, task in TASKS.items()
-    for column in task.about.columns
-    if not column.optional and WRITERS[name]
-]
+RENAMED = [(name, column.name) for name, task in TASKS.items() for column in task.about.columns if not column.optional]
 
 
 def docs_of(name: str, folder: Path) -> dict[str, Doc]:
@@ -210,6 +205,45 @@ def test_scienceqa_splits_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "pid_splits.json").write_text("{}")
     with pytest.raises(DataError, match="has no list 'test'"):
         TASKS["scienceqa"].docs(folder)
+
+
+def test_other_layouts_of_the_same_rows(tmp_path: Path) -> None:
+    """lmms-lab's Parquet of ScienceQA and MMBench, which writes L2-category; a text table without an image column."""
+    text, integer, texts = task_files.pa.string(), task_files.pa.int64(), task_files.pa.list_(task_files.pa.string())
+    picture = {"image": task_files.PICTURE}
+    school = {"question": "Which?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": task_files.cell("red")}
+    plain = ("grade", "subject", "topic", "category", "lecture", "solution")
+    types = {
+        "question": text,
+        "choices": texts,
+        "answer": integer,
+        "hint": text,
+        **dict.fromkeys(plain, text),
+        **picture,
+    }
+    rows = [school, school | {"image": None, "hint": "Look."}]
+    task_files.write_parquet(tmp_path / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows, types)
+    docs = TASKS["scienceqa"].docs(tmp_path).docs
+    assert [(doc.gold, doc.hint, len(doc.images)) for doc in docs] == [("B", None, 1), ("B", "Look.", 0)]
+
+    bench = {"index": 5, "question": "?", "hint": "nan", "A": "x", "B": "y", "C": "nan", "D": "nan", "answer": "B"}
+    bench |= {"category": "c", "L2-category": "l", "image": task_files.cell("red")}
+    types = dict.fromkeys(("question", "hint", *"ABCD", "answer", "category", "L2-category"), text)
+    task_files.write_parquet(tmp_path / "en" / "dev-0.parquet", [bench], {"index": integer, **types, **picture})
+    (doc,) = TASKS["mmbench"].docs(tmp_path)
+    assert (doc.hint, doc.options, doc.columns["l2-category"]) == (None, {"A": "x", "B": "y"}, "l")
+
+    folder = task_files.hallusion(tmp_path / "hallusion")
+    file = folder / "data" / "non_image-00000-of-00001.parquet"
+    task_files.pq.write_table(task_files.pq.read_table(file).drop_columns(["image"]), file)
+    assert len(TASKS["hallusion"].docs(folder)) == 7
+
+
+def test_strict_asks_as_the_card_does_but_where_the_card_loses_pictures(tmp_path: Path) -> None:
+    """So that one reply serves both."""
+    for name in ("hallusion", "mmbench", "scienceqa", "ai2d", "seed", "mmstar"):
+        for doc in docs_of(name, tmp_path / name).values():
+            assert TASKS[name].prompt(doc, "card") == TASKS[name].prompt(doc, "strict")
 
 
 def test_ai2d(tmp_path: Path) -> None:
