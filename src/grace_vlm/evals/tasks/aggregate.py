@@ -19,11 +19,12 @@ Measure = Callable[[Sequence[Record]], Metric]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is counted once. ``cluster``: what it shares with others."""
+    """What is counted once. ``cluster``: what it shares with others. ``weight``: its part of a mean."""
 
     cluster: str
     value: float
     is_scored: bool
+    weight: float = 1.0
 
 
 def questions(records: Sequence[Record], cluster: str | None = None) -> list[Unit]:
@@ -62,9 +63,11 @@ def clustered(components: Sequence[Sequence[Unit]], unit: str = "questions", upp
     """The mean of the components' means, times ``upper``, with the cluster bootstrap's interval. Empty components are
     left out."""
     present = [component for component in components if component]
-    means = [sum(one.value for one in component) / len(component) for component in present]
+    means = [
+        sum(one.weight * one.value for one in component) / sum(one.weight for one in component) for component in present
+    ]
     value = sum(means) / len(means) if means else 0.0
-    low, high = cluster_interval([[(one.cluster, one.value) for one in component] for component in present])
+    low, high = cluster_interval([[(one.cluster, one.value, one.weight) for one in component] for component in present])
     low, high = min(low, value), max(high, value)
     units = [one for component in present for one in component]
     num_scored = sum(one.is_scored for one in units)

@@ -14,8 +14,8 @@ import numpy as np
 
 from grace_vlm.evals.statistics import wilson_interval
 
-Entry = tuple[str, float]
-"""(cluster, value of one unit in [0, 1])."""
+Entry = tuple[str, float, float]
+"""(cluster, value of one unit in [0, 1], its weight in the mean)."""
 NUM_RESAMPLES = 1000
 _CHUNK_DRAWS = 4_000_000
 
@@ -48,12 +48,12 @@ def cluster_interval(components: Sequence[Sequence[Entry]], seed: int = 0) -> tu
 
 
 def _sums(components: Sequence[Sequence[Entry]]) -> tuple[np.ndarray, np.ndarray]:
-    """(clusters, components): sum of values, and number of units."""
-    names = sorted({cluster for component in components for cluster, _ in component})
+    """(clusters, components): weighted sum of values, and sum of weights."""
+    names = sorted({cluster for component in components for cluster, _, _ in component})
     number = {name: index for index, name in enumerate(names)}
     values, counts = np.zeros((len(names), len(components))), np.zeros((len(names), len(components)))
     for column, component in enumerate(components):
-        for cluster, value in component:
-            values[number[cluster], column] += value
-            counts[number[cluster], column] += 1
+        for cluster, value, weight in component:
+            values[number[cluster], column] += weight * value
+            counts[number[cluster], column] += weight
     return values, counts

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from grace_vlm.evals.tasks.aggregate import clustered, groups_right, questions, report
 from grace_vlm.evals.tasks.choice import budget, same_letter
-from grace_vlm.evals.tasks.columns import Column
+from grace_vlm.evals.tasks.columns import EXPECTED, Column
 from grace_vlm.evals.tasks.readers import find_files, local_source, read_table
 from grace_vlm.evals.tasks.strict import strict_yes_no
 from grace_vlm.evals.tasks.task import (
@@ -36,6 +36,7 @@ from grace_vlm.evals.tasks.task import (
 from grace_vlm.evals.tasks.yes_no import card_yes_no, kit_yes_no
 
 _RULES = {"card": card_yes_no, "kit": kit_yes_no, "strict": strict_yes_no}
+_NO_IMAGE = Column("image", "picture", optional=True, nullable=True)
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 
@@ -64,15 +65,19 @@ class HallusionBench:
         files = find_files(folder, ("image-*.parquet", "non_image-*.parquet"), ("*.parquet",), about=self.about)
         docs: list[Doc] = []
         for file in files:
-            for cells, pictures in read_table(file, self.about.columns, self.about.title):
+            shows = file.name.startswith("image-")
+            columns = self.about.columns if shows else (*self.about.columns[:-1], _NO_IMAGE)
+            for cells, pictures in read_table(file, columns, self.about.title):
+                if shows and not pictures:
+                    raise cells.fault("image", EXPECTED["picture"])
                 gold = cells.text("gt_answer").strip()
                 if gold not in ("0", "1"):
                     raise cells.fault("gt_answer", "1 for yes or 0 for no")
-                columns = columns_of({name: cells.text(name) for name in ("visual_input", *_KEYS)})
-                doc_id = "/".join(columns[name] for name in _KEYS) + ("" if pictures else "/text")
+                keys = columns_of({name: cells.text(name) for name in ("visual_input", *_KEYS)})
+                doc_id = "/".join(keys[name] for name in _KEYS) + ("" if pictures else "/text")
                 question, images = cells.text("question"), tuple(pictures.values())
                 answer = "yes" if gold == "1" else "no"
-                docs.append(Doc(doc_id, len(docs), "yes_no", question, answer, images, columns=columns))
+                docs.append(Doc(doc_id, len(docs), "yes_no", question, answer, images, columns=keys))
         return Docs(tuple(docs))
 
     def prompt(self, doc: Doc, profile: Profile) -> tuple[Part, ...]:

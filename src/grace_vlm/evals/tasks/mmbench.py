@@ -77,8 +77,9 @@ class MMBench:
         for file in files:
             for cells, pictures in read_table(file, self.about.columns, self.about.title):
                 docs.append(_doc(cells, rows.picture(cells, pictures), len(docs)))
+        found = Docs(tuple(docs))
         _check_rotations(docs, files[0])
-        return Docs(tuple(docs))
+        return found
 
     def prompt(self, doc: Doc, profile: Profile) -> tuple[Part, ...]:
         checked = checked_profile(self.about, profile)

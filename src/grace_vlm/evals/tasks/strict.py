@@ -28,7 +28,7 @@ _ASSERTED = re.compile(r"(?<!\w)[(\[]?([A-Z])[)\]]? is (?:the )?(?:correct|right
 _LEADING = re.compile(r"(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)])(?=\s|$)")
 _MARKED = re.compile(r"(?<!\w)(?:[(\[]([A-Z])[)\]]|([A-Z])[.:)](?=\s))")
 _CONCLUSION = re.compile(
-    r"(?:\b(?:so|thus|hence|therefore|is|be|choose|pick|select)|=|:|→|->)[,:]?\s+[(\[]?([A-Z])[)\]]?[.!]?$"
+    r"(?:\b(?i:so|thus|hence|therefore|is|be|choose|pick|select)|=|:|→|->)[,:]?\s+[(\[]?([A-Z])[)\]]?[.!]?$"
 )
 _DENIED = re.compile(r"\b(?:not|never|neither|nor|cannot|except)\b|n['’]t\b", re.IGNORECASE)
 

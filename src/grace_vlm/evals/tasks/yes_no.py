@@ -34,6 +34,14 @@ def lmms_whole(reply: str) -> Extract:
     return Extract.ok(whole, "whole") if whole in ("yes", "no") else Extract.unparsed()
 
 
+def pope_yes_no(reply: str) -> Extract:
+    """POPE's official rule, also LLaVA's ``eval_pope.py``: in the first sentence, without commas, one of the words
+    ``no``, ``No``, ``not`` is no; all else is yes, an empty reply too. "NO" is yes."""
+    words = reply.split(".")[0].replace(",", "").split(" ")
+    found = next((word for word in words if word in ("no", "No", "not")), None)
+    return Extract.ok("yes", "nothing_denied") if found is None else Extract.ok("no", found.lower())
+
+
 def mme_yes_no(reply: str) -> Extract:
     """MME's official rule (``calculation.py``, also lmms-eval's): the whole reply without full stops, ``y`` or ``n``,
     else yes or no among the first four characters. "Not sure" is no."""
@@ -52,10 +60,10 @@ def mme_yes_no(reply: str) -> Extract:
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
-def strip_punctuation(text: str, period: str = r"(?<!\d)\.(?!\d)") -> str:
+def strip_punctuation(text: str, period: str = r"(?<!\d)\.(?!\d)", thousands: str = r"\d,\d") -> str:
     """The VQA evaluator's: a mark next to a space anywhere in the text goes, else it becomes a space; full stops go
     where ``period`` says, the first 32 of them (its ``re.UNICODE`` stands where the count belongs)."""
-    out, has_thousands = text, re.search(r"\d,\d", text) is not None
+    out, has_thousands = text, re.search(thousands, text) is not None
     for mark in _MARKS:
         goes = mark + " " in text or " " + mark in text or has_thousands
         out = out.replace(mark, "" if goes else " ")
