@@ -45,12 +45,15 @@ def evaluate(
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions that run together."),
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of them all that fit in memory."),
     batch_invariant: bool = typer.Option(False, "--batch-invariant", help="Answers do not hang on --batch-size."),
-    max_new_tokens: int = typer.Option(16, "--max-new-tokens", min=1, help="Longest answer to a file's questions."),
+    max_new_tokens: int = typer.Option(
+        None, "--max-new-tokens", min=1, help="Longest answer; default: 16, of a suite the profile's up to 1024."
+    ),
     cpu_activations: str = typer.Option("fp32", "--cpu-activations", help="fp32: exact; int8: faster, rounded."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.engine.engine import EngineOptions
+    from grace_vlm.evals.run import MAX_NEW_TOKENS
 
     sizes = {"max_running": batch_size, "max_step_tokens": max(2048, batch_size), "cache_tokens": cache_tokens}
     kinds = {"batch_invariant": batch_invariant, "cpu_activations": cpu_activations}
@@ -58,11 +61,11 @@ def evaluate(
     if suite is None:
         if wrong := [name for name, value in (("--out", out), ("--endpoint", endpoint), ("--task", task)) if value]:
             raise ConfigError(f"{wrong[0]} is for a suite; pass --suite card, or leave it out")
-        _file(model, data, root, limit, answers, max_new_tokens, options, device, as_json)
+        _file(model, data, root, limit, answers, max_new_tokens or MAX_NEW_TOKENS, options, device, as_json)
         return
     if out is None:
         raise ConfigError("--suite needs --out, the folder that answers and scores go to")
-    asked = Asked(model, data, suite, tuple(task), tuple(profile), out, resume, part, limit)
+    asked = Asked(model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens)
     run_suite(asked, By(endpoint, api_key, stock, batch_size, device, options), as_json)
 
 

@@ -31,6 +31,7 @@ class Asked:
     resume: bool
     part: str
     limit: int | None
+    max_new_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     """Ask what has no answer yet, and write the scores when everything was asked."""
     from grace_vlm.checkpoint.lock import FolderLock
     from grace_vlm.evals.suite.ledger import Ledger
+    from grace_vlm.evals.suite.questions import MOST_NEW_TOKENS
     from grace_vlm.evals.suite.run import SUITES, ask, missing_answers, read_benchmarks, write_scores
     from grace_vlm.evals.tasks.registry import task_named
 
@@ -56,14 +58,14 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         raise ConfigError(f"--suite is {asked.suite}; expected one of {', '.join(SUITES)}")
     names = tuple(task_named(name).about.name for name in asked.tasks) or SUITES[asked.suite]
     profiles, part = _profiles(asked.profiles), _part(asked.part)
-    benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, wants_all=bool(asked.tasks))
+    most = MOST_NEW_TOKENS if asked.max_new_tokens is None else asked.max_new_tokens
+    benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, bool(asked.tasks), most)
     if absent:
         say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
     for one in benchmarks:
         if without := [profile for profile in profiles if profile not in one.known(profiles)]:
-            say(
-                f"{one.task.about.title} has no profile {', '.join(without)}; it has {', '.join(one.task.about.profiles)}"
-            )
+            known = ", ".join(one.task.about.profiles)
+            say(f"{one.task.about.title} has no profile {', '.join(without)}; it has {known}")
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
     with FolderLock(asked.out / f".part{part.number + 1}"):

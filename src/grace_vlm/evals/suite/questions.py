@@ -14,6 +14,8 @@ from pathlib import Path
 
 from grace_vlm.evals.tasks.task import Doc, Docs, Part, Picture, Profile, Task
 
+MOST_NEW_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Question:
@@ -37,15 +39,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task with its rows. ``data``: a hash of the files that they are from."""
+    """A task with its rows. ``data``: a hash of the files that they are from. ``most_new_tokens``: no answer is longer,
+    whatever a profile allows (VLMEvalKit allows 16,384)."""
 
     task: Task
     docs: Docs
     data: str
+    most_new_tokens: int = MOST_NEW_TOKENS
 
     def question(self, doc: Doc, profile: Profile) -> Question:
         """What a row asks under a profile."""
-        parts, budget = self.task.prompt(doc, profile), self.task.max_new_tokens(doc, profile)
+        parts = self.task.prompt(doc, profile)
+        budget = min(self.task.max_new_tokens(doc, profile), self.most_new_tokens)
         marked = [part if isinstance(part, str) else {"picture": part.column} for part in parts]
         name = self.task.about.name
         content = json.dumps([name, self.data, doc.id, marked, budget], ensure_ascii=False)

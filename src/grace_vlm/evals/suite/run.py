@@ -13,7 +13,7 @@ from grace_vlm.checkpoint.atomic import write_json_atomic
 from grace_vlm.checkpoint.manifest import MARKER
 from grace_vlm.errors import ConfigError
 from grace_vlm.evals.suite.ledger import Ledger, Reply, read_identity
-from grace_vlm.evals.suite.questions import Benchmark, Question, digest_of, in_shard
+from grace_vlm.evals.suite.questions import MOST_NEW_TOKENS, Benchmark, Question, digest_of, in_shard
 from grace_vlm.evals.suite.responders import Responder
 from grace_vlm.evals.suite.score import as_json, score, write_lines
 from grace_vlm.evals.tasks.registry import TASKS, task_named
@@ -36,13 +36,17 @@ class Part:
 
 
 def read_benchmarks(
-    names: Sequence[str], folder: Path, limit: int | None = None, wants_all: bool = False
+    names: Sequence[str],
+    folder: Path,
+    limit: int | None = None,
+    wants_all: bool = False,
+    most_new_tokens: int = MOST_NEW_TOKENS,
 ) -> tuple[list[Benchmark], list[str]]:
     """(benchmarks of ``folder``, names that it has no sub-folder for).
 
     Args:
         folder: has a folder, or a link to one, of each task's name. limit: of rows of each. wants_all: a missing one is
-            an error.
+            an error. most_new_tokens: of an answer.
 
     Raises:
         ConfigError: none of them is there, or one is missing that was asked for. DataError: files that cannot be read.
@@ -55,7 +59,7 @@ def read_benchmarks(
             continue
         docs = task.docs(source)
         kept = docs if limit is None else Docs(docs.docs[:limit], docs.skipped)
-        found.append(Benchmark(task, kept, digest_of(source)))
+        found.append(Benchmark(task, kept, digest_of(source), most_new_tokens))
     if not found or (missing and wants_all):
         raise ConfigError(
             f"{folder} has no folder {', '.join(missing)}; give each benchmark's files in a folder of its task's name "

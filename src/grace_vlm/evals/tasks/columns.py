@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class Cells:
 
     def _decoded(self, column: str, value: str) -> bytes:
         """Base64, or a path below the file's folder. Anything that is a file there is a path."""
-        if len(value) < 1024:
-            path = inside(self.file.parent, value)
+        with contextlib.suppress(OSError):  # base64 may be longer than any name
+            path = inside(self.file.parent, value) if len(value) < 1024 else None
             if path is not None and path.is_file():
                 return path.read_bytes()
         try:
