@@ -17,7 +17,7 @@ FACTS = {"spider": 8, "bee": 6, "cat": 4, "hen": 2, "crab": 10, "snake": 0, "car
 
 
 def test_golds_are_what_the_pixels_show(suite: Path) -> None:
-    """More than half of the questions about one picture take no reading: all of those are answered from its pixels."""
+    """Two thirds of the questions about one picture take no reading: all of those are answered from its pixels."""
     num_checked: Counter[str] = Counter()
     known: dict[tuple[str, bytes], str | None] = {}
     num_asked = 0
@@ -29,7 +29,7 @@ def test_golds_are_what_the_pixels_show(suite: Path) -> None:
             assert seen == gold, question
             num_checked[question.split()[0]] += 1
     assert num_asked > 1_200
-    assert sum(num_checked.values()) > 640
+    assert sum(num_checked.values()) > 900
     assert set(num_checked) >= {"what", "how", "is", "are", "where"}
 
 
