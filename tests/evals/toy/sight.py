@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from grace_vlm.media.canvas import COLORS
 
@@ -19,7 +20,7 @@ CORNERS = {"northwest": (0, 0), "northeast": (0, 1), "southwest": (2, 0), "south
 
 
 def answer(question: str, png: bytes) -> str | None:
-    """The answer, if it takes no reading: digits, letters and names are not looked at. None for those."""
+    """The answer, if it takes no reading but of a diagram's labels: None for digits and other names."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     for pattern, look in _LOOKS.items():
         if found := re.fullmatch(pattern, question):
@@ -234,10 +235,75 @@ def num_corners(pixels: np.ndarray) -> str:
     return str(blobs)
 
 
+# --- labelled diagrams ---
+
+PLACES = {"top left": (44, 44), "top right": (148, 44), "bottom left": (44, 140), "bottom right": (148, 140)}
+LABELS = [
+    "A",
+    "B",
+    "C",
+    "D",
+    "bark",
+    "bud",
+    "bulb",
+    "cone",
+    "fruit",
+    "leaf",
+    "petal",
+    "root",
+    "seed",
+    "stem",
+    "thorn",
+    "twig",
+]
+
+
 def disc_at(pixels: np.ndarray, place: str) -> str:
-    """Colour of the disc in a corner of a labelled diagram."""
-    y, x = 44 if place.startswith("top") else 140, 44 if place.endswith("left") else 148
+    """Colour of the disc in a corner."""
+    x, y = PLACES[place]
     return next(color for color in COLORS if (pixels[y, x] == COLORS[color]).all())
+
+
+def place_of(pixels: np.ndarray, color: str) -> str:
+    return next(place for place in PLACES if disc_at(pixels, place) == color)
+
+
+@cache
+def printed(label: str, place: str) -> np.ndarray:
+    """A label's box as it looks beside a disc."""
+    image = Image.new("RGB", (192, 192), (255, 255, 255))
+    x, y = PLACES[place]
+    y += -27 if place.startswith("top") else 27
+    ImageDraw.Draw(image).text((x, y), label, font=ImageFont.load_default(14), fill=(60, 60, 60), anchor="mm")
+    return np.asarray(image)[y - 8 : y + 9, x - 22 : x + 23]
+
+
+def label_at(pixels: np.ndarray, place: str) -> str:
+    """The one label that looks like this."""
+    x, y = PLACES[place]
+    y += -27 if place.startswith("top") else 27
+    box = pixels[y - 8 : y + 9, x - 22 : x + 23]
+    (label,) = [label for label in LABELS if np.array_equal(printed(label, place), box)]
+    return label
+
+
+def arrows(pixels: np.ndarray) -> list[tuple[str, str]]:
+    """(from, to): where a line is five or more pixels wide just before it reaches a disc, there is a head."""
+    is_ink, found = (pixels == (60, 60, 60)).all(-1), []
+    for start in PLACES:
+        for end in PLACES:
+            if start != end:
+                step = np.subtract(PLACES[end], PLACES[start]) / np.hypot(*np.subtract(PLACES[end], PLACES[start]))
+                spots = [np.array(PLACES[end]) - 23.5 * step + k * step[::-1] * (1, -1) for k in range(-4, 5)]
+                if sum(bool(is_ink[round(y), round(x)]) for x, y in spots) >= 5:
+                    found.append((start, end))
+    return found
+
+
+def target(pixels: np.ndarray, color: str) -> str:
+    """Where the arrow of a disc leads."""
+    (end,) = [end for start, end in arrows(pixels) if start == place_of(pixels, color)]
+    return end
 
 
 _LOOKS: dict[str, Callable[..., str]] = {
@@ -278,4 +344,12 @@ _LOOKS: dict[str, Callable[..., str]] = {
     r"what color is the shape that comes next\?": lambda p: next_in_sequence(p, 0),
     r"how many (?:corners|sides) are there\?": num_corners,
     r"what color is the disc at the (top left|top right|bottom left|bottom right)\?": disc_at,
+    r"which label is at the (top left|top right|bottom left|bottom right)\?": label_at,
+    r"what is the label of the (\w+) disc\?": lambda p, color: label_at(p, place_of(p, color)),
+    r"what is the label of the disc that the (\w+) disc points to\?": lambda p, color: label_at(p, target(p, color)),
+    r"what color is the disc that the (\w+) disc points to\?": lambda p, color: disc_at(p, target(p, color)),
+    r"how many arrows are there\?": lambda p: str(len(arrows(p))),
+    r"how many arrows point to the (\w+) disc\?": lambda p, color: str(
+        sum(end == place_of(p, color) for _, end in arrows(p))
+    ),
 }

@@ -17,7 +17,7 @@ FACTS = {"spider": 8, "bee": 6, "cat": 4, "hen": 2, "crab": 10, "snake": 0, "car
 
 
 def test_golds_are_what_the_pixels_show(suite: Path) -> None:
-    """More than half of the questions about one picture take no reading: all of those are answered from its pixels."""
+    """Two thirds of the questions about one picture take no reading: all of those are answered from its pixels."""
     num_checked: Counter[str] = Counter()
     known: dict[tuple[str, bytes], str | None] = {}
     num_asked = 0
@@ -29,7 +29,7 @@ def test_golds_are_what_the_pixels_show(suite: Path) -> None:
             assert seen == gold, question
             num_checked[question.split()[0]] += 1
     assert num_asked > 1_200
-    assert sum(num_checked.values()) > 640
+    assert sum(num_checked.values()) > 900
     assert set(num_checked) >= {"what", "how", "is", "are", "where"}
 
 
@@ -58,7 +58,7 @@ def knows(question: str, values: dict[str, int]) -> bool:
 
 def test_supplement_golds_are_the_worlds_without_and_the_pictures_with_a_figure(suite: Path) -> None:
     rows = [row for row in toy_rows.hallusion(suite) if row["category"] == "VS"]
-    assert len(rows) == 90
+    assert len(rows) == 72
     for row in rows:
         shown = {name: int(value) for name, value in re.findall(r"(\w+) (\d+)", row["gt_answer_details"])}
         is_true = row["figure_id"] in ("0", "1")
@@ -70,7 +70,7 @@ def test_supplement_golds_are_the_worlds_without_and_the_pictures_with_a_figure(
 def test_digit_golds_follow_from_the_details(suite: Path) -> None:
     num_checked = 0
     for row in toy_rows.hallusion(suite):
-        if row["subcategory"] not in ("ocr", "math"):
+        if not re.search("\\d", row["question"]) or row["category"] == "VS":
             continue
         said, _, text = row["gt_answer_details"].partition(": ")
         values = [[int(value) for value in line.split()] for line in text.split(". ")]
@@ -82,7 +82,7 @@ def test_digit_golds_follow_from_the_details(suite: Path) -> None:
         assert said == ("yes" if is_so else "no")
         assert row["gt_answer"] == str(int(is_so))
         num_checked += 1
-    assert num_checked == 60
+    assert num_checked == 30
 
 
 def test_text_only_problems_are_answered_by_their_hint_and_by_nothing_else(suite: Path) -> None:

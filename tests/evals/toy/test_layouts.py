@@ -38,8 +38,8 @@ PROBLEM = ["question", "choices", "answer", "hint", "image", "grade", "subject",
 @pytest.mark.parametrize(
     ("pattern", "num_files", "num_rows", "columns"),
     [
-        ("hallusion/image-00000-of-00001.parquet", 1, 210, HALLUSION),
-        ("hallusion/non_image-00000-of-00001.parquet", 1, 30, HALLUSION),
+        ("hallusion/image-00000-of-00001.parquet", 1, 216, HALLUSION),
+        ("hallusion/non_image-00000-of-00001.parquet", 1, 24, HALLUSION),
         ("ai2d/masked/test-00000-of-00001.parquet", 1, 120, AI2D),
         ("ai2d/no_mask/test-00000-of-00001.parquet", 1, 120, AI2D),
         ("mmmu/*/validation-00000-of-00001.parquet", 30, 90, MMMU),
@@ -93,7 +93,7 @@ def test_hallusion_groups(suite: Path) -> None:
         questions[(*key, row["question_id"])].append(row)
         assert row["gt_answer"] in ("0", "1")
         assert row["gt_answer_details"].startswith({"1": "yes: ", "0": "no: "}[row["gt_answer"]])
-    assert (len(figures), len(questions)) == (80, 105)
+    assert (len(figures), len(questions)) == (80, 108)
     for (category, *_, figure), members in figures.items():
         original = {"VS": "1", "VD": "0"}[category]
         is_text = (category, figure) == ("VS", "0")
@@ -121,7 +121,7 @@ def test_an_edit_turns_an_answer_in_every_set(suite: Path) -> None:
         if row["visual_input"] != "0":
             key = (row["category"], row["subcategory"], row["set_id"])
             golds[key].setdefault(row["question_id"], []).append(row["gt_answer"])
-    assert len(golds) == 35
+    assert len(golds) == 36
     for pairs in golds.values():
         turned = sum(first != second for first, second in pairs.values())
         assert 1 <= turned <= 2

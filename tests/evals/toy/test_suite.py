@@ -76,7 +76,7 @@ def test_the_manifest_is_true(suite: Path) -> None:
     counts = {name: one["counts"] for name, one in manifest["benchmarks"].items()}
     pngs = [row[f"image_{n}"] for row in toy_rows.mmmu(suite) for n in range(1, 8) if row[f"image_{n}"]]
     assert counts["mmmu"] == {"rows": 90, "pictures": len(pngs), "open": 15}
-    assert counts["hallusion"] == {"rows": 240, "pictures": 70, "text_only": 30, "questions": 105}
+    assert counts["hallusion"] == {"rows": 240, "pictures": 72, "text_only": 24, "questions": 108}
 
 
 def test_no_question_is_asked_twice_of_a_picture(suite: Path) -> None:

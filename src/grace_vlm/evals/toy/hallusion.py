@@ -43,8 +43,8 @@ FACTS: dict[str, dict[str, int]] = {
     "corners": {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "octagon": 8},
     "strings": {"violin": 4, "guitar": 6, "banjo": 5, "balalaika": 3},
 }
-VS_SETS = {"chart": 5, "table": 5}
-VD_SETS = {"figure": 10, "math": 5, "ocr": 5, "illusion": 5}
+VS_SETS = {"chart": 4, "table": 4}
+VD_SETS = {"figure": 18, "math": 4, "ocr": 3, "illusion": 3}
 NUM_QUESTIONS = 3
 
 Answers = Mapping[str, str]
@@ -263,7 +263,7 @@ _FAMILIES: dict[str, tuple[tuple[Any, Callable[[Scene], dict[str, str]]], ...]] 
         (grids, scene_answers(grids.KINDS)),
         (diagrams, scene_answers(diagrams.KINDS)),
     ),
-    "math": ((digits, sum_answers),),
+    "math": ((grids, scene_answers({"scene_compare": grids.compare})), (digits, sum_answers)),
     "ocr": ((digits, digit_answers),),
     "illusion": ((illusions, scene_answers(illusions.KINDS)),),
 }

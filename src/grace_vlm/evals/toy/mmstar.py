@@ -37,12 +37,12 @@ PLAN: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "fine-grained perception": {
         "object counting": (("grids", "scene_count_shape"), ("charts", "chart_count")),
         "recognition": (("grids", "scene_shape_at"), ("digits", "digit_at")),
-        "localization": (("grids", "position"),),
+        "localization": (("grids", "position"), ("grids", "scene_color_at")),
     },
     "instance reasoning": {
         "single-instance reasoning": (("grids", "scene_color_at"),),
         "cross-instance attribute reasoning": (("charts", "chart_max"), ("digits", "digit_max")),
-        "cross-instance relation reasoning": (("grids", "direction"),),
+        "cross-instance relation reasoning": (("grids", "direction"), ("grids", "scene_neighbor")),
     },
     "logical reasoning": {
         "code & sequence reasoning": (("sequences", "sequence_shape"), ("sequences", "sequence_color")),

@@ -36,10 +36,10 @@ TYPES = {
 }
 PLAN = {
     # type: (room, kind), by turns
-    1: (("grids", "contents"), ("charts", "contents"), ("digits", "contents"), ("diagrams", "contents")),
-    4: (("grids", "position"),),
-    5: (("grids", "scene_count_shape"), ("grids", "scene_count_both"), ("charts", "chart_count")),
-    6: (("grids", "direction"),),
+    1: (("grids", "contents"), ("charts", "chart_count"), ("diagrams", "contents"), ("charts", "chart_count")),
+    4: (("grids", "scene_color_at"), ("grids", "scene_shape_at"), ("grids", "scene_color_at"), ("grids", "position")),
+    5: (("grids", "scene_count_shape"), ("grids", "scene_count_both")),
+    6: (("grids", "scene_neighbor"), ("grids", "scene_neighbor"), ("grids", "direction")),
     7: (("diagrams", "diagram_color"), ("diagrams", "diagram_in")),
     8: (("charts", "chart_max"), ("charts", "chart_difference"), ("grids", "scene_neighbor")),
     9: (("digits", "digit_at"), ("charts", "chart_value"), ("digits", "digit_max")),
