@@ -304,6 +304,20 @@ def engine() -> str:
     return text.split(begin)[0] + begin + table + end + text.split(end)[1]
 
 
+def evaluation() -> str:
+    """docs/evaluation.md with the table of the tasks."""
+    from grace_vlm.evals.tasks.registry import TASKS
+
+    rows = [
+        f"| `{name}` ({task.about.title}) | {', '.join(f'`{pattern}`' for pattern in task.about.patterns)} | "
+        f"`{task.about.source}` | {task.about.licence} |\n"
+        for name, task in TASKS.items()
+    ]
+    text = (HERE / "evaluation.md").read_text(encoding="utf-8")
+    begin, end = "<!-- tasks:begin -->\n", "<!-- tasks:end -->"
+    return text.split(begin)[0] + begin + "".join(rows) + end + text.split(end)[1]
+
+
 def _plots() -> Any:
     """``benchmarks/plot_loss.py``."""
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
@@ -319,6 +333,7 @@ def main() -> None:
     (HERE / "numerics.md").write_text(numerics(), encoding="utf-8")
     (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
     (HERE / "engine.md").write_text(engine(), encoding="utf-8")
+    (HERE / "evaluation.md").write_text(evaluation(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Two evaluations, the same questions: what one lost against the other, where, and whether it is noise.
 
-Scores are compared row by row. The interval is of a bootstrap over the rows, or over the groups that a benchmark's rows
-come in; the p value is McNemar's exact one of the rows that exactly one of them has right, held against all tasks by
-Holm's method.
+Scores are compared row by row: the mean difference with its 95 % interval over the rows (``paired_difference``; rows of
+one picture are taken as independent, so it is a little narrow for benchmarks that repeat them), and McNemar's exact p
+of the rows that only one of the two has right, which Holm's method holds against the number of tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.evals.statistics import mcnemar_p, paired_difference
+from grace_vlm.evals.statistics import disagreement_rate, flips, mcnemar_p, paired_difference
 from grace_vlm.evals.suite.score import read_lines
 
 Lines = Sequence[Mapping[str, Any]]
@@ -53,13 +53,11 @@ def difference(task: str, own: Lines, base: Lines) -> Difference:
         ConfigError: the two are not of the same rows.
     """
     if [line["id"] for line in own] != [line["id"] for line in base]:
-        raise ConfigError(
-            f"the two evaluations of {task} are of other rows ({len(own)} and {len(base)}); run both alike"
-        )
+        raise ConfigError(f"evaluations of {task} have different rows ({len(own)} and {len(base)}); run both alike")
     mine, theirs = ([line["score"] == 1.0 for line in lines] for lines in (own, base))
     mean, low, high = paired_difference(mine, theirs)
     ids = [str(line["id"]) for line in own]
-    lost = tuple(name for name, a, b in zip(ids, mine, theirs, strict=True) if b and not a)
-    won = tuple(name for name, a, b in zip(ids, mine, theirs, strict=True) if a and not b)
-    apart = sum(a["parsed"] != b["parsed"] for a, b in zip(own, base, strict=True)) / max(1, len(own))
-    return Difference(task, len(own), mean, low, high, mcnemar_p(mine, theirs), apart, lost, won)
+    turned = flips(ids, theirs, mine)
+    apart = disagreement_rate(*([line["parsed"] for line in lines] for lines in (own, base)))
+    p_value = mcnemar_p(mine, theirs)
+    return Difference(task, len(own), mean, low, high, p_value, apart, turned.lost, turned.gained)

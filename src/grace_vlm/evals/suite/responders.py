@@ -177,6 +177,11 @@ class EndpointResponder:
         one = opened(question)
         if isinstance(one, Reply):
             return one
+        try:
+            for data in one.pictures:
+                take_image(data)  # what is no picture here would be the server's to judge
+        except ImageFault as fault:
+            return one.reply(None, None, fault.reason, None)
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)

@@ -54,9 +54,7 @@ def read_line(folder: Path, label: str, profile: str, is_reference: bool = False
         raise ConfigError(f"{folder} has no readable scores.json ({error}); run grace eval --suite first") from None
     if profile not in scores:
         known = ", ".join(scores)
-        raise ConfigError(
-            f"{folder} has scores of the profiles {known}; {profile} is asked for: score it with --profile"
-        )
+        raise ConfigError(f"{folder} has scores of {known}; for {profile} run grace eval with --profile {profile}")
     cells = {name: _cell(report) for name, report in scores[profile].items()}
     return Line(label, cells, is_reference)
 

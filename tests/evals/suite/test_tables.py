@@ -1,0 +1,104 @@
+"""The table of several evaluations, and what one lost against another, by the commands that print them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from boards import write_mmstar
+
+from grace_vlm.cli.main import main
+from grace_vlm.errors import ConfigError
+from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
+from grace_vlm.evals.suite.paired import difference, read_records
+from grace_vlm.evals.suite.questions import Question
+from grace_vlm.evals.suite.run import ask, read_benchmarks, write_scores
+from grace_vlm.evals.suite.tables import FORMATS, read_line, table
+
+
+class Scripted:
+    """Right on the rows that it is told, else a wrong letter."""
+
+    def __init__(self, right: range) -> None:
+        self.right = right
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[Reply]:
+        for one in questions:
+            shift = 0 if int(one.doc_id) in self.right else 1
+            yield Reply(one.key, one.task, one.doc_id, f"({'ABCD'[(int(one.doc_id) + shift) % 4]})")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three evaluations of forty rows: 30, 24 and 38 right."""
+    root = tmp_path_factory.mktemp("tables")
+    write_mmstar(root / "data" / "mmstar", 40)
+    board, _ = read_benchmarks(["mmstar"], root / "data")
+    found = {}
+    for name, right in (("base", range(30)), ("w4", range(4, 28)), ("teacher", range(38))):
+        out = root / name
+        ask(board, ["strict"], Scripted(right), Ledger(out, {"model": name}, False))
+        write_scores(board, ["strict"], read_replies(out), out, None)
+        found[name] = out
+    return found
+
+
+def test_the_formats(folders: dict[str, Path]) -> None:
+    lines = [read_line(folders[name], f"{name}_&", "strict", name == "teacher") for name in ("base", "w4", "teacher")]
+    texts = {form: table(lines, "strict", form) for form in FORMATS}
+    assert texts["markdown"].splitlines()[2:5] == [
+        "| teacher_& | 95.0 ± 7.6 |", "| base_& | **75.0** ± 13.0 |", "| w4_& | 60.0 ± 14.5 |",
+    ]  # fmt: skip
+    assert "profile strict" in texts["markdown"]
+    assert "base\\_\\& & \\textbf{75.0} {\\small $\\pm$ 13.0}" in texts["latex"]
+    assert "<td>base_&amp;</td><td><b>75.0</b> <small>± 13.0</small></td>" in texts["html"]
+    assert texts["csv"].splitlines()[2].startswith("base_&,mmstar,strict,75.0000,")
+    with pytest.raises(ConfigError, match="--format is pdf; expected one of markdown, latex, csv, html"):
+        table(lines, "strict", "pdf")
+    with pytest.raises(ConfigError, match="has scores of strict; for kit run grace eval with --profile kit"):
+        read_line(folders["base"], "base", "kit")
+
+
+def test_differences(folders: dict[str, Path]) -> None:
+    own, base = (read_records(folders[name], "strict")["mmstar"] for name in ("w4", "base"))
+    found = difference("mmstar", own, base)
+    assert found.mean == pytest.approx(-6 / 40)
+    assert found.lost == tuple(str(number) for number in (*range(4), 28, 29))
+    assert found.won == ()
+    assert found.p_value == pytest.approx(2 * 0.5**6)
+    assert found.low < found.mean < found.high <= 0
+    assert found.disagreement == pytest.approx(6 / 40)
+    with pytest.raises(ConfigError, match=r"evaluations of mmstar have different rows \(39 and 40\); run both alike"):
+        difference("mmstar", own[1:], base)
+
+
+def test_the_command(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grace(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["grace", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    runs = [f"base={folders['base']}", f"w4={folders['w4']}", "--reference", f"teacher={folders['teacher']}"]
+    code, out, _ = grace("scores", *runs, "--baseline", "base")
+    assert code == 0
+    assert "| base | **75.0** ± 13.0 |" in out
+    assert "w4 against base, profile strict:" in out
+    assert "-15.00 [" in out
+    assert "6 / 0" in out
+    code, out, _ = grace("scores", *runs, "--baseline", "base", "--json")
+    found = json.loads(out)
+    assert found["differences"]["w4"][0]["holm"] == pytest.approx(0.03125)
+    code, _, err = grace("scores", *runs, "--baseline", "w8")
+    assert code == 2
+    assert err == "error: --baseline is w8; expected one of base, w4\n"
+    code, _, err = grace("scores", folders["base"].parent)
+    assert code == 2
+    assert "has no readable scores.json" in err
