@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from task_files import WRITERS
 
 from grace_vlm.evals.statistics import wilson_interval
+from grace_vlm.evals.tasks.aggregate import groups_right
 from grace_vlm.evals.tasks.registry import TASKS
 from grace_vlm.evals.tasks.task import Doc, Profile, Record, Report, failed_record, record_of
 
@@ -63,6 +64,17 @@ def test_hallusion_groups(questions: Mapping[str, list[Doc]]) -> None:
     assert report.breakdown["category"]["VD"].value == 3 / 4
     assert report_of("hallusion", questions["hallusion"], replies, "card").headline == "aAcc"
     assert report_of("hallusion", questions["hallusion"], replies, "kit").headline == "mean image"
+
+
+def test_groups_of_one_set_are_one_cluster(questions: Mapping[str, list[Doc]]) -> None:
+    """Figures and questions cross inside a set: what is drawn is the set."""
+    task = TASKS["hallusion"]
+    records = [record_of(task, doc, "Yes", "strict") for doc in questions["hallusion"]]
+    figures = groups_right(records, "figure", "set")
+    assert [one.cluster for one in figures] == ["VD/figure/0"] * 2 + ["VS/chart/0"] * 3
+    assert [one.cluster for one in groups_right(records, "figure")] == [
+        *("VD/figure/0/0", "VD/figure/0/1", "VS/chart/0/1", "VS/chart/0/2", "VS/chart/0/0"),
+    ]
 
 
 def test_mmbench_circular(questions: Mapping[str, list[Doc]]) -> None:
