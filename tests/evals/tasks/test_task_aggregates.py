@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_no_records_say_nothing() -> None:
         report = task.aggregate([], task.about.profiles[0])
         metric = report.metrics[report.headline]
         assert (name, metric.value, metric.low, metric.high, metric.num_total) == (name, 0.0, 0.0, metric.upper, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"), [(name, profile) for name, task in TASKS.items() for profile in task.about.profiles]
+)
+def test_the_order_of_records_changes_nothing(questions: Mapping[str, list[Doc]], name: str, profile: Profile) -> None:
+    """Many replies, of shares where there are ten answers: the report is equal to the last bit."""
+    draw, task = random.Random(0), TASKS[name]
+    said = ("A", "yes", "no", "dog", "cat", "2", "bird", "")
+    records = [
+        replace(record_of(task, doc, draw.choice(said), profile), id=f"{doc.id}-{number}")
+        for number in range(15)
+        for doc in questions[name]
+    ]
+    shuffled = draw.sample(records, len(records))
+    assert task.aggregate(shuffled, profile) == task.aggregate(records, profile)
 
 
 # --- every task's scorer on 1,000 constructed replies a profile ---
