@@ -108,6 +108,7 @@ def test_strict_reads_labels_entities_and_the_longer_option() -> None:
         (letters.lmms_mmbench_letter, "A green one", "A"),
         (letters.lmms_mmbench_letter, "A green one there", "A"),
         (letters.lmms_mmbench_letter, "E", None),
+        (letters.lmms_mmbench_letter, "it is A green cone", "C"),
         (letters.lmms_mmbench_letter, "it is a green cone", "C"),
         (letters.lmms_mmbench_letter, "The answer is (B)", "B"),
         (letters.lmms_scienceqa_letter, "c", "C"),

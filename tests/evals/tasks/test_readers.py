@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import pickle
+import random
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,21 @@ def test_one_row_group_of_pictures_is_in_memory(tmp_path: Path) -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 6 * size
+
+
+def test_pictures_are_right_from_any_thread_and_process(tmp_path: Path) -> None:
+    """Two rows a group: threads that ask for others' groups must not get others' pictures."""
+    rows = [{"name": "x", "image": {"bytes": b"%d" % number, "path": None}} for number in range(40)]
+    write_parquet(tmp_path / "a.parquet", rows, {"name": pa.string(), "image": PICTURE})
+    pictures = [found["image"] for _, found in read_table(tmp_path / "a.parquet", COLUMNS, "T")]
+    numbers = random.Random(0).choices(range(40), k=400)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda number: pictures[number].load(), numbers)) == [b"%d" % number for number in numbers]
+    write_tsv(tmp_path / "a.tsv", ["name", "image"], [["x", base64.b64encode(png("red")).decode()]])
+    pictures += [found["image"] for _, found in read_table(tmp_path / "a.tsv", COLUMNS, "T")]
+    pictures += [doc.images[0] for doc in TASKS["seed"].docs(task_files.seed(tmp_path / "seed"))]
+    sent = pickle.loads(pickle.dumps(pictures))
+    assert [one.load() for one in sent] == [one.load() for one in pictures]
 
 
 def test_a_tsv_with_a_mark_of_order_quotes_and_long_fields(tmp_path: Path) -> None:

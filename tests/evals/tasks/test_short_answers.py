@@ -170,6 +170,9 @@ def test_gqa_joins_pictures_and_compares_whole_replies(tmp_path: Path) -> None:
         " traffic light": [1, 0, 1, 1],
         "light": [0, 0, 0, 0],
     }
+    shirt = Doc("1", 0, "open", "?", "t-shirt", docs[0].images, columns={"picture": "n1"})
+    for profile in TASKS["gqa"].about.profiles:
+        assert record_of(TASKS["gqa"], shirt, "T-shirt", profile).score == 1.0
     assert report_of("gqa", docs, ["no", "yes", "right"], "card").metrics["accuracy"].value == pytest.approx(1 / 3)
 
 

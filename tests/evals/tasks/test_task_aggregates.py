@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from task_files import WRITERS
 
 from grace_vlm.evals.statistics import wilson_interval
+from grace_vlm.evals.tasks.aggregate import groups_right
 from grace_vlm.evals.tasks.registry import TASKS
 from grace_vlm.evals.tasks.task import Doc, Profile, Record, Report, failed_record, record_of
 
@@ -63,6 +65,17 @@ def test_hallusion_groups(questions: Mapping[str, list[Doc]]) -> None:
     assert report.breakdown["category"]["VD"].value == 3 / 4
     assert report_of("hallusion", questions["hallusion"], replies, "card").headline == "aAcc"
     assert report_of("hallusion", questions["hallusion"], replies, "kit").headline == "mean image"
+
+
+def test_groups_of_one_set_are_one_cluster(questions: Mapping[str, list[Doc]]) -> None:
+    """Figures and questions cross inside a set: what is drawn is the set."""
+    task = TASKS["hallusion"]
+    records = [record_of(task, doc, "Yes", "strict") for doc in questions["hallusion"]]
+    figures = groups_right(records, "figure", "set")
+    assert [one.cluster for one in figures] == ["VD/figure/0"] * 2 + ["VS/chart/0"] * 3
+    assert [one.cluster for one in groups_right(records, "figure")] == [
+        *("VD/figure/0/0", "VD/figure/0/1", "VS/chart/0/1", "VS/chart/0/2", "VS/chart/0/0"),
+    ]
 
 
 def test_mmbench_circular(questions: Mapping[str, list[Doc]]) -> None:
@@ -164,6 +177,22 @@ def test_no_records_say_nothing() -> None:
         report = task.aggregate([], task.about.profiles[0])
         metric = report.metrics[report.headline]
         assert (name, metric.value, metric.low, metric.high, metric.num_total) == (name, 0.0, 0.0, metric.upper, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"), [(name, profile) for name, task in TASKS.items() for profile in task.about.profiles]
+)
+def test_the_order_of_records_changes_nothing(questions: Mapping[str, list[Doc]], name: str, profile: Profile) -> None:
+    """Many replies, of shares where there are ten answers: the report is equal to the last bit."""
+    draw, task = random.Random(0), TASKS[name]
+    said = ("A", "yes", "no", "dog", "cat", "2", "bird", "")
+    records = [
+        replace(record_of(task, doc, draw.choice(said), profile), id=f"{doc.id}-{number}")
+        for number in range(15)
+        for doc in questions[name]
+    ]
+    shuffled = draw.sample(records, len(records))
+    assert task.aggregate(shuffled, profile) == task.aggregate(records, profile)
 
 
 # --- every task's scorer on 1,000 constructed replies a profile ---

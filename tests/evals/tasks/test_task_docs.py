@@ -121,6 +121,11 @@ def test_mmbench(tmp_path: Path) -> None:
     assert shown(task.prompt(docs["2"], "kit"))[1].startswith("Hint: Look\nat it\nQuestion: Is it blue?\nOptions:\n")
 
 
+def test_rotations_of_mmbench() -> None:
+    doc = Doc("3001234", 0, "choice", "?", "A", columns={"category": "c"})
+    assert TASKS["mmbench"].groups(doc) == {"circular": "1234", "rotation": "3", "category": "c"}
+
+
 def test_mmbench_is_any_single_tsv_and_the_file_itself(tmp_path: Path) -> None:
     file = task_files.mmbench(tmp_path) / "mmbench_dev_en_20231003.tsv"
     assert len(TASKS["mmbench"].docs(file)) == 4
@@ -256,6 +261,18 @@ def test_ai2d(tmp_path: Path) -> None:
     assert shown(task.prompt(docs["1"], "lmms"))[1].startswith("What is A?\nA. leaf\nB. root\nC. stem\nD. soil\nAnswer")
 
 
+@pytest.mark.parametrize(("answer", "expected"), [("4", "0 to 3"), ("-1", "0 to 3"), ("E", "A, B, C, D")])
+def test_a_gold_answer_that_is_no_option(tmp_path: Path, answer: str, expected: str) -> None:
+    file = task_files.ai2d(tmp_path) / "data" / "test-00000-of-00001.parquet"
+    table = task_files.pq.read_table(file)
+    rows = [row | {"answer": answer} for row in table.to_pylist()]
+    task_files.pq.write_table(task_files.pa.Table.from_pylist(rows, table.schema), file)
+    with pytest.raises(
+        DataError, match=rf"row 0 of .* in the column 'answer'; expected .*{expected}: correct the file"
+    ):
+        TASKS["ai2d"].docs(tmp_path)
+
+
 def test_masked_and_unmasked_diagrams_are_kept_apart(tmp_path: Path) -> None:
     file = task_files.ai2d(tmp_path) / "data" / "test-00000-of-00001.parquet"
     rows = [{"question": "?", "options": ["x", "y"], "answer": "1", "image": task_files.cell("red")}]
@@ -304,6 +321,19 @@ def test_mmmu(tmp_path: Path) -> None:
     assert shown(task.prompt(opened, "strict")) == ["<image_1>", " Sum?\nAnswer with a short phrase or number only."]
     assert shown(task.prompt(opened, "kit")) == ["Question: ", "<image_1>", " Sum?\n"]
     assert [task.max_new_tokens(doc, "card") for doc in docs.values()] == [8, 8, 32, 32, 32]
+
+
+def test_pictures_that_no_tag_names() -> None:
+    """First for strict; kit leaves them out where another is named."""
+    pictures = tuple(Picture(f"image_{number}", "here", lambda: b"") for number in (1, 2))
+    doc = Doc("validation_Art_9", 0, "open", "<image 2>?", "x", pictures)
+    ending = "?\nAnswer with a short phrase or number only."
+    assert shown(TASKS["mmmu"].prompt(doc, "strict")) == ["<image_1>", "<image_2>", ending]
+    assert shown(TASKS["mmmu"].prompt(doc, "kit")) == ["Question: ", "<image_2>", "?\n"]
+    unnamed = Doc("validation_Art_9", 0, "open", "What?", "x", pictures)
+    assert shown(TASKS["mmmu"].prompt(unnamed, "kit")) == ["<image_1>", "<image_2>", "Question: What?\n"]
+    # The card takes image_1 where the question names none.
+    assert shown(TASKS["mmmu"].prompt(unnamed, "card"))[0] == "<image_1>"
 
 
 def test_a_tag_without_a_picture_is_an_error(tmp_path: Path) -> None:

@@ -61,8 +61,10 @@ def flat(units: Sequence[Unit], unit: str = "questions") -> Metric:
 
 def clustered(components: Sequence[Sequence[Unit]], unit: str = "questions", upper: float = 1.0) -> Metric:
     """The mean of the components' means, times ``upper``, with the cluster bootstrap's interval. Empty components are
-    left out."""
-    present = [component for component in components if component]
+    left out. Units are summed in an order of their own: reports do not depend on the order of records."""
+    present = [
+        sorted(component, key=lambda one: (one.cluster, one.value, one.weight)) for component in components if component
+    ]
     means = [
         sum(one.weight * one.value for one in component) / sum(one.weight for one in component) for component in present
     ]

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,35 +112,36 @@ def _read_parquet(file: Path, columns: Sequence[Column], task: str) -> Iterator[
 
 
 class _RowGroups:
-    """Picture columns of a Parquet file, one row group in memory."""
+    """Picture columns of a Parquet file, one row group in memory. Any thread may read: what is kept changes at once."""
 
     def __init__(self, file: Path, columns: list[str]) -> None:
         self._file, self._columns = file, columns
-        self._group = -1
-        self._cells: dict[str, list[Any]] = {}
+        self._kept: tuple[int, dict[str, list[Any]]] = (-1, {})
 
-    def _load(self, group: int) -> None:
-        if group != self._group:
+    def _cells(self, group: int) -> dict[str, list[Any]]:
+        number, cells = self._kept
+        if group != number:
             arrow, parquet = _parquet()
             try:
                 table = parquet.ParquetFile(self._file).read_row_group(group, columns=self._columns)
             except (arrow.ArrowException, OSError) as error:
                 raise _unreadable(self._file, "Parquet", error) from None
-            self._group, self._cells = group, {name: table.column(name).to_pylist() for name in self._columns}
+            cells = {name: table.column(name).to_pylist() for name in self._columns}
+            self._kept = group, cells
+        return cells
 
     def present(self, group: int, names: list[str]) -> dict[str, list[bool]]:
         """For each row of a group, whether it has a picture."""
         if not names:
             return {}
-        self._load(group)
-        return {name: [has_picture(cell) for cell in self._cells[name]] for name in names}
+        cells = self._cells(group)
+        return {name: [has_picture(cell) for cell in cells[name]] for name in names}
 
     def picture(self, name: str, group: int, number: int, row: int) -> Picture:
-        def load() -> bytes:
-            self._load(group)
-            return Cells(self._file, row, {name: self._cells[name][number]}).raw(name)
+        return Picture(name, f"row {row} of {self._file}", partial(self._read, name, group, number, row))
 
-        return Picture(name, f"row {row} of {self._file}", load)
+    def _read(self, name: str, group: int, number: int, row: int) -> bytes:
+        return Cells(self._file, row, {name: self._cells(group)[name][number]}).raw(name)
 
 
 def _read_tsv(file: Path, columns: Sequence[Column], task: str) -> Iterator[tuple[Cells, dict[str, Picture]]]:
@@ -153,11 +155,7 @@ def _read_tsv(file: Path, columns: Sequence[Column], task: str) -> Iterator[tupl
             )
         cells = Cells(file, number, dict(zip(names, row, strict=True)))
         there = [name for name in pictures if has_picture(cells.values.get(name))]
-        yield cells, {name: _tsv_picture(cells, name) for name in there}
-
-
-def _tsv_picture(cells: Cells, name: str) -> Picture:
-    return Picture(name, cells.place, lambda: cells.raw(name))
+        yield cells, {name: Picture(name, cells.place, partial(cells.raw, name)) for name in there}
 
 
 def _tsv_rows(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -196,15 +194,14 @@ def picture_file(root: Path, name: str, cells: Cells, column: str) -> Picture:
     if path is None or not path.is_file():
         what = "leaves that folder" if path is None else "is no file there"
         raise DataError(f"{cells.place} names the picture {name!r} in {root}, which {what}: fetch the pictures again")
-    found = path
+    return Picture(column, cells.place, partial(_read_file, path))
 
-    def load() -> bytes:
-        try:
-            return found.read_bytes()
-        except OSError as error:
-            raise _unreadable(found, "a picture", error) from None
 
-    return Picture(column, cells.place, load)
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, "a picture", error) from None
 
 
 def _parquet() -> tuple[ModuleType, ModuleType]:

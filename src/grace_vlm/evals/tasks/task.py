@@ -6,7 +6,8 @@ reported (``aggregate``). Generating lies between ``prompt`` and ``extract`` and
 
 A *profile* is a whole way of asking and counting; a number without its profile means nothing (shared/evaluation.md 0):
 
-    card     prompts, parsers and aggregates of the scripts that GRACE published, bit for bit
+    card     prompts, parsers and aggregates of the scripts that GRACE published, bit for bit; for benchmarks that it
+             has no script for, those of LLaVA-1.5
     lmms     those of lmms-eval
     kit      those of VLMEvalKit with exact matching, Qwen's own convention
     strict   the card's prompts, sound extraction, each benchmark's own aggregate; the default
