@@ -121,6 +121,15 @@ def test_mmbench(tmp_path: Path) -> None:
     assert shown(task.prompt(docs["2"], "kit"))[1].startswith("Hint: Look\nat it\nQuestion: Is it blue?\nOptions:\n")
 
 
+def test_lmms_eval_strips_the_end_of_mmbench_options() -> None:
+    doc = Doc("1", 0, "choice", "Which?", "A", options={"A": "x\n", "B": "y \n\n"})
+    (text,) = TASKS["mmbench"].prompt(doc, "lmms")
+    assert text == (
+        "Which? There are several options:\nA. x\n\nB. y \n\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
 def test_rotations_of_mmbench() -> None:
     doc = Doc("3001234", 0, "choice", "?", "A", columns={"category": "c"})
     assert TASKS["mmbench"].groups(doc) == {"circular": "1234", "rotation": "3", "category": "c"}

@@ -86,7 +86,9 @@ class MMBench:
         if checked == "kit":
             return pictures_first(doc, kit_choice(doc.question, doc.options, doc.hint))
         if checked == "lmms":
-            asked = f"{doc.question} There are several options:\n{dotted(doc.options)}\n\n{LMMS_ENDING}"
+            # lmms-eval takes away the line breaks at the end of the last option.
+            options = dotted(doc.options).rstrip("\n")
+            asked = f"{doc.question} There are several options:\n{options}\n\n{LMMS_ENDING}"
             return pictures_first(doc, asked if doc.hint is None else f"{doc.hint} {asked}")
         return pictures_first(doc, card_choice(doc.question, doc.options, doc.hint))
 
