@@ -1,8 +1,8 @@
 """Two evaluations, the same questions: what one lost against the other, where, and whether it is noise.
 
-Scores are compared row by row: the mean difference with its 95 % interval over the rows (``paired_difference``; rows of
-one picture are taken as independent, so it is a little narrow for benchmarks that repeat them), and McNemar's exact p
-of the rows that only one of the two has right, which Holm's method holds against the number of tasks.
+Scores are compared row by row: the mean difference, its 95 % interval by drawing again whatever rows have in common (a
+set of figures, a question's rotations, a picture), and McNemar's exact p of the rows that only one of the two has
+right, which Holm's method holds against the number of tasks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.evals.statistics import disagreement_rate, flips, mcnemar_p, paired_difference
+from grace_vlm.evals.bootstrap import paired_cluster_interval
+from grace_vlm.evals.statistics import disagreement_rate, flips, mcnemar_p
 from grace_vlm.evals.suite.score import read_lines
 
+CLUSTERS = ("set", "circular", "diagram", "picture")
+"""Names of a row's groups by which rows are right or wrong together; a row without one is its own."""
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -55,9 +58,13 @@ def difference(task: str, own: Lines, base: Lines) -> Difference:
     if [line["id"] for line in own] != [line["id"] for line in base]:
         raise ConfigError(f"evaluations of {task} have different rows ({len(own)} and {len(base)}); run both alike")
     mine, theirs = ([line["score"] == 1.0 for line in lines] for lines in (own, base))
-    mean, low, high = paired_difference(mine, theirs)
+    mean, low, high = paired_cluster_interval(mine, theirs, [_cluster(line) for line in base])
     ids = [str(line["id"]) for line in own]
     turned = flips(ids, theirs, mine)
     apart = disagreement_rate(*([line["parsed"] for line in lines] for lines in (own, base)))
     p_value = mcnemar_p(mine, theirs)
     return Difference(task, len(own), mean, low, high, p_value, apart, turned.lost, turned.gained)
+
+
+def _cluster(line: Mapping[str, Any]) -> str:
+    return next((f"{name} {line['groups'][name]}" for name in CLUSTERS if name in line["groups"]), f"row {line['id']}")
