@@ -315,7 +315,31 @@ def evaluation() -> str:
     ]
     text = (HERE / "evaluation.md").read_text(encoding="utf-8")
     begin, end = "<!-- tasks:begin -->\n", "<!-- tasks:end -->"
-    return text.split(begin)[0] + begin + "".join(rows) + end + text.split(end)[1]
+    head = "| task | files that are fetched for a hub id | source on the Hub | licence |\n|---|---|---|---|\n"
+    return text.split(begin)[0] + begin + head + "".join(rows) + end + text.split(end)[1]
+
+
+def readme() -> str:
+    """README.md with the toy suite's table made from benchmarks/results."""
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- toy:begin -->\n", "<!-- toy:end -->"
+    return text.split(begin)[0] + begin + _toy_table() + end + text.split(end)[1]
+
+
+def _toy_table() -> str:
+    """Models of the demo down, benchmarks across: the headline with half of its interval, in points."""
+    from grace_vlm.evals.tasks.registry import TASKS
+
+    with (RESULTS / "toy_suite.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
+        found.setdefault(row["label"], {})[row["task"]] = f"{value:.1f} ± {(high - low) / 2:.1f}"
+    heads = ["", *(TASKS[task].about.title for task in tasks)]
+    lines = [[label, *(cells.get(task, "") for task in tasks)] for label, cells in found.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)) + "\n"
 
 
 def _plots() -> Any:
@@ -334,6 +358,7 @@ def main() -> None:
     (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
     (HERE / "engine.md").write_text(engine(), encoding="utf-8")
     (HERE / "evaluation.md").write_text(evaluation(), encoding="utf-8")
+    (HERE.parent / "README.md").write_text(readme(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "cli.md").write_text(cli(), encoding="utf-8")

@@ -26,7 +26,10 @@ def scores(
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.evals.suite.tables import read_line, table
+    from grace_vlm.evals.tasks.task import PROFILES
 
+    if profile not in PROFILES:
+        raise ConfigError(f"--profile is {profile}; expected one of {', '.join(PROFILES)}")
     named = [_named(run) for run in runs]
     lines = [read_line(folder, label, profile) for label, folder in named]
     lines += [read_line(folder, label, profile, is_reference=True) for label, folder in map(_named, reference)]
@@ -63,9 +66,15 @@ def _compared(named: list[tuple[str, Path]], baseline: str, profile: str) -> dic
     from dataclasses import asdict
 
     from grace_vlm.evals.statistics import holm
-    from grace_vlm.evals.suite.paired import difference, read_records
+    from grace_vlm.evals.suite.paired import difference, read_records, require_same_data
 
     folders = dict(named)
+    if len(folders) < len(named):
+        raise ConfigError(
+            f"two runs have one name ({', '.join(label for label, _ in named)}); give each as NAME=FOLDER"
+        )
+    if len(folders) < 2:
+        raise ConfigError("--baseline compares several runs and one was given; give another as NAME=FOLDER")
     if baseline not in folders:
         raise ConfigError(f"--baseline is {baseline}; expected one of {', '.join(folders)}")
     base = read_records(folders[baseline], profile)
@@ -74,6 +83,7 @@ def _compared(named: list[tuple[str, Path]], baseline: str, profile: str) -> dic
         if label == baseline:
             continue
         own = read_records(folder, profile)
+        require_same_data(folder, folders[baseline], [task for task in base if task in own])
         each = [difference(task, own[task], base[task]) for task in base if task in own]
         adjusted = holm([one.p_value for one in each])
         found[label] = [{**asdict(one), "holm": p} for one, p in zip(each, adjusted, strict=True)]

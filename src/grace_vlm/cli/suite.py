@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grace_vlm import __version__
 from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from grace_vlm.engine.engine import EngineOptions
@@ -68,22 +68,30 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
             say(f"{one.task.about.title} has no profile {', '.join(without)}; it has {known}")
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
+    if not any(one.known(profiles) for one in benchmarks):
+        raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
     with FolderLock(asked.out / f".part{part.number + 1}"):
         ledger = Ledger(asked.out, _identity(asked.model, by), asked.resume, (part.number, part.of))
         if _is_open(benchmarks, profiles, ledger, part):
             with ProgressBar("answering") as bar:
                 ask(benchmarks, profiles, _responder(asked.model, by), ledger, part, bar.update)
         if left := missing_answers(benchmarks, profiles, ledger.replies):
-            say(f"{left} questions are other parts'; scores are written when all parts have ended")
+            say(
+                f"{left} questions have not been asked: scores are written when all parts have ended, with the same "
+                "--limit, --task and --profile"
+            )
             return
         reports = write_scores(benchmarks, profiles, ledger.replies, asked.out, asked.limit)
-    failed = sum(reply.text is None for reply in ledger.replies.values())
-    if failed:
-        say(f"{failed} questions have no answer and count as wrong; --resume asks them again")
     if as_json:
         emit_json(_summary(reports, asked.out))
     else:
-        _print(reports)
+        _print(reports, asked.limit)
+    failed = [reply.error or "" for reply in ledger.replies.values() if reply.text is None]
+    if failed:
+        raise RequestError(
+            f"{len(failed)} of {len(ledger.replies)} questions have no answer and count as wrong, the first because "
+            f"{failed[0]}; --resume asks them again"
+        )
 
 
 def _is_open(benchmarks: Any, profiles: Any, ledger: Any, part: Part) -> bool:
@@ -158,7 +166,7 @@ def _summary(reports: Mapping[Profile, Mapping[str, Report]], out: Path) -> dict
     return {"out": str(out), "scores": scores}
 
 
-def _print(reports: Mapping[Profile, Mapping[str, Report]]) -> None:
+def _print(reports: Mapping[Profile, Mapping[str, Report]], limit: int | None) -> None:
     from grace_vlm.evals.suite.score import said
     from grace_vlm.evals.tasks.registry import TASKS
 
@@ -170,3 +178,6 @@ def _print(reports: Mapping[Profile, Mapping[str, Report]]) -> None:
                 unread = str(report.num_unparsed) if mark else ""
                 rows.append((f"{TASKS[name].about.title}{mark}", profile, metric, said(value), unread))
     print_table(("benchmark", "profile", "metric", "value [95 % interval] scored/all", "unparsed"), rows)
+    print("* the profile's own headline")
+    if limit is not None:
+        print(f"of the first {limit} rows of each benchmark only (--limit)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from boards import png, write_mmstar
 
+from grace_vlm.cli.main import main
 from grace_vlm.evals.suite.questions import Benchmark
 from grace_vlm.evals.suite.responders import EndpointResponder
 from grace_vlm.evals.suite.run import read_benchmarks
@@ -109,3 +111,25 @@ def test_a_refusal_and_a_server_that_is_not_there_are_errors(
     nobody = EndpointResponder("http://127.0.0.1:9/v1", "big", tries=2)
     errors = [reply.error for reply in nobody.answers(board.questions(["card"]))]
     assert sum("cannot be reached" in str(error) for error in errors) == 5
+
+
+def test_a_suite_that_nobody_answers_ends_with_an_error(
+    board: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def grace(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["grace", "eval", "big", "--suite", "card", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    out = tmp_path / "out"
+    code, err = grace("--data", tmp_path, "--task", "mmstar", "--out", out, "--endpoint", "notaurl")
+    assert code == 2
+    assert err == "error: --endpoint is notaurl; expected a URL such as http://localhost:8000/v1\n"
+    assert not (out / "run.json").exists(), "no answers, no evaluation"
+    code, err = grace("--data", tmp_path, "--task", "mmstar", "--out", out, "--endpoint", "http://127.0.0.1:9/v1")
+    assert code != 0
+    assert "6 of 6 questions have no answer and count as wrong, the first because " in err
+    assert (out / "scores.json").is_file()

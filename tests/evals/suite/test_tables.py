@@ -14,7 +14,7 @@ from boards import write_mmstar
 from grace_vlm.cli.main import main
 from grace_vlm.errors import ConfigError
 from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
-from grace_vlm.evals.suite.paired import difference, read_records
+from grace_vlm.evals.suite.paired import difference, read_records, require_same_data
 from grace_vlm.evals.suite.questions import Question
 from grace_vlm.evals.suite.run import ask, read_benchmarks, write_scores
 from grace_vlm.evals.suite.tables import FORMATS, read_line, table
@@ -99,6 +99,39 @@ def test_the_command(
     code, _, err = grace("scores", *runs, "--baseline", "w8")
     assert code == 2
     assert err == "error: --baseline is w8; expected one of base, w4\n"
+    code, _, err = grace("scores", f"w4={folders['base']}", f"w4={folders['w4']}", "--baseline", "w4")
+    assert code == 2
+    assert err == "error: two runs have one name (w4, w4); give each as NAME=FOLDER\n"
+    code, _, err = grace("scores", f"a={folders['base']}", "--baseline", "a")
+    assert code == 2
+    assert "compares several runs and one was given" in err
+    code, _, err = grace("scores", f"a={folders['base']}", "--profile", "fair")
+    assert err == "error: --profile is fair; expected one of card, lmms, kit, strict\n"
     code, _, err = grace("scores", folders["base"].parent)
     assert code == 2
     assert "has no readable scores.json" in err
+
+
+def test_other_files_are_not_compared(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_mmstar(tmp_path / "data" / "mmstar", 39)
+    board, _ = read_benchmarks(["mmstar"], tmp_path / "data")
+    ask(board, ["strict"], Scripted(range(9)), Ledger(tmp_path / "other", {}, False))
+    write_scores(board, ["strict"], read_replies(tmp_path / "other"), tmp_path / "other", None)
+    require_same_data(folders["w4"], folders["base"], ["mmstar"])
+    with pytest.raises(ConfigError, match=r"are of different mmstar files .*; ask both on the same --data with the"):
+        require_same_data(tmp_path / "other", folders["base"], ["mmstar"])
+
+
+def test_scores_of_before_stay_if_they_are_of_the_same_rows(tmp_path: Path) -> None:
+    write_mmstar(tmp_path / "mmstar", 12)
+    board, _ = read_benchmarks(["mmstar"], tmp_path)
+    out = tmp_path / "out"
+    for profile in ("strict", "kit"):
+        ask(board, [profile], Scripted(range(5)), Ledger(out, {}, True))  # type: ignore[list-item]
+        write_scores(board, [profile], read_replies(out), out, None)  # type: ignore[list-item]
+    assert set(json.loads((out / "scores.json").read_text())["scores"]) == {"strict", "kit"}
+    few, _ = read_benchmarks(["mmstar"], tmp_path, limit=6)
+    write_scores(few, ["kit"], read_replies(out), out, 6)
+    content = json.loads((out / "scores.json").read_text())
+    assert set(content["scores"]) == {"kit"}, "the others were of twelve rows"
+    assert content["data"]["mmstar"].endswith(" 6 rows")

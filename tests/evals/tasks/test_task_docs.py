@@ -395,3 +395,12 @@ def test_mmstar_in_both_layouts(tmp_path: Path) -> None:
         assert task.extract("a green cone?!", parquet.docs[0], profile).status == (
             "ok" if profile == "card" else "unparsed"
         )
+
+
+def test_mmstar_of_the_tsv_lists_its_options_for_lmms(tmp_path: Path) -> None:
+    """lmms-eval reads the Parquet, whose questions have them."""
+    task = TASKS["mmstar"]
+    doc = next(iter(task.docs(task_files.mmstar_tsv(tmp_path))))
+    text = "".join(part for part in task.prompt(doc, "lmms") if isinstance(part, str))
+    listed = ", ".join(f"{letter}: {option.strip()}" for letter, option in doc.options.items() if option)
+    assert text.count("\nOptions: " + listed + "\n") == 1

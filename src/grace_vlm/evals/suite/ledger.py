@@ -64,9 +64,7 @@ class Ledger:
             _require_same(note, stated)
             if self.path.is_file() and self.path.stat().st_size and not resume:
                 raise ConfigError(f"{self.path} has answers already; pass --resume to go on, or another --out")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(note, stated)
+        self._stated = stated
         _cut_torn_line(self.path)
         self.replies = read_replies(folder)
 
@@ -76,7 +74,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Ledger]:
-        """``add`` works inside."""
+        """``add`` works inside. ``run.json`` comes with it: a model that does not open leaves none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "run.json").is_file():
+            write_json_atomic(self.folder / "run.json", self._stated)
         with self.path.open("a", encoding="utf-8") as file:
             self._file: TextIO = file
             yield self

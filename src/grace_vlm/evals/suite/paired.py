@@ -7,6 +7,7 @@ right, which Holm's method holds against the number of tasks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,17 @@ def read_records(folder: Path, profile: str) -> dict[str, Lines]:
     if not files:
         raise ConfigError(f"{folder} has no records of the profile {profile}; run grace eval --suite with it first")
     return {file.stem: read_lines(file) for file in files}
+
+
+def require_same_data(own: Path, base: Path, tasks: Sequence[str]) -> None:
+    """``ConfigError`` unless both evaluations asked the same rows of the same files."""
+    mine, theirs = (json.loads((folder / "scores.json").read_text(encoding="utf-8"))["data"] for folder in (own, base))
+    for task in tasks:
+        if mine.get(task) != theirs.get(task):
+            raise ConfigError(
+                f"{own} and {base} are of different {task} files ({mine.get(task)}; {theirs.get(task)}); ask both on "
+                "the same --data with the same --limit"
+            )
 
 
 def difference(task: str, own: Lines, base: Lines) -> Difference:

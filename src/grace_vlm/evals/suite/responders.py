@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from grace_vlm.engine.llm import LLM, Answer, Asked, Parts
 from grace_vlm.engine.sampling import SamplingParams
-from grace_vlm.errors import DataError, GraceError, RequestError
+from grace_vlm.errors import ConfigError, DataError, GraceError, RequestError
 from grace_vlm.evals.suite.ledger import Reply
 from grace_vlm.evals.suite.questions import Question, picture_bytes
 from grace_vlm.media.image import ImageFault, take_image
@@ -157,6 +157,8 @@ class EndpointResponder:
     def __init__(
         self, url: str, model: str, key: str | None = None, together: int = 16, tries: int = 4, seconds: float = 600.0
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--endpoint is {url}; expected a URL such as http://localhost:8000/v1")
         self.url, self.model, self.key = url.rstrip("/"), model, key
         self.together, self.tries, self.seconds = together, tries, seconds
 
@@ -208,11 +210,17 @@ class EndpointResponder:
             request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
             try:
                 with urllib.request.urlopen(request, timeout=self.seconds) as answer:
-                    return json.loads(answer.read())
+                    said = answer.read()
+                try:
+                    return json.loads(said)
+                except ValueError:
+                    raise RequestError(
+                        f"{self.url} answers with no JSON: {said[:80]!r}; is it a /v1 of OpenAI's?"
+                    ) from None
             except urllib.error.HTTPError as error:
-                said = error.read()[:200].decode(errors="replace")
+                why = error.read()[:200].decode(errors="replace")
                 if error.code not in (408, 429, 500, 502, 503, 504) or turn == self.tries - 1:
-                    raise RequestError(f"{self.url} says {error.code}: {said}") from None
+                    raise RequestError(f"{self.url} says {error.code}: {why}") from None
             except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 if turn == self.tries - 1:
                     raise RequestError(f"{self.url} cannot be reached: {error}; is the server running?") from None

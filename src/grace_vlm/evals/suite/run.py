@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,8 @@ def write_scores(
     out: Path,
     limit: int | None,
 ) -> dict[Profile, dict[str, Report]]:
-    """Records of every row and ``scores.json``, from the replies alone."""
+    """Records of every row and ``scores.json``, from the replies alone. What stands there of other profiles and tasks
+    stays, if it is of the same rows."""
     reports: dict[Profile, dict[str, Report]] = {}
     for profile in profiles:
         for benchmark in benchmarks:
@@ -137,16 +139,31 @@ def write_scores(
             lines, report = score(benchmark, profile, replies)
             write_lines(out / "records" / profile / f"{name}.jsonl", lines)
             reports.setdefault(profile, {})[name] = report
+    data = {one.task.about.name: f"{one.data} {len(one.docs)} rows" for one in benchmarks}
+    scores = {profile: {name: as_json(one) for name, one in own.items()} for profile, own in reports.items()}
+    before = _scores_before(out / "scores.json", data)
+    for profile, own in before["scores"].items():
+        scores[profile] = {**own, **scores.get(profile, {})}
     content: dict[str, Any] = {
         "format_version": 1,
         "run": read_identity(out),
         "limit": limit,
         "skipped": {one.task.about.name: dict(one.docs.skipped) for one in benchmarks if one.docs.skipped},
-        "data": {one.task.about.name: one.data for one in benchmarks},
-        "scores": {profile: {name: as_json(one) for name, one in own.items()} for profile, own in reports.items()},
+        "data": {**before["data"], **data},
+        "scores": scores,
     }
     write_json_atomic(out / "scores.json", content)
     return reports
+
+
+def _scores_before(path: Path, data: Mapping[str, str]) -> dict[str, Any]:
+    """Scores and data of an earlier run, without tasks whose rows are others now."""
+    if not path.is_file():
+        return {"scores": {}, "data": {}}
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: rows for name, rows in before["data"].items() if data.get(name, rows) == rows}
+    scores = {p: {name: one for name, one in own.items() if name in kept} for p, own in before["scores"].items()}
+    return {"scores": {profile: own for profile, own in scores.items() if own}, "data": kept}
 
 
 def same_numbers(options: Any) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def read_line(folder: Path, label: str, profile: str, is_reference: bool = False
     Raises:
         ConfigError: there is none, or none of the profile.
     """
+    if (folder / "run.json").is_file() and not (folder / "scores.json").is_file():
+        raise ConfigError(f"{folder} has answers and no scores yet; end it with grace eval --suite ... --resume")
     try:
         content: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         scores = content["scores"]

@@ -74,7 +74,8 @@ class MMStar:
         checked = checked_profile(self.about, profile)
         options = {letter: text for letter, text in doc.options.items() if text}
         if checked == "lmms":
-            return pictures_first(doc, doc.question.strip().replace("<image 1>", "") + _LMMS_ENDING)
+            question = doc.question.strip().replace("<image 1>", "")
+            return pictures_first(doc, question + _listed(question, options) + _LMMS_ENDING)
         if checked == "kit":
             return pictures_first(doc, kit_choice(doc.question, options))
         if options:
@@ -102,6 +103,13 @@ class MMStar:
         headline = "macro" if checked == "lmms" else "mean"
         categories = ("category", "l2_category")
         return report(self.about.name, checked, records, metrics, headline, accuracy, categories)
+
+
+def _listed(question: str, options: Mapping[str, str]) -> str:
+    """Options as the Parquet's questions have them, for one of the TSV, which has them in columns alone."""
+    if not options or all(text.strip() in question for text in options.values()):
+        return ""
+    return "\nOptions: " + ", ".join(f"{letter}: {text.strip()}" for letter, text in options.items())
 
 
 def _macro(records: Sequence[Record]) -> Metric:
