@@ -78,9 +78,15 @@ def cli() -> str:
 def training() -> str:
     """docs/training.md with its tables of measurements made from benchmarks/results."""
     text = (HERE / "training.md").read_text(encoding="utf-8")
-    begin, end = "<!-- memory:begin -->\n", "<!-- memory:end -->"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    return before + begin + _memory_table() + end + after
+    return _filled(text, {"memory": _memory_table()})
+
+
+def _filled(text: str, tables: dict[str, str]) -> str:
+    """A page with each table between the marks of its name."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    return text
 
 
 def _memory_table() -> str:
@@ -115,10 +121,7 @@ def kernels() -> str:
         "cpu": _cpu_linear_table(_plots().read_rows(RESULTS / "cpu_linear.csv")),
         "cpu_decode": _cpu_decode_table(_plots().read_rows(RESULTS / "cpu_decode.csv")),
     }
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
-    return text
+    return _filled(text, tables)
 
 
 def _places(rows: list[dict[str, str]]) -> str:
@@ -211,10 +214,7 @@ def performance() -> str:
         "train": _train_table(),
         "decode": _decode_table(),
     }
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        text = text.split(begin)[0] + begin + table + end + text.split(end)[1]
-    return text
+    return _filled(text, tables)
 
 
 def _train_table() -> str:
@@ -280,9 +280,8 @@ def _fakequant_table(rows: list[dict[str, str]]) -> str:
 def numerics() -> str:
     """docs/numerics.md with its table made from benchmarks/results."""
     text = (HERE / "numerics.md").read_text(encoding="utf-8")
-    begin, end = "<!-- divergence:begin -->\n", "<!-- divergence:end -->"
     table = _divergence().table(_plots().read_rows(RESULTS / "teacher_divergence.csv"))
-    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    return _filled(text, {"divergence": table})
 
 
 def _divergence() -> Any:
@@ -296,12 +295,11 @@ def _divergence() -> Any:
 def engine() -> str:
     """docs/engine.md with its table made from benchmarks/results."""
     text = (HERE / "engine.md").read_text(encoding="utf-8")
-    begin, end = "<!-- divergence:begin -->\n", "<!-- divergence:end -->"
     sys.path.insert(0, str(HERE.parent / "benchmarks"))
     import bench_engine_divergence
 
     table = bench_engine_divergence.table(_plots().read_rows(RESULTS / "engine_divergence.csv"))
-    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+    return _filled(text, {"divergence": table})
 
 
 def evaluation() -> str:
@@ -314,16 +312,14 @@ def evaluation() -> str:
         for name, task in TASKS.items()
     ]
     text = (HERE / "evaluation.md").read_text(encoding="utf-8")
-    begin, end = "<!-- tasks:begin -->\n", "<!-- tasks:end -->"
     head = "| task | files that are fetched for a hub id | source on the Hub | licence |\n|---|---|---|---|\n"
-    return text.split(begin)[0] + begin + head + "".join(rows) + end + text.split(end)[1]
+    return _filled(text, {"tasks": head + "".join(rows)})
 
 
 def readme() -> str:
     """README.md with the toy suite's table made from benchmarks/results."""
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- toy:begin -->\n", "<!-- toy:end -->"
-    return text.split(begin)[0] + begin + _toy_table() + end + text.split(end)[1]
+    return _filled(text, {"toy": _toy_table()})
 
 
 def _toy_table() -> str:

@@ -34,3 +34,10 @@ def bound(x: torch.Tensor, tensor: QuantizedTensor) -> float:
     """Twice the error of a BF16 layer: weights rounded to BF16, and its result to the dtype of x."""
     rounded = dequantize(tensor.codes, tensor.scale, torch.bfloat16).double()
     return 2 * error((x.double() @ rounded.T).to(x.dtype), exact(x, tensor))
+
+
+def poison() -> None:
+    """What a GPU's allocator gives next is full of NaN, whichever pool it is from."""
+    for size in (1 << 14, 1 << 18, 1 << 22):
+        blocks = [torch.full((size,), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+        del blocks

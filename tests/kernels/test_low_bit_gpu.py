@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from low_bit_cases import bound, error, exact, inputs_of, weight
+from low_bit_cases import bound, error, exact, inputs_of, poison, weight
 
 from grace_vlm.kernels import low_bit_linear as module
 from grace_vlm.kernels.low_bit_cuda import (
@@ -33,13 +33,6 @@ TILES = [
     for rest in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 2, 2), (1, 2, 4), (2, 1, 2))
     if (tokens, *rest) != (256, 3, 1)
 ] + [TileSetup(128, 3, arranged=True), TileSetup(256, 2, 1, 2, arranged=True)]
-
-
-def poison() -> None:
-    """What the allocator gives next is full of NaN."""
-    for size in (1 << 14, 1 << 18, 1 << 22):
-        blocks = [torch.full((size,), float("nan"), dtype=torch.bfloat16, device=GPU) for _ in range(4)]
-        del blocks
 
 
 @pytest.mark.parametrize("kernels", ["tiles", "cuda", "triton"])

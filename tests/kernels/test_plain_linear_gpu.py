@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from low_bit_cases import error, inputs_of
+from low_bit_cases import error, inputs_of, poison
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.decoder_rows import gated_reference
@@ -13,13 +13,6 @@ from grace_vlm.kernels.plain_linear import FEW_TOKENS, plain_linear, takes_plain
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 SHAPES = [(4096, 2048), (2048, 6144), (12288, 2048), (2048, 2048), (64, 576), (32, 96), (96, 1056), (151936, 2048)]
-
-
-def poison() -> None:
-    """What the allocator gives next is full of NaN, whichever pool it is from."""
-    for size in (1 << 14, 1 << 18, 1 << 22):
-        blocks = [torch.full((size,), float("nan"), dtype=torch.bfloat16, device=GPU) for _ in range(4)]
-        del blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -51,7 +51,7 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     from grace_vlm.checkpoint.lock import FolderLock
     from grace_vlm.evals.suite.ledger import Ledger
     from grace_vlm.evals.suite.questions import MOST_NEW_TOKENS
-    from grace_vlm.evals.suite.run import SUITES, ask, missing_answers, read_benchmarks, write_scores
+    from grace_vlm.evals.suite.run import SUITES, ask, missing_answers, questions_of, read_benchmarks, write_scores
     from grace_vlm.evals.tasks.registry import task_named
 
     if asked.suite not in SUITES:
@@ -72,7 +72,8 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
     with FolderLock(asked.out / f".part{part.number + 1}"):
         ledger = Ledger(asked.out, _identity(asked.model, by), asked.resume, (part.number, part.of))
-        if _is_open(benchmarks, profiles, ledger, part):
+        # Only where a question has no answer a model is opened.
+        if not all(ledger.has(question.key) for question in questions_of(benchmarks, profiles, part)):
             with ProgressBar("answering") as bar:
                 ask(benchmarks, profiles, _responder(asked.model, by), ledger, part, bar.update)
         if left := missing_answers(benchmarks, profiles, ledger.replies):
@@ -92,18 +93,6 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
             f"{len(failed)} of {len(ledger.replies)} questions have no answer and count as wrong, the first because "
             f"{failed[0]}; --resume asks them again"
         )
-
-
-def _is_open(benchmarks: Any, profiles: Any, ledger: Any, part: Part) -> bool:
-    """Whether a question of the part has no answer: only then a model is opened."""
-    from grace_vlm.evals.suite.questions import in_shard
-
-    return any(
-        not ledger.has(question.key)
-        for one in benchmarks
-        for question in one.questions(profiles)
-        if in_shard(question, part.number, part.of)
-    )
 
 
 def _profiles(names: tuple[str, ...]) -> list[Profile]:
@@ -145,18 +134,13 @@ def _responder(model: str, by: By) -> Responder:
         from grace_vlm.models.load import load_model
 
         return TransformersResponder(load_model(model, by.device), by.batch_size)
+    from grace_vlm.data.pictures import largest_area
     from grace_vlm.engine.llm import LLM
     from grace_vlm.engine.open import open_model
 
     loaded, codes = open_model(model, by.device)
     # The processor's own area on a CPU too: a score is the model's.
-    return EngineResponder(LLM(loaded, options=by.options, quantized=codes, max_pixels=_own_area(loaded)))
-
-
-def _own_area(loaded: Any) -> int | None:
-    from grace_vlm.data.pictures import largest_area
-
-    return largest_area(loaded.processor)
+    return EngineResponder(LLM(loaded, options=by.options, quantized=codes, max_pixels=largest_area(loaded.processor)))
 
 
 def _summary(reports: Mapping[Profile, Mapping[str, Report]], out: Path) -> dict[str, Any]:

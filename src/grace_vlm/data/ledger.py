@@ -64,16 +64,21 @@ class Ledger:
         return dict(sorted(Counter(fault.kind for fault in self.faults).items()))
 
 
+def whole_lines(path: Path) -> bytes:
+    """The whole lines of a file that lines are appended to; what a kill left behind the last one is cut off there."""
+    data = path.read_bytes()
+    num_whole = data.rfind(b"\n") + 1
+    if num_whole < len(data):
+        os.truncate(path, num_whole)
+    return data[:num_whole]
+
+
 def _open_ledger(path: Path) -> list[Fault]:
     """The whole lines of the file, which is made if missing and cut after its last whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    data = path.read_bytes()
-    num_whole_bytes = data.rfind(b"\n") + 1
-    if num_whole_bytes < len(data):
-        os.truncate(path, num_whole_bytes)
     faults = []
-    for number, line in enumerate(data[:num_whole_bytes].splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
             faults.append(Fault(**json.loads(line)))
         except (ValueError, TypeError):

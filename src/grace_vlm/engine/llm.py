@@ -109,15 +109,12 @@ class LLM:
         config = loaded.model.config
         self._encoder = Encoder(loaded.processor, loaded.adapter, config)
         own = largest_area(loaded.processor)
-        self._says_shrunk = max_pixels is None and own is not None and own > CPU_PIXELS and self.on_cpu
+        on_cpu = self.engine.weights.device.type == "cpu"
+        self._says_shrunk = on_cpu and max_pixels is None and own is not None and own > CPU_PIXELS
         limit = CPU_PIXELS if self._says_shrunk else max_pixels
         self._patchify = patchify_of(loaded.adapter, config, loaded.processor, max_pixels=limit)
         self._names = (f"r{number}" for number in itertools.count())
         self._open: dict[str, _Open] = {}
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.engine.weights.device.type == "cpu"
 
     def generate(
         self,

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from grace_vlm.checkpoint.atomic import write_json_atomic
+from grace_vlm.data.ledger import whole_lines
 from grace_vlm.errors import ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -65,7 +65,8 @@ class Ledger:
             if self.path.is_file() and self.path.stat().st_size and not resume:
                 raise ConfigError(f"{self.path} has answers already; pass --resume to go on, or another --out")
         self._stated = stated
-        _cut_torn_line(self.path)
+        if self.path.is_file():
+            whole_lines(self.path)
         self.replies = read_replies(folder)
 
     def has(self, key: str) -> bool:
@@ -134,15 +135,3 @@ def _require_same(note: Path, stated: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ConfigError(f"{note.parent} has answers of another evaluation ({'; '.join(changed)}); pass another --out")
-
-
-def _cut_torn_line(path: Path) -> None:
-    """What a kill left behind the last whole line."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,12 @@ def weights_digest(model: str) -> str:
     return found.hexdigest()[:32]
 
 
+def questions_of(benchmarks: Sequence[Benchmark], profiles: Sequence[Profile], part: Part = Part()) -> list[Question]:
+    """Of a part, every distinct one."""
+    asked = (question for one in benchmarks for question in one.questions(profiles))
+    return [question for question in asked if in_shard(question, part.number, part.of)]
+
+
 def ask(
     benchmarks: Sequence[Benchmark],
     profiles: Sequence[Profile],
@@ -96,29 +102,20 @@ def ask(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Every question of the part that the ledger has no answer to, once."""
-    wanted = [
-        question
-        for benchmark in benchmarks
-        for question in benchmark.questions(profiles)
-        if in_shard(question, part.number, part.of)
-    ]
+    wanted = questions_of(benchmarks, profiles, part)
     todo = [question for question in wanted if not ledger.has(question.key)]
     done = len(wanted) - len(todo)
     progress(done, len(wanted))
     with ledger.writing():
-        for reply in responder.answers(_told(todo)):
+        for reply in responder.answers(todo):
             ledger.add(reply)
             done += 1
             progress(done, len(wanted))
 
 
-def _told(questions: Sequence[Question]) -> Iterator[Question]:
-    yield from questions
-
-
 def missing_answers(benchmarks: Sequence[Benchmark], profiles: Sequence[Profile], replies: Mapping[str, Reply]) -> int:
     """Questions that nobody has asked: other parts' work."""
-    return sum(question.key not in replies for one in benchmarks for question in one.questions(profiles))
+    return sum(question.key not in replies for question in questions_of(benchmarks, profiles))
 
 
 def write_scores(

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grace_vlm.evals.tasks.aggregate import clustered, questions, report
-from grace_vlm.evals.tasks.choice import budget, check_options, gold_index, gold_letter, rules, same_letter, the_picture
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, check_options, gold_index, gold_letter, rules, the_picture
 from grace_vlm.evals.tasks.columns import Column
 from grace_vlm.evals.tasks.letters import lmms_ai2d_letter
-from grace_vlm.evals.tasks.prompts import LMMS_ENDING, card_choice, dotted, kit_choice, lettered, pictures_first
+from grace_vlm.evals.tasks.prompts import lettered, usual_choice
 from grace_vlm.evals.tasks.readers import find_files, local_source, read_table
 from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Profile,
@@ -41,7 +40,8 @@ def _about(name: str, title: str, source: str) -> About:
 
 
 @dataclass(frozen=True)
-class AI2D:
+class AI2D(ReadByRule):
+    rules = _RULES
     about: About
 
     @property
@@ -70,21 +70,10 @@ class AI2D:
         return Docs(tuple(docs))
 
     def prompt(self, doc: Doc, profile: Profile) -> tuple[Part, ...]:
-        checked = checked_profile(self.about, profile)
-        if checked == "kit":
-            return pictures_first(doc, kit_choice(doc.question, doc.options))
-        if checked == "lmms":
-            return pictures_first(doc, f"{doc.question}\n{dotted(doc.options)}\n{LMMS_ENDING}")
-        return pictures_first(doc, card_choice(doc.question, doc.options))
+        return usual_choice(doc, checked_profile(self.about, profile))
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=16)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw, doc.options)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
 
     def groups(self, doc: Doc) -> Mapping[str, str]:
         return {"diagram": hashlib.sha256(doc.images[0].load()).hexdigest()[:16]}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.columns import EXPECTED, Cells
 from grace_vlm.evals.tasks.letters import LetterRule, card_letter, kit_letter
 from grace_vlm.evals.tasks.strict import strict_letter
-from grace_vlm.evals.tasks.task import Doc, Extract, Picture, Profile
+from grace_vlm.evals.tasks.task import About, Doc, Extract, Picture, Profile, checked_profile
 
 KIT_NEW_TOKENS = 16_384
 """Of VLMEvalKit's registered Qwen3-VL-2B-Instruct."""
@@ -19,6 +20,28 @@ STRICT_NEW_TOKENS = 32
 def rules(lmms: LetterRule, card: LetterRule = card_letter) -> Mapping[Profile, LetterRule]:
     """A task's parser by profile."""
     return {"card": card, "lmms": lmms, "kit": kit_letter, "strict": strict_letter}
+
+
+def yes_no_rules(by_profile: Mapping[Profile, Callable[[str], Extract]]) -> Mapping[Profile, LetterRule]:
+    """Parsers of yes and no, which need no options, in the form of those that do."""
+    return {profile: lambda raw, options, rule=rule: rule(raw) for profile, rule in by_profile.items()}  # type: ignore[misc]
+
+
+class ReadByRule:
+    """What tasks share whose replies are read by a rule a profile, and are right where they say the gold one. A row's
+    groups are its columns, unless the task says more."""
+
+    about: About
+    rules: ClassVar[Mapping[Profile, LetterRule]]
+
+    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
+        return self.rules[checked_profile(self.about, profile)](raw, doc.options)
+
+    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
+        return same_letter(doc, extract)
+
+    def groups(self, doc: Doc) -> Mapping[str, str]:
+        return doc.columns
 
 
 def budget(profile: Profile, lmms: int, card: int = 8) -> int:

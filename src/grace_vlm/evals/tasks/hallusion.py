@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from grace_vlm.evals.tasks.aggregate import clustered, groups_right, questions, report
-from grace_vlm.evals.tasks.choice import budget, same_letter
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, yes_no_rules
 from grace_vlm.evals.tasks.columns import EXPECTED, Column
 from grace_vlm.evals.tasks.readers import find_files, local_source, read_table
 from grace_vlm.evals.tasks.strict import strict_yes_no
@@ -24,7 +24,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Profile,
@@ -35,12 +34,13 @@ from grace_vlm.evals.tasks.task import (
 )
 from grace_vlm.evals.tasks.yes_no import card_yes_no, kit_yes_no
 
-_RULES = {"card": card_yes_no, "kit": kit_yes_no, "strict": strict_yes_no}
+_RULES = yes_no_rules({"card": card_yes_no, "kit": kit_yes_no, "strict": strict_yes_no})
 _NO_IMAGE = Column("image", "picture", optional=True, nullable=True)
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 
-class HallusionBench:
+class HallusionBench(ReadByRule):
+    rules = _RULES
     about = About(
         name="hallusion",
         title="HallusionBench",
@@ -87,12 +87,6 @@ class HallusionBench:
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=128)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
 
     def groups(self, doc: Doc) -> Mapping[str, str]:
         category, subcategory, set_id, figure, question = (doc.columns[name] for name in _KEYS)

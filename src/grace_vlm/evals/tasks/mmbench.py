@@ -18,7 +18,7 @@ from pathlib import Path
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.aggregate import clustered, flat, groups_right, questions, report
-from grace_vlm.evals.tasks.choice import budget, check_options, gold_letter, rules, same_letter, the_picture
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, check_options, gold_letter, rules, the_picture
 from grace_vlm.evals.tasks.columns import Cells, Column
 from grace_vlm.evals.tasks.letters import lmms_mmbench_letter
 from grace_vlm.evals.tasks.prompts import LMMS_ENDING, card_choice, dotted, kit_choice, pictures_first
@@ -27,7 +27,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Picture,
@@ -42,7 +41,8 @@ _MAX_INDEX_CHARS = 64
 _RULES = rules(lmms_mmbench_letter)
 
 
-class MMBench:
+class MMBench(ReadByRule):
+    rules = _RULES
     about = About(
         name="mmbench",
         title="MMBench",
@@ -94,12 +94,6 @@ class MMBench:
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=1024)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw, doc.options)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
 
     def groups(self, doc: Doc) -> Mapping[str, str]:
         index = int(doc.id)

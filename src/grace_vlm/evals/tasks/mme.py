@@ -8,12 +8,12 @@ way, which has MME's official parser as lmms-eval has. Intervals: bootstrap over
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.aggregate import by_value, clustered, groups_right, questions, report
-from grace_vlm.evals.tasks.choice import budget, same_letter, the_picture
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, the_picture, yes_no_rules
 from grace_vlm.evals.tasks.columns import Column
 from grace_vlm.evals.tasks.prompts import LMMS_SHORT_ENDING
 from grace_vlm.evals.tasks.readers import find_files, local_source, read_table
@@ -22,7 +22,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Profile,
@@ -36,11 +35,12 @@ PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_RULES = {"card": mme_yes_no, "lmms": mme_yes_no, "kit": kit_yes_no, "strict": strict_yes_no}
+_RULES = yes_no_rules({"card": mme_yes_no, "lmms": mme_yes_no, "kit": kit_yes_no, "strict": strict_yes_no})
 _OWN_ENDING = " Please answer yes or no."
 
 
-class MME:
+class MME(ReadByRule):
+    rules = _RULES
     about = About(
         name="mme",
         title="MME",
@@ -87,15 +87,6 @@ class MME:
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=16, card=128)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
-
-    def groups(self, doc: Doc) -> Mapping[str, str]:
-        return doc.columns
 
     def aggregate(self, records: Sequence[Record], profile: Profile) -> Report:
         checked = checked_profile(self.about, profile)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.aggregate import accuracy, macro, report
-from grace_vlm.evals.tasks.choice import budget, check_options, gold_letter, rules, same_letter, the_picture
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, check_options, gold_letter, rules, the_picture
 from grace_vlm.evals.tasks.columns import Cells, Column
 from grace_vlm.evals.tasks.letters import card_last_letter, lmms_letter
 from grace_vlm.evals.tasks.prompts import card_choice, kit_choice, pictures_first
@@ -24,7 +24,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Picture,
@@ -38,7 +37,8 @@ _RULES = rules(lmms_letter, card=card_last_letter)
 _LMMS_ENDING = "\nAnswer with the option's letter from the given choices directly"
 
 
-class MMStar:
+class MMStar(ReadByRule):
+    rules = _RULES
     about = About(
         name="mmstar",
         title="MMStar",
@@ -87,15 +87,6 @@ class MMStar:
         return budget(
             checked_profile(self.about, profile), lmms=128, card=64
         )  # of its .slurm; the script's own default is 8
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw, doc.options)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
-
-    def groups(self, doc: Doc) -> Mapping[str, str]:
-        return doc.columns
 
     def aggregate(self, records: Sequence[Record], profile: Profile) -> Report:
         checked = checked_profile(self.about, profile)

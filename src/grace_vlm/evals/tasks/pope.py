@@ -7,11 +7,11 @@ its papers print the mean of the three. Intervals: bootstrap over pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from grace_vlm.evals.tasks.aggregate import Unit, by_value, clustered, questions, report
-from grace_vlm.evals.tasks.choice import budget, same_letter, the_picture
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, the_picture, yes_no_rules
 from grace_vlm.evals.tasks.columns import Column
 from grace_vlm.evals.tasks.prompts import LMMS_SHORT_ENDING
 from grace_vlm.evals.tasks.readers import find_files, local_source, read_table
@@ -20,7 +20,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Profile,
@@ -30,10 +29,11 @@ from grace_vlm.evals.tasks.task import (
 )
 from grace_vlm.evals.tasks.yes_no import kit_yes_no, lmms_whole, pope_yes_no
 
-_RULES = {"card": pope_yes_no, "lmms": lmms_whole, "kit": kit_yes_no, "strict": strict_yes_no}
+_RULES = yes_no_rules({"card": pope_yes_no, "lmms": lmms_whole, "kit": kit_yes_no, "strict": strict_yes_no})
 
 
-class POPE:
+class POPE(ReadByRule):
+    rules = _RULES
     about = About(
         name="pope",
         title="POPE",
@@ -73,15 +73,6 @@ class POPE:
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=128, card=128)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
-
-    def groups(self, doc: Doc) -> Mapping[str, str]:
-        return doc.columns
 
     def aggregate(self, records: Sequence[Record], profile: Profile) -> Report:
         checked = checked_profile(self.about, profile)

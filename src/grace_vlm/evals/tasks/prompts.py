@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from grace_vlm.evals.tasks.task import Doc, Part
+from grace_vlm.evals.tasks.task import Doc, Part, Profile
 
 LMMS_ENDING = "Answer with the option's letter from the given choices directly."
 LMMS_SHORT_ENDING = "Answer the question using a single word or phrase."
@@ -41,6 +41,15 @@ def kit_choice(question: str, options: Mapping[str, str], hint: str | None = Non
     if options:
         text += f"Options:\n{dotted(options)}\nPlease select the correct answer from the options above. \n"
     return text
+
+
+def usual_choice(doc: Doc, profile: Profile) -> tuple[Part, ...]:
+    """The prompt of a profile where the benchmark has none of its own."""
+    if profile == "kit":
+        return pictures_first(doc, kit_choice(doc.question, doc.options))
+    if profile == "lmms":
+        return pictures_first(doc, f"{doc.question}\n{dotted(doc.options)}\n{LMMS_ENDING}")
+    return pictures_first(doc, card_choice(doc.question, doc.options))
 
 
 def pictures_first(doc: Doc, text: str) -> tuple[Part, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.aggregate import accuracy, report
-from grace_vlm.evals.tasks.choice import budget, check_options, gold_index, rules, same_letter
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, check_options, gold_index, rules
 from grace_vlm.evals.tasks.columns import Cells, Column, check_names
 from grace_vlm.evals.tasks.letters import lmms_scienceqa_letter
 from grace_vlm.evals.tasks.prompts import LMMS_ENDING, card_choice, dotted, kit_choice, lettered, pictures_first
@@ -23,7 +23,6 @@ from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Part,
     Picture,
     Profile,
@@ -37,7 +36,8 @@ _CATEGORIES = ("subject", "topic", "grade")
 _SPLIT = "test"
 
 
-class ScienceQA:
+class ScienceQA(ReadByRule):
+    rules = _RULES
     about = About(
         name="scienceqa",
         title="ScienceQA",
@@ -97,12 +97,6 @@ class ScienceQA:
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=16)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw, doc.options)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
 
     def groups(self, doc: Doc) -> Mapping[str, str]:
         return {"population": "image" if doc.images else "text", **doc.columns}

@@ -12,16 +12,15 @@ from typing import Any
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.aggregate import clustered, questions, report
-from grace_vlm.evals.tasks.choice import budget, check_options, gold_letter, rules, same_letter
+from grace_vlm.evals.tasks.choice import ReadByRule, budget, check_options, gold_letter, rules
 from grace_vlm.evals.tasks.columns import Cells, Column, check_names, inside
 from grace_vlm.evals.tasks.letters import lmms_seed_letter
-from grace_vlm.evals.tasks.prompts import LMMS_ENDING, card_choice, dotted, kit_choice, pictures_first
+from grace_vlm.evals.tasks.prompts import usual_choice
 from grace_vlm.evals.tasks.readers import find_files, local_source, picture_file, read_json
 from grace_vlm.evals.tasks.task import (
     About,
     Doc,
     Docs,
-    Extract,
     Metric,
     Part,
     Profile,
@@ -34,7 +33,8 @@ _RULES = rules(lmms_seed_letter)
 _ENDINGS = ("", ".jpg", ".png", ".jpeg")
 
 
-class SEEDBench:
+class SEEDBench(ReadByRule):
+    rules = _RULES
     about = About(
         name="seed",
         title="SEED-Bench",
@@ -78,24 +78,10 @@ class SEEDBench:
             yield Cells(file, number, values)
 
     def prompt(self, doc: Doc, profile: Profile) -> tuple[Part, ...]:
-        checked = checked_profile(self.about, profile)
-        if checked == "kit":
-            return pictures_first(doc, kit_choice(doc.question, doc.options))
-        if checked == "lmms":
-            return pictures_first(doc, f"{doc.question}\n{dotted(doc.options)}\n{LMMS_ENDING}")
-        return pictures_first(doc, card_choice(doc.question, doc.options))
+        return usual_choice(doc, checked_profile(self.about, profile))
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=128)
-
-    def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
-        return _RULES[checked_profile(self.about, profile)](raw, doc.options)
-
-    def score(self, doc: Doc, extract: Extract, profile: Profile) -> float:
-        return same_letter(doc, extract)
-
-    def groups(self, doc: Doc) -> Mapping[str, str]:
-        return doc.columns
 
     def aggregate(self, records: Sequence[Record], profile: Profile) -> Report:
         checked = checked_profile(self.about, profile)
