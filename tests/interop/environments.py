@@ -68,5 +68,10 @@ def record(name: str, report: Any) -> None:
 
 def format_tests(module: str) -> Any:
     """A module of ``tests/formats``, which no package holds."""
-    sys.path.insert(0, str(REPOSITORY / "tests" / "formats"))
+    return module_of("tests/formats", module)
+
+
+def module_of(folder: str, module: str) -> Any:
+    """A module of a folder of the repository that is no package."""
+    sys.path.insert(0, str(REPOSITORY / folder))
     return importlib.import_module(module)

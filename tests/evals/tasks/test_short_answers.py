@@ -167,7 +167,7 @@ def test_gqa_joins_pictures_and_compares_whole_replies(tmp_path: Path) -> None:
         "traffic light.": [1, 1, 0, 1],
         "traffic-light": [0, 0, 0, 1],
         "The traffic light": [0, 0, 0, 1],
-        " traffic light": [1, 0, 1, 1],
+        " traffic light": [1, 1, 1, 1],
         "light": [0, 0, 0, 0],
     }
     shirt = Doc("1", 0, "open", "?", "t-shirt", docs[0].images, columns={"picture": "n1"})

@@ -385,7 +385,7 @@ def test_mmstar_in_both_layouts(tmp_path: Path) -> None:
         "Question: Which?\nOptions:\n(A) cat\n(B) dog\n(C) a green cone\n(D) sun\nAnswer with only the option letter."
     )
     assert shown(task.prompt(parquet.docs[0], "lmms"))[1] == (
-        question.replace("<image 1>", "") + "\nAnswer with the option's letter from the given choices directly"
+        question + "\nAnswer with the option's letter from the given choices directly"
     )
     assert shown(task.prompt(parquet.docs[0], "kit"))[1] == f"Question: {question}\n"
     task_files.mmstar_tsv(tmp_path / "a")

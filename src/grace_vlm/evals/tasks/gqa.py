@@ -98,7 +98,7 @@ def compared(text: str, profile: Profile) -> str:
     if profile == "card":
         return text.strip().rstrip(".").lower()
     if profile == "lmms":
-        return text.lower().translate(str.maketrans("", "", string.punctuation))
+        return text.strip().lower().translate(str.maketrans("", "", string.punctuation))
     return text.strip().lower() if profile == "kit" else evalai_normal(cleaned(text))
 
 

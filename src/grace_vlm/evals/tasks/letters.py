@@ -109,10 +109,10 @@ def _at_the_ends(text: str, options: Options) -> list[_Candidate]:
 
 
 def mmmu_letter(reply: str, options: Options) -> Extract:
-    """MMMU's official parser (``eval_utils.py``), also lmms-eval's for MMMU: ``(C)``, else ``C`` before a space, else
-    ``C.``, else, in a reply of more than five words, the text of an option; of several the last. Else a random letter
-    there, unparsed here."""
-    text = reply
+    """MMMU's official parser (``eval_utils.py``), as lmms-eval has it, which strips replies: ``(C)``, else ``C`` before
+    a space, else ``C.``, else, in a reply of more than five words, the text of an option; of several the last. Else a
+    random letter there, unparsed here."""
+    text = reply.strip()
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
@@ -160,21 +160,27 @@ def kit_letter(reply: str, options: Options) -> Extract:
     return Extract.unparsed()
 
 
+_MMBENCH_SENTINEL = "Failed to obtain answer via API"
 _MMBENCH_FORMS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
 def lmms_mmbench_letter(reply: str, options: Options) -> Extract:
     """lmms-eval's ``mmbench_en_dev_static``: MMBench's own rules (one of A to E alone among the words, then with
-    punctuation, then the one option whose text occurs), and where they find nothing ``mcq_extract``."""
-    words = reply.split()
+    punctuation, then the one option whose text occurs), and where they find nothing ``mcq_extract``. An option that is
+    not there is one with the text ``nan`` to it, which "a banana" names."""
+    texts = {letter: options.get(letter, "nan") for letter in "ABCD"}
+    words = [] if _MMBENCH_SENTINEL in reply else reply.split()
     for form in ("{}", *_MMBENCH_FORMS):
         found = [letter for letter in "ABCDE" if form.format(letter) in words]
         is_article = form == "{}" and "A" in words and len(words) > 3
         if len(found) == 1 and not is_article:
             return in_range(found[0], options, "alone" if form == "{}" else "marked")
     lower = reply.lower()
-    named = [letter for letter, text in options.items() if text.lower() in lower]
-    return Extract.ok(named[0], "option_text") if len(named) == 1 else lmms_letter(reply, options)
+    named = [letter for letter, text in texts.items() if text.lower() in lower]
+    if len(named) == 1:
+        return in_range(named[0], options, "option_text")
+    other = lmms_letter(reply, texts)
+    return other if other.value is None else in_range(other.value, options, other.rule)
 
 
 def lmms_scienceqa_letter(reply: str, options: Options) -> Extract:
@@ -193,7 +199,7 @@ def lmms_ai2d_letter(reply: str, options: Options) -> Extract:
     match = re.match(r"\s*([A-Z])\.", reply)
     if match:
         return in_range(match.group(1), options, "leading_period")
-    whole = reply.lower().translate(str.maketrans("", "", string.punctuation))
+    whole = reply.strip().lower().translate(str.maketrans("", "", string.punctuation))
     return in_range(whole.upper(), options, "whole") if len(whole) == 1 and whole.isalpha() else Extract.unparsed()
 
 

@@ -34,6 +34,7 @@ from grace_vlm.evals.tasks.task import (
 )
 
 _RULES = rules(lmms_letter, card=card_last_letter)
+_OWN_ENDING = " Please answer yes or no."
 _LMMS_ENDING = "\nAnswer with the option's letter from the given choices directly"
 
 
@@ -74,7 +75,8 @@ class MMStar(ReadByRule):
         checked = checked_profile(self.about, profile)
         options = {letter: text for letter, text in doc.options.items() if text}
         if checked == "lmms":
-            question = doc.question.strip().replace("<image 1>", "")
+            # The text ``<image 1>`` stays: it is lmms-eval's ``mmstar_oc`` that takes it away.
+            question = doc.question.strip().replace(_OWN_ENDING, "")
             return pictures_first(doc, question + _listed(question, options) + _LMMS_ENDING)
         if checked == "kit":
             return pictures_first(doc, kit_choice(doc.question, options))

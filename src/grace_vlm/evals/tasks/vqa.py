@@ -78,7 +78,9 @@ class ShortAnswers:
         return (*doc.images, f"{question}\n{LMMS_SHORT_ENDING}")
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
-        return budget(checked_profile(self.about, profile), lmms=16, card=128)
+        # Where lmms-eval's task says nothing, its Qwen3-VL class says 128.
+        lmms = 16 if self.about.name == "vqav2" else 128
+        return budget(checked_profile(self.about, profile), lmms=lmms, card=128)
 
     def extract(self, raw: str, doc: Doc, profile: Profile) -> Extract:
         checked_profile(self.about, profile)
