@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -313,7 +314,34 @@ def evaluation() -> str:
     ]
     text = (HERE / "evaluation.md").read_text(encoding="utf-8")
     head = "| task | files that are fetched for a hub id | source on the Hub | licence |\n|---|---|---|---|\n"
-    return _filled(text, {"tasks": head + "".join(rows)})
+    return _filled(text, {"tasks": head + "".join(rows), "lmms": _lmms_table(), "suite": _suite_table()})
+
+
+def _lmms_table() -> str:
+    """Tasks down: replies that were compared, and in how many lmms-eval and our profile differ."""
+    found = json.loads((HERE.parent / "tests" / "interop" / "results" / "lmms.json").read_text(encoding="utf-8"))
+    lines = "".join(
+        f"| `{name}` | {one['replies']:,} | {len(one['differences']) + one['drawn']:,} | {one['drawn because']} |\n"
+        for name, one in found.items()
+    )
+    return f"| task | replies | different | because |\n|---|---|---|---|\n{lines}"
+
+
+def _suite_table() -> str:
+    """Implementations down, cases across in samples a second of one core, then what ``suite`` is faster by."""
+    rows = _plots().read_rows(RESULTS / "eval_suite.csv")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["metric"] == "samples_cpu_s":
+            found.setdefault((row["case"], row["device"]), {})[row["impl"]] = float(row["p50"])
+    lines = "".join(
+        f"| {case} | `{impl}` | {value:.1f} | {cells['suite'] / value:.2f} |\n"
+        for (case, _), cells in found.items()
+        for impl, value in cells.items()
+    )
+    head = "| case | | samples a second of processor time | `suite` is faster by |\n|---|---|---|---|\n"
+    where = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
+    return f"{head}{lines}\n{where}; `benchmarks/bench_eval_suite.py` says what each is.\n"
 
 
 def readme() -> str:
