@@ -213,8 +213,32 @@ def performance() -> str:
         "fakequant": _fakequant_table(_plots().read_rows(RESULTS / "fakequant.csv")),
         "train": _train_table(),
         "decode": _decode_table(),
+        "prefill": _cases_table("prefill", {"ms": ".1f", "tok_s": ",.0f"}),
+        "load": _cases_table("load", LOAD_METRICS),
     }
     return _filled(text, tables)
+
+
+LOAD_METRICS = {
+    **{f"first_token_p{percent}_ms": ",.0f" for percent in (50, 95, 99)},
+    **{f"between_tokens_p{percent}_ms": ".1f" for percent in (50, 95, 99)},
+    "tok_s": ",.0f",
+}
+"""Of load.csv, in the order shown, and how each is written."""
+
+
+def _cases_table(name: str, metrics: dict[str, str]) -> str:
+    """Cases and implementations down, metrics across."""
+    rows = _plots().read_rows(RESULTS / f"{name}.csv")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["impl"]), {})[row["metric"]] = float(row["p50"])
+    lines = [
+        f"| `{case}` | `{impl}` | {' | '.join(format(cells[metric], form) for metric, form in metrics.items())} |"
+        for (case, impl), cells in found.items()
+    ]
+    heads = " | ".join(metric.replace("_", " ") for metric in metrics)
+    return f"| case | | {heads} |\n|---|---|{'---|' * len(metrics)}\n" + "\n".join(lines) + f"\n\n{_places(rows)}\n"
 
 
 def _train_table() -> str:

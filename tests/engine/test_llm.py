@@ -76,7 +76,7 @@ def test_first_differences_on_a_gpu_are_near_ties(family: str, bits: int, paths:
     print(
         f"{family}, {'W4' if bits == 4 else 'BF16'}: {differing} of {len(prompts)} answers differ, each at a near-tie"
     )
-    assert differing <= 15
+    assert differing <= 20
 
 
 def test_a_conversation_and_where_pictures_go(paths: list[Path]) -> None:
