@@ -18,7 +18,7 @@ what is stored, and the student learns around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 from grace_vlm.train.grids import Grids, GridWeight
+
+_ALIGNED = 64
+"""Elements: each sum begins at a line of memory."""
 
 
 @dataclass
@@ -64,6 +67,22 @@ class _GradientSum:
             self.total.zero_()
         self.is_empty = False
         return self.total
+
+
+def _sums_for(leaves: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], dict[nn.Parameter, torch.Tensor]]:
+    """Zeros for the gradient sum of every leaf, end to end in a buffer a dtype: what processes add up in one call."""
+    begins: dict[nn.Parameter, int] = {}
+    sizes: dict[torch.dtype, int] = {}
+    for leaf in leaves:
+        begins[leaf] = sizes.get(compute_dtype(leaf), 0)
+        sizes[compute_dtype(leaf)] = begins[leaf] + -(-leaf.numel() // _ALIGNED) * _ALIGNED
+    device = leaves[0].device if leaves else None
+    buffers = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+    views = {
+        leaf: buffers[compute_dtype(leaf)][begin : begin + leaf.numel()].view(leaf.shape)
+        for leaf, begin in begins.items()
+    }
+    return list(buffers.values()), views
 
 
 class LeafSums:
@@ -120,13 +139,14 @@ class Masters:
         self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
         weights: dict[QuantScheme, list[GridWeight]] = {}
+        self._buffers, sums = _sums_for([leaf for leaf in model.parameters() if leaf.requires_grad])
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
                 if name in schemes:
                     self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
             master = nn.Parameter(leaf.detach().to(compute_dtype(leaf), copy=True))
-            gradient = _GradientSum(torch.zeros_like(master))
+            gradient = _GradientSum(sums[leaf])
             scheme = schemes.get(name)
             if scheme is not None:
                 start = init_scale(master.detach(), scheme, scale_init)
@@ -208,8 +228,13 @@ class Masters:
         return LeafSums({t.leaf: t.gradient for t in self._tracked.values() if t.leaf in wanted})
 
     def accumulators(self) -> list[torch.Tensor]:
-        """The gradient sums, for the reduction over ranks (before ``collect``)."""
+        """The gradient sums, leaf by leaf (before ``collect``)."""
         return [tracked.gradient.settled() for tracked in self._tracked.values()]
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory of all gradient sums, one piece a dtype, for the sum over processes (before ``collect``)."""
+        self.accumulators()
+        return self._buffers
 
     @property
     def num_codes(self) -> int:
