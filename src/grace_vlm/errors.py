@@ -65,7 +65,9 @@ class RequestError(GraceError):
 
 
 class OtherProcessError(GraceError):
-    """Another process of the run failed, and why; it has that one's exit code."""
+    """Another process of the run failed, and why; an instance has that one's exit code."""
+
+    exit_code = 8
 
     def __init__(self, reason: str, exit_code: int = 1) -> None:
         super().__init__(reason)
@@ -73,7 +75,9 @@ class OtherProcessError(GraceError):
 
 
 class StoppedError(GraceError):
-    """A run that was asked to stop has stopped, with a checkpoint; 128 and the signal's number."""
+    """A run that was asked to stop has stopped, with a checkpoint; an instance has 128 and the signal's number."""
+
+    exit_code = 128 + 15
 
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.formats.weights import open_weights
 from grace_vlm.train.config import load_recipe
 from grace_vlm.train.loop import train
 from grace_vlm.train.record import read_metrics
@@ -80,7 +81,19 @@ def launch(
 
 
 def masters_of(out: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:06d}" / "masters.safetensors")
+    """Of all processes: rows end to end, or what each has all of, which must be the same bits."""
+    files = sorted((out / "checkpoints" / f"step-{step:06d}").glob("masters*.safetensors"))
+    parts = [load_file(file) for file in files]
+    rows = {name: tensor.shape for name, tensor in open_weights(out / "final").items()}
+    found = {}
+    for name, first in parts[0].items():
+        own = [part[name] for part in parts]
+        if len(own) > 1 and first.shape == rows[name]:
+            assert all(torch.equal(first, other) for other in own), name
+            own = own[:1]
+        found[name] = torch.cat(own)
+        assert found[name].shape == rows[name]
+    return found
 
 
 def require_alike(one: Path, other: Path, step: int, bound: float) -> None:
@@ -111,6 +124,18 @@ def test_any_number_of_processes_makes_the_same_run(world: Path, tmp_path: Path,
     for count, out in outs.items():
         if count > 1:
             require_alike(outs[1], out, 49, bound)
+
+
+def test_each_process_keeps_and_writes_its_share(world: Path, tmp_path: Path) -> None:
+    settings = {"optim__num_steps": 3, "runtime__checkpoint_every_steps": 2}
+    assert launch(4, recipe_of(world, tmp_path, **settings), tmp_path / "run").code == 0
+    folder = tmp_path / "run" / "checkpoints" / "step-000002"
+    for field in ("masters", "log_scales", "optimizer_tensors"):
+        sizes = [path.stat().st_size for path in sorted(folder.glob(f"{field}-*-of-00004.safetensors"))]
+        assert len(sizes) == 4
+        assert max(sizes) < 1.02 * min(sizes), field
+    whole = sum(tensor.numel() * 4 for tensor in masters_of(tmp_path / "run", 2).values())
+    assert (folder / "masters-00001-of-00004.safetensors").stat().st_size < 0.3 * whole
 
 
 def contents(folder: Path) -> dict[str, bytes]:

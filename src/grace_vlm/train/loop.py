@@ -5,8 +5,8 @@
 ``final/`` is a model folder (formats/publish.py). Everything that decides the rest of a run is in ``TrainState``: a
 run that is killed at any instant and resumed ends with the same bytes as one that was not.
 
-Of several processes (``ranks.py``) the first one writes all there is one of; every one has the same weights, to the
-bit, so a checkpoint is written once. Only the places in the data and the random states are each one's own.
+Of several processes (``ranks.py``) the first one writes all there is one of; into a checkpoint each writes its share of
+the masters and moments, its place in the data and its random state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import nn
 
-from grace_vlm.checkpoint.atomic import sweep_partials, write_bytes_atomic
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
 from grace_vlm.checkpoint.manifest import sha256_file
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
@@ -35,12 +35,12 @@ from grace_vlm.checkpoint.store import (
     TrainState,
     find_checkpoint,
     load_checkpoint,
+    num_processes_of,
     require_same,
     save_checkpoint,
-    step_folder,
 )
 from grace_vlm.data.ledger import Ledger
-from grace_vlm.errors import CheckpointError, ConfigError, GraceError, StoppedError
+from grace_vlm.errors import ConfigError, GraceError, StoppedError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
@@ -65,12 +65,13 @@ from grace_vlm.train.open import (
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.record import Recorder, read_metrics
+from grace_vlm.train.reshard import shared_out
+from grace_vlm.train.run_folder import Notify, is_complete, ledger_name, prepare_run_folder
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.stop import StopRequests
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
 from grace_vlm.train.teacher_cache import CachedTeacher, open_cached_teacher
 
-Notify = Callable[[str], None]
 Progress = Callable[[StepReport, int], None]
 GIB = 1 << 30
 
@@ -92,7 +93,7 @@ class Run:
     ) -> None:
         self.recipe, self.out, self.notify = recipe, out, notify
         self.requests = StopRequests() if requests is None else requests
-        self.ranks = Ranks(recipe.runtime.device) if ranks is None else ranks
+        self.ranks = Ranks.started(recipe.runtime.device) if ranks is None else ranks
         self.device = self.ranks.device
         self.num_micro_batches, left = divmod(recipe.data.accumulation, self.ranks.count)
         if left:
@@ -119,6 +120,7 @@ class Run:
             scale_init=recipe.quant.scale_init,
             clip_mask=recipe.quant.clip_mask,
             scale_gradient=recipe.quant.scale_gradient,
+            ranks=self.ranks,
         )
         self.optimizer = Optimizer(self.masters, recipe.optim)
         self.teacher = self._open_teacher(cache_bytes)
@@ -218,23 +220,25 @@ class Run:
             self.notify(f"skipped {folder.name}: {reason}")
         if path is None:
             return 0
-        state = load_checkpoint(path)
-        saved_by = int(state.fingerprint.get("num_processes", 1))
+        saved_by = num_processes_of(path)
+        if saved_by == self.ranks.count:
+            state = load_checkpoint(path, self.ranks.index)
+        else:
+            parts = [load_checkpoint(path, index) for index in range(saved_by)]
+            state = shared_out(parts, self.masters, self.ranks)
         require_same({**self.fingerprint(), "num_processes": saved_by}, state.fingerprint)
         self.masters.load_state_dict(state.masters, state.log_scales)
         self.optimizer.load_state_dict(state.optimizer_tensors)
         if self.adaptive:
             self.adaptive.load_state_dict(state.adaptive_weight)
+        said = ""
         if saved_by == self.ranks.count:
             self.loader.load_state_dict(state.sampler[f"{self.ranks.index}"])
             restore_rng(state.rng[f"{self.ranks.index}"])
-            self.notify(f"resumed from {path.name}")
         else:
-            least = min(state.sampler.values(), key=lambda place: (place["epoch"], place["cursor"]))
-            self.loader.load_state_dict(least)
-            self.notify(
-                f"resumed from {path.name}, which {saved_by} processes wrote and {self.ranks.count} read: not bit-exact"
-            )
+            self.loader.load_state_dict(min(state.sampler.values(), key=lambda at: (at["epoch"], at["cursor"])))
+            said = f", which {saved_by} processes wrote and {self.ranks.count} read: not bit-exact"
+        self.notify(f"resumed from {path.name}{said}")
         return state.step
 
     def steps(self, first: int, record: Callable[[dict[str, Any]], None], progress: Progress) -> None:
@@ -281,12 +285,9 @@ class Run:
             read(pending)
 
     def save(self, done: int) -> Path:
-        """A checkpoint after so many steps, by the first process; the others wait for it."""
-        root, state = self.out / "checkpoints", self.state(done)
-        if self.ranks.is_first:
-            save_checkpoint(root, done, state, self.recipe.runtime.keep_checkpoints)
-        self.ranks.wait()
-        return step_folder(root, done)
+        """A checkpoint after so many steps: every process writes its share, the first seals the folder."""
+        keep = self.recipe.runtime.keep_checkpoints
+        return save_checkpoint(self.out / "checkpoints", done, self.state(done), keep, self.ranks)
 
     def _is_recorded(self, step: int) -> bool:
         return step % self.recipe.runtime.record_every_steps == 0 or step == self.recipe.optim.num_steps - 1
@@ -305,23 +306,22 @@ class Run:
         """The plan in the names that files have."""
         return self.plan.to_json(functools.partial(stored_name, self.student.adapter))
 
-    def publish(self, num_bad: int) -> Path:
-        """Write ``final/``, the model folder of the run. ``num_bad``: rows in the ledgers."""
+    def publish(self) -> None:
+        """Write ``final/``, the model folder of the run, by the first process."""
+        num_bad = sum(self.ranks.gather(len(self.ledger.faults)))
+        quantized = self.masters.quantized()
+        if not self.ranks.is_first:
+            return
         lines = read_metrics(self.out / "metrics.jsonl")
-        return publish_model(
+        publish_model(
             self.out / "final",
             self.student.model,
             self.student.processor,
-            self.masters.quantized(),
+            quantized,
             self.plan.bf16_names if self.plan.schemes else (),
             model_card(self.recipe, self.plan, lines[-1] if lines else None, num_bad),
             overwrite=True,
         )
-
-
-def ledger_name(index: int) -> str:
-    """Of a process's own file of bad rows: each sees its share of the rows."""
-    return "ledger.jsonl" if index == 0 else f"ledger-{index}.jsonl"
 
 
 def by_process(values: list[dict[str, Any]]) -> dict[str, Any]:
@@ -344,21 +344,6 @@ def recompute_tower(model: Any) -> None:
         raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")
 
 
-def prepare_run_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ready: refuse an existing run, or clear it if ``overwrite``."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise CheckpointError(f"{out} is a file; expected a folder for the run")
-    if resume:
-        return
-    if not overwrite:
-        raise CheckpointError(f"{out} exists; pass --resume to go on, --overwrite to start again, or another --out")
-    if not (out / "config.yaml").is_file():
-        raise CheckpointError(f"{out} is no run folder (no config.yaml); it is not overwritten: choose another --out")
-    shutil.rmtree(out)
-
-
 def train(
     recipe: Recipe,
     out: Path,
@@ -373,7 +358,7 @@ def train(
     ``resume`` goes on from the newest complete checkpoint (from the start if there is none; at once if the run is
     complete). Without it an existing folder is refused, unless ``overwrite`` clears it.
     """
-    with StopRequests() as requests, Ranks(recipe.runtime.device) as ranks:
+    with StopRequests() as requests, Ranks.started(recipe.runtime.device) as ranks:
         requests.patient = ranks.count > 1  # if another process dies, the launcher's signal must not come before why
         if not ranks.is_first:
             notify = _silent
@@ -382,7 +367,7 @@ def train(
         if ranks.is_first:
             prepare_run_folder(out, resume, overwrite)
         with opened:
-            if ranks.of_first(_is_complete(recipe, out, resume, notify) if ranks.is_first else None):
+            if ranks.of_first(is_complete(recipe, out, resume, notify) if ranks.is_first else None):
                 notify(f"{out} is complete")
                 return out / "final"
             try:
@@ -397,18 +382,6 @@ def train(
 
 def _silent(text: str) -> None:
     """What another process says already."""
-
-
-def _is_complete(recipe: Recipe, out: Path, resume: bool, notify: Notify) -> bool:
-    """Whether there is nothing left to do in a folder; else what a kill left in it is cleared."""
-    if resume and (out / "final" / "manifest.json").is_file():
-        stored = (out / "config.yaml").read_text(encoding="utf-8")
-        if stored != dump_recipe(recipe):
-            raise CheckpointError(f"{out} is a finished run of another recipe; choose another --out or --overwrite")
-        return True
-    for stale in (*sweep_partials(out), *sweep_partials(out / "checkpoints")):
-        notify(f"removed {stale.name}, left by an interrupted save")
-    return False
 
 
 def _run(run: Run, resume: bool, progress: Progress) -> Path:
@@ -426,9 +399,7 @@ def _run(run: Run, resume: bool, progress: Progress) -> Path:
         run.requests.patient = True
         run.steps(first, _forget if recorder is None else recorder.add, progress)
         run.requests.patient = run.ranks.count > 1
-        num_bad = sum(run.ranks.gather(len(run.ledger.faults)))
-        if run.ranks.is_first:
-            run.publish(num_bad)
+        run.publish()
     except torch.OutOfMemoryError as error:
         where = f"process {run.ranks.index} of {run.ranks.count}: " if run.ranks.count > 1 else ""
         said = str(error).split(". ")[0]

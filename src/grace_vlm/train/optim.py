@@ -82,9 +82,9 @@ class Optimizer:
         """(name, master or log-scale) of everything that is trained."""
         return list(self._all)
 
-    def clip(self) -> torch.Tensor:
-        """Scale all gradients to the global norm limit; returns the norm before, a scalar tensor."""
-        return torch.nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.config.max_grad_norm)
+    def clip(self, norm: torch.Tensor) -> None:
+        """Scale all gradients to the global norm limit, given their norm, a scalar tensor."""
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.config.max_grad_norm, norm)
 
     def guard(self, stopped: torch.Tensor) -> None:
         """Obey a flag: an FP32 scalar on the device. While it is 1, a step leaves weights, moments and counters as

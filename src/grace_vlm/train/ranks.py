@@ -1,8 +1,8 @@
 """The processes of one run: what they add up, what the first does for all, and how none waits for a dead one.
 
-``torchrun`` or ``accelerate launch`` starts them. Each has its share of every step's rows and all of the model; per
-step they add up the normalisers, the gradients and the measurements, each once and on every process whatever it has
-found, so no process waits in a sum that another one skips.
+``torchrun`` or ``accelerate launch`` starts them. Each has its share of every step's rows and the whole model; masters,
+scales and moments are shared out, by rows of every matrix. Per step they add up the normalisers, the gradients and the
+measurements, each once and on every process whatever it has found, so no process waits in a sum that another one skips.
 
 A process that fails says why in the store that the launcher opened, and everyone looks there each second: all of them
 end with one reason. One that is killed says nothing; it is missed when its counter in the store has stood still for
@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -46,25 +46,30 @@ class Ranks:
 
     Attributes:
         index, count: 0-based, and how many there are. device: where this one computes.
-
-    Raises:
-        ConfigError: several processes and one GPU named for all of them; a launcher that asks for shards.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device, index: int = 0, count: int = 1) -> None:
+        self.device, self.index, self.count = device, index, count
+        self._watch = _Watch(index, count) if count > 1 else None
+
+    @classmethod
+    def started(cls, device: str) -> Ranks:
+        """Those that the launcher started; ``device`` as in ``runtime.device``.
+
+        Raises:
+            ConfigError: several processes and one GPU named for all of them; a launcher that asks for shards.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.startswith("cuda:"):
             raise ConfigError(f"runtime.device is {device} for several processes; leave it out, each takes its own GPU")
         for asked in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true":
                 raise ConfigError(
-                    f"the launcher asks for {asked}; expected plain data parallelism: every process has the whole model "
-                    "(recipes/accelerate/, docs/scaling.md)"
+                    f"the launcher asks for {asked}; expected plain data parallelism, which shares out masters and "
+                    "moments by itself (recipes/accelerate/, docs/scaling.md)"
                 )
         chosen = use_device(device)
         accelerator = Accelerator(cpu=chosen.type == "cpu")
-        self.device: torch.device = accelerator.device
-        self.index, self.count = accelerator.process_index, accelerator.num_processes
-        self._watch = _Watch(self.index, self.count) if self.count > 1 else None
+        return cls(accelerator.device, accelerator.process_index, accelerator.num_processes)
 
     @property
     def is_first(self) -> bool:
@@ -84,6 +89,38 @@ class Ranks:
         if self.count > 1:
             with self._exchange():
                 distributed.all_reduce(tensor)
+        return tensor
+
+    def share_of(self, tensor: torch.Tensor) -> slice | None:
+        """The rows of a matrix that this process has to itself; None: all of it, as every other process has."""
+        if self.count == 1 or tensor.ndim < 2 or tensor.shape[0] % self.count:
+            return None
+        size = tensor.shape[0] // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+    def sum_together_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """``sum_`` of many small ones, in one exchange."""
+        if self.count > 1 and tensors:
+            flat = self.sum_(torch.cat([tensor.flatten() for tensor in tensors]))
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def sum_share_(self, tensor: torch.Tensor, own: slice) -> None:
+        """The sum over processes in this one's share of ``tensor``'s rows; the other rows are then anything."""
+        if self.device.type == "cpu":  # gloo adds up whole tensors
+            self.sum_(tensor)
+            return
+        with self._exchange():
+            distributed.reduce_scatter_tensor(tensor[own], tensor)
+
+    def gather_shares_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every process's share of ``tensor``'s rows, written into it."""
+        own = self.share_of(tensor)
+        if own is not None:
+            with self._exchange():
+                distributed.all_gather_into_tensor(
+                    tensor, tensor[own].clone() if tensor.device.type == "cpu" else tensor[own]
+                )
         return tensor
 
     def wait(self) -> None:
@@ -224,5 +261,6 @@ class _Watch:
                 failure = OtherProcessError(self._gone())
             if failure is not None and self._is_over.acquire(blocking=False):
                 # The main thread may be in a sum that will never be made.
-                print(f"error: {failure}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"error: {failure}\n")
+                sys.stderr.flush()
                 os._exit(failure.exit_code)

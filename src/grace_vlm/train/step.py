@@ -246,12 +246,11 @@ class Stepper:
             for batch, vision in zip(group, self._vision(group), strict=True):
                 rows.append(self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches)))
                 at += 1
-        for sums_of_gradients in self.masters.buffers():
-            self.ranks.sum_(sums_of_gradients)
         self.masters.collect()
-        norm = self.optimizer.clip().double()
+        norm, scales_finite = self.masters.shared_norm()
+        self.optimizer.clip(norm)
+        norm = norm.double()
         sums = self.ranks.sum_(torch.stack(rows).sum(dim=0))
-        scales_finite = self.masters.scales_are_finite()
         is_finite = sums.isfinite().all() & norm.isfinite() & scales_finite
         self._stopped.clamp_(min=(~is_finite).float())
         rate = self.optimizer.step(step)
