@@ -27,6 +27,7 @@ COMMANDS = (
     "chat",
     "generate",
     "compare",
+    "analyze",
     "bench",
     "doctor",
 )

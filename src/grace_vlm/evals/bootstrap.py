@@ -96,13 +96,13 @@ def ratio_interval(
     if math.isnan(mean):
         raise ValueError("a ratio with nothing in its denominator")
     kinds, counts = np.unique(table, axis=0, return_counts=True)
-    drawn = _ratios(_resampled_totals(kinds, counts, num_resamples, np.random.default_rng(seed)))
+    drawn = _ratios(resampled_totals(kinds, counts, num_resamples, np.random.default_rng(seed)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn[~np.isnan(drawn)], [tail, 1 - tail])
     return mean, float(low), float(high)
 
 
-def _resampled_totals(
+def resampled_totals(
     kinds: NDArray[np.float64], counts: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """(num_resamples, columns): totals of as many groups as there are, drawn with replacement."""
