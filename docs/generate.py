@@ -324,7 +324,7 @@ def readme() -> str:
 
 
 def _toy_table() -> str:
-    """Models of the demo down, benchmarks across: the headline with half of its interval, in points."""
+    """Models of the demo down, benchmarks across: the headline with its interval, in points."""
     from grace_vlm.evals.tasks.registry import TASKS
 
     with (RESULTS / "toy_suite.csv").open(encoding="utf-8") as file:
@@ -333,7 +333,7 @@ def _toy_table() -> str:
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
-        found.setdefault(row["label"], {})[row["task"]] = f"{value:.1f} ± {(high - low) / 2:.1f}"
+        found.setdefault(row["label"], {})[row["task"]] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
     heads = ["", *(TASKS[task].about.title for task in tasks)]
     lines = [[label, *(cells.get(task, "") for task in tasks)] for label, cells in found.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)) + "\n"

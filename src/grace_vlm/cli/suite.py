@@ -32,6 +32,7 @@ class Asked:
     part: str
     limit: int | None
     max_new_tokens: int | None
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         emit_json(_summary(reports, asked.out))
     else:
         _print(reports, asked.limit)
+        if asked.by is not None:
+            _print_categories(reports, asked.by)
     failed = [reply.error or "" for reply in ledger.replies.values() if reply.text is None]
     if failed:
         raise RequestError(
@@ -165,3 +168,19 @@ def _print(reports: Mapping[Profile, Mapping[str, Report]], limit: int | None) -
     print("* the profile's own headline")
     if limit is not None:
         print(f"of the first {limit} rows of each benchmark only (--limit)")
+
+
+def _print_categories(reports: Mapping[Profile, Mapping[str, Report]], by: str) -> None:
+    """Each profile's breakdown by a column."""
+    from grace_vlm.evals.suite.categories import category_scores
+    from grace_vlm.evals.suite.score import as_json, said
+    from grace_vlm.evals.tasks.registry import TASKS
+    from grace_vlm.evals.tasks.task import Metric
+
+    rows = [
+        (TASKS[one.task].about.title, profile, f"{one.column}: {one.value}", said(Metric(**one.metric)))
+        for profile, own in reports.items()
+        for one in category_scores({name: as_json(report) for name, report in own.items()}, by)
+    ]
+    print()
+    print_table(("benchmark", "profile", "category", "value [95 % interval] scored/all"), rows)

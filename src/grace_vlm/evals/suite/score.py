@@ -70,6 +70,6 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def said(metric: Metric) -> str:
     """A metric as it is printed: value, interval, and how many of how many were scored."""
-    scale, form = (100.0, ".1f") if metric.upper == 1.0 else (1.0, ".1f")
-    value, low, high = (format(scale * number, form) for number in (metric.value, metric.low, metric.high))
+    scale = 100.0 if metric.upper == 1.0 else 1.0
+    value, low, high = (format(scale * number, ".1f") for number in (metric.value, metric.low, metric.high))
     return f"{value} [{low}, {high}] {metric.num_scored}/{metric.num_total} {metric.unit}"
