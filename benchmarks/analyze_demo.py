@@ -35,7 +35,8 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--demo", type=Path, default=ROOT / "runs" / "demo")
     made.add_argument("--models", default=MODELS, help="folders of the demo, with commas; default: %(default)s")
-    made.add_argument("--limit", type=int, default=2400, help="questions; default: %(default)s")
+    made.add_argument("--limit", type=int, default=2400, help="questions of the first; default: %(default)s")
+    made.add_argument("--limit-others", type=int, default=600, help="questions of the others; default: %(default)s")
     made.add_argument("--work", type=Path, default=ROOT / "runs" / "why")
     made.add_argument("--out", type=Path, default=RESULTS / "analyze.json")
     args = made.parse_args()
@@ -43,9 +44,17 @@ def main() -> None:
         made.error(f"--demo is {args.demo}, which has no results.json; run grace demo first")
     first, *others = args.models.split(",")
     labels = {row["path"]: row["label"] for row in json.loads((args.demo / "results.json").read_text())["rows"]}
-    content: dict[str, Any] = {"commit": commit_name(), "labels": labels, "whole": {}, "others": {}}
+    content: dict[str, Any] = {
+        "commit": commit_name(),
+        "labels": labels,
+        "first": first,
+        "whole": {},
+        "num_rows_others": args.limit_others,
+        "others": {},
+    }
     for name in (first, *others):
-        found = analysis_of(args.demo, name, (args.work / name).absolute(), args.limit)
+        limit = args.limit if name == first else args.limit_others
+        found = analysis_of(args.demo, name, (args.work / name).absolute(), limit)
         del found["codes"]["linears"]
         if name == first:
             content["whole"] = found

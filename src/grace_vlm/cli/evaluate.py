@@ -66,12 +66,26 @@ def evaluate(
             name for name, value in (("--out", out), ("--endpoint", endpoint), ("--task", task), ("--by", by)) if value
         ]:
             raise ConfigError(f"{wrong[0]} is for a suite; pass --suite card, or leave it out")
+        _require_rows(data)
         _file(model, data, root, limit, answers, max_new_tokens or MAX_NEW_TOKENS, options, device, as_json)
         return
     if out is None:
         raise ConfigError("--suite needs --out, the folder that answers and scores go to")
     asked = Asked(model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens, by)
     run_suite(asked, By(endpoint, api_key, stock, batch_size, device, options), as_json)
+
+
+def _require_rows(data: Path) -> None:
+    """``ConfigError`` for a folder, which only a suite is asked of."""
+    if not data.is_dir():
+        return
+    from grace_vlm.evals.tasks.registry import TASKS
+
+    if found := [name for name in TASKS if (data / name).is_dir()]:
+        raise ConfigError(
+            f"--data is {data}, a folder of benchmarks ({', '.join(found)}); pass --suite card and --out to ask them"
+        )
+    raise ConfigError(f"--data is {data}, a folder; expected a file of rows, or with --suite a folder of benchmarks")
 
 
 def _file(

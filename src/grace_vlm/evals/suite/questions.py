@@ -84,6 +84,11 @@ def digest_of(source: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def text_hash(question: Question) -> str:
+    """SHA-256 of the prompt's texts, as answers and records keep it."""
+    return hashlib.sha256(question.text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def in_shard(question: Question, shard: int, num_shards: int) -> bool:
     """Whether a question is of part ``shard`` (from 0) of ``num_shards``: by its key, on any machine alike."""
     return int(question.key[:8], 16) % num_shards == shard

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic
+from grace_vlm.evals.plain_page import render_page
 from grace_vlm.evals.why.pictures import pictures_of
 
 PAGE = "index.html"
@@ -24,10 +24,6 @@ def write_pictures(out: Path, result: Mapping[str, Any]) -> list[Path]:
     written = [out / name for name in pictures]
     for path, text in zip(written, pictures.values(), strict=True):
         write_bytes_atomic(path, text.encode("utf-8"))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     shown = {name.removesuffix(".svg"): Markup(text) for name, text in pictures.items()}
-    page = environment.get_template("page.html.jinja").render(result=result, pictures=shown)
-    write_bytes_atomic(out / PAGE, page.encode("utf-8", errors="replace"))
+    write_bytes_atomic(out / PAGE, render_page("why/page.html.jinja", result=result, pictures=shown))
     return [*written, out / PAGE]
