@@ -87,7 +87,8 @@ def _suites(paths: list[Path], data: Path | None, out: Path, profile: str, basel
         base, own = own, base
     comparison = compare_suites(base, own, checked)
     comparison, asked = (comparison, {}) if data is None else asked_again(comparison, base, data, checked)
-    names = (base.name, own.name) if base.name != own.name else (str(base), str(own))
+    plain = (base.name, own.name) if base.name != own.name else (str(base), str(own))
+    names = _labelled(plain[0], base), _labelled(plain[1], own)
     page = write_flips(out, comparison, names, asked)
     if as_json:
         emit_json({"page": str(page), **_document(comparison)})
@@ -96,6 +97,14 @@ def _suites(paths: list[Path], data: Path | None, out: Path, profile: str, basel
     if data is None:
         say("prompts and pictures are left out of the page; give --data, the folder of the benchmarks")
     print(f"page: {page}")
+
+
+def _labelled(name: str, folder: Path) -> str:
+    """With the control that an evaluation is, if it is one."""
+    from grace_vlm.evals.suite.tables import control_of
+
+    control = control_of(folder)
+    return name if control is None else f"{name} [control: {control}]"
 
 
 def _document(comparison: SuiteComparison) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def evaluate(
     by: str = typer.Option(
         None, "--by", help="Of a suite also by category: each benchmark's own (category), a column's name, or all."
     ),
+    control: str = typer.Option(
+        None,
+        "--control",
+        help="No score but what to compare one with: blind, shuffle (pictures) or majority (no model).",
+    ),
     endpoint: str = typer.Option(
         None, "--endpoint", help="URL of a server (up to /v1) that answers; MODEL is its name."
     ),
@@ -63,7 +68,15 @@ def evaluate(
     options = EngineOptions(**sizes, **kinds)  # type: ignore[arg-type]
     if suite is None:
         if wrong := [
-            name for name, value in (("--out", out), ("--endpoint", endpoint), ("--task", task), ("--by", by)) if value
+            name
+            for name, value in (
+                ("--out", out),
+                ("--endpoint", endpoint),
+                ("--task", task),
+                ("--by", by),
+                ("--control", control),
+            )
+            if value
         ]:
             raise ConfigError(f"{wrong[0]} is for a suite; pass --suite card, or leave it out")
         _require_rows(data)
@@ -71,7 +84,9 @@ def evaluate(
         return
     if out is None:
         raise ConfigError("--suite needs --out, the folder that answers and scores go to")
-    asked = Asked(model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens, by)
+    asked = Asked(
+        model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens, by, control
+    )
     run_suite(asked, By(endpoint, api_key, stock, batch_size, device, options), as_json)
 
 

@@ -39,6 +39,7 @@ def scores(
     named = [_named(run) for run in runs]
     lines = [read_line(folder, label, profile, by=by) for label, folder in named]
     lines += [read_line(folder, label, profile, is_reference=True, by=by) for label, folder in map(_named, reference)]
+    said = {label: line.label for (label, _), line in zip(named, lines, strict=False)}
     compared = {} if baseline is None else _compared(named, baseline, profile)
     if as_json:
         from dataclasses import asdict
@@ -51,7 +52,7 @@ def scores(
     if by is not None:
         print(category_table(lines, profile, form), end="")
     for label, found in compared.items():
-        print(f"\n{label} against {baseline}, profile {profile}:\n")
+        print(f"\n{said[label]} against {said[baseline]}, profile {profile}:\n")
         rows = [
             (
                 one["task"],

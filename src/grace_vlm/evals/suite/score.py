@@ -23,7 +23,8 @@ def score(benchmark: Benchmark, profile: Profile, replies: Mapping[str, Reply]) 
         reply = replies.get(question.key)
         record = _record(task, doc, profile, reply)
         records.append(record)
-        lines.append(_line(doc, record, reply, question.key))
+        control = {} if benchmark.control is None else {"control": benchmark.control.name}
+        lines.append({**_line(doc, record, reply, question.key), **control})
     return lines, task.aggregate(records, profile)
 
 

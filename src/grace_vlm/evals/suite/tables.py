@@ -20,6 +20,7 @@ from typing import Any
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.evals.suite.categories import category_scores
+from grace_vlm.evals.suite.ledger import read_identity
 from grace_vlm.evals.tasks.registry import TASKS
 
 FORMATS = ("markdown", "latex", "csv", "html")
@@ -49,12 +50,15 @@ class Line:
 
 
 def read_line(folder: Path, label: str, profile: str, is_reference: bool = False, by: str | None = None) -> Line:
-    """Of an evaluation's ``scores.json``. ``by``: a column of the breakdown (``categories.py``).
+    """Of an evaluation's ``scores.json``. ``by``: a column of the breakdown (``categories.py``). A control is said in
+    its label and is a reference: it is no model's score.
 
     Raises:
         ConfigError: there is none, none of the profile, or no such column.
     """
     reports = read_reports(folder, profile)
+    control = control_of(folder)
+    label, is_reference = (label, is_reference) if control is None else (f"{label} [control: {control}]", True)
     cells = {name: _cell(report["metrics"][report["headline"]]) for name, report in reports.items()}
     found = [] if by is None else category_scores(reports, by)
     categories = {(one.task, one.column, one.value): _cell(one.metric) for one in found}
@@ -79,6 +83,12 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{folder} has scores of {known}; for {profile} run grace eval with --profile {profile}")
     found: dict[str, dict[str, Any]] = scores[profile]
     return found
+
+
+def control_of(folder: Path) -> str | None:
+    """The control that an evaluation is, by its ``run.json``; None where the benchmarks themselves were asked."""
+    control: str | None = read_identity(folder).get("control")
+    return control
 
 
 def _cell(metric: Mapping[str, Any]) -> Cell:
