@@ -18,12 +18,16 @@ from typing import Any
 
 from record import RESULTS, ROOT, commit_name
 
-MODELS = "grace_w4,qat_w4,rtn_w4,awq_w4,gptq_w4,rtn_w3,rtn_w2"
+MODELS = "grace_w4,rtn_w4,awq_w4,gptq_w4,rtn_w2"
 KEPT = ("layers", "cka", "codes")
 
 
 def analysis_of(demo: Path, model: str, out: Path, limit: int) -> dict[str, Any]:
-    """What ``grace analyze`` writes; paths are as they stand below the demo's folder."""
+    """What ``grace analyze`` writes, or wrote into ``out`` before; paths are as they stand below the demo's folder."""
+    if (out / "analysis.json").is_file():
+        before: dict[str, Any] = json.loads((out / "analysis.json").read_text(encoding="utf-8"))
+        if before["data"]["num_rows"] == limit and before["models"]["model"] == model:
+            return before
     words = [model, "--teacher", "teacher", "--before", "student", "--data", "data/questions.jsonl"]
     command = [sys.executable, "-m", "grace_vlm.cli.main", "analyze", *words, "--out", str(out), "--limit", str(limit)]
     subprocess.run(command, check=True, cwd=demo, stdout=subprocess.DEVNULL)
@@ -36,8 +40,8 @@ def main() -> None:
     made.add_argument("--demo", type=Path, default=ROOT / "runs" / "demo")
     made.add_argument("--models", default=MODELS, help="folders of the demo, with commas; default: %(default)s")
     made.add_argument("--limit", type=int, default=2400, help="questions of the first; default: %(default)s")
-    made.add_argument("--limit-others", type=int, default=600, help="questions of the others; default: %(default)s")
-    made.add_argument("--work", type=Path, default=ROOT / "runs" / "why")
+    made.add_argument("--limit-others", type=int, default=400, help="of the others; default: %(default)s")
+    made.add_argument("--work", type=Path, default=ROOT / "runs" / "why", help="kept; remove it after a change")
     made.add_argument("--out", type=Path, default=RESULTS / "analyze.json")
     args = made.parse_args()
     if not (args.demo / "results.json").is_file():
