@@ -19,7 +19,7 @@ from typing import Any
 from record import RESULTS, ROOT, commit_name
 
 MODELS = "grace_w4,rtn_w4,awq_w4,gptq_w4,rtn_w2"
-KEPT = ("layers", "cka", "codes")
+KEPT = ("layers", "cka", "cka_before", "codes")
 
 
 def analysis_of(demo: Path, model: str, out: Path, limit: int) -> dict[str, Any]:

@@ -350,14 +350,16 @@ def _analyze_tables(content: dict[str, Any]) -> str:
         f"| {labels[name]} | "
         + " | ".join(f"{one['output_error']:.3f} / {1000 * one['kl']:.2f}" for one in found["layers"]["layers"])
         + f" | {1000 * found['layers']['whole']['kl']:.2f} | {100 * found['layers']['whole']['flips']:.2f} | "
-        + f"{found['cka']['tapped']:.3f} | "
+        + f"{found['cka']['tapped'] - found['cka_before']['tapped']:+.4f} | "
         + ", ".join(f"{part['bits_used']:.2f}" for part in found["codes"]["schemes"].values())
         + " |"
         for name, found in models.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
+    num_rows, others = whole["data"]["num_rows"], content["num_rows_others"]
     return f"""\
-{labels[content["first"]]} against its teacher and the student it was quantized from, {whole["data"]["num_rows"]:,} held-out questions:
+{labels[content["first"]]} against its teacher and the student that it was quantized from, on {num_rows:,} held-out
+questions:
 
 | | |
 |---|---|
@@ -367,12 +369,12 @@ def _analyze_tables(content: dict[str, Any]) -> str:
 
 Output error / effect of each layer alone (KL in 1/1000 nats), then of all layers:
 
-| | {" | ".join(heads)} | all, KL | words changed, % | CKA, tapped | bits used |
+| | {" | ".join(heads)} | all, KL | words changed, % | CKA, tapped, since before | bits used |
 |---|{"---|" * len(heads)}---|---|---|---|
 {chr(10).join(rows)}
 
-{content["num_rows_others"]:,} questions for all but the first; {whole["dtype"]} on {whole["hardware"]}, {versions}, commit {content["commit"]};
-`python benchmarks/analyze_demo.py`. The first layer's effect is several times that of the others at the same output error: what is lost early passes through everything after it.
+{others:,} questions for all but the first; {whole["dtype"]} on {whole["hardware"]}, {versions},
+commit {content["commit"]}; `python benchmarks/analyze_demo.py`.
 """
 
 
