@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -368,3 +369,23 @@ def test_parts_are_taken_to_the_last_space(family: str, paths: list[Path]) -> No
         llm.prompt(Parts((paths[0], " ")))
     with pytest.raises(RequestError, match="has its own pictures, and 1 more came"):
         llm.prompt(Parts(("what?",)), [paths[0]])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "said"),
+    [
+        ("yes", 3, "images has '3' (int)"),
+        (["yes", "no"], 3, "images has '3' (int)"),
+        ("yes", [3], "images has '3' (int)"),
+        (["yes"], [[2.5]], "images has '2.5' (float)"),
+    ],
+)
+def test_what_is_no_picture_is_said(prompts: Any, images: Any, said: str) -> None:
+    llm = LLM(loaded_toy("tiny"))
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, images=images)
+    expected = "; expected a path, bytes or a Pillow image, or a list of them"
+    assert str(caught.value) == said + expected
+    if isinstance(prompts, str):
+        with pytest.raises(RequestError, match="expected a path, bytes"):
+            next(llm.stream(prompts, images=images))
