@@ -30,6 +30,10 @@ from torch import distributed
 from grace_vlm.errors import ConfigError, GraceError, OtherProcessError
 from grace_vlm.models.load import use_device
 
+# Renamed in torch 2.14; 2.11 has the old names only.
+_reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+_all_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+
 PERIOD_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
 """Of a process's counter, until it is taken for dead."""
@@ -111,7 +115,7 @@ class Ranks:
             self.sum_(tensor)
             return
         with self._exchange():
-            distributed.reduce_scatter_tensor(tensor[own], tensor)
+            _reduce_scatter(tensor[own], tensor)
 
     def gather_shares_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every process's share of ``tensor``'s rows, written into it."""
