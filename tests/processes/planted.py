@@ -20,7 +20,7 @@ from grace_vlm.cli.main import main
 from grace_vlm.train import loop
 from grace_vlm.train.step import Stepper
 
-torch.set_num_threads(1)  # two cores; and a resumed run must have as many as the one before
+torch.set_num_threads(int(os.environ.get("PLANTED_THREADS", "1")))
 
 
 def kill(stepper: Stepper) -> None:

@@ -221,18 +221,19 @@ class Run:
         if path is None:
             return 0
         saved_by = num_processes_of(path)
-        if saved_by == self.ranks.count:
-            state = load_checkpoint(path, self.ranks.index)
-        else:
-            parts = [load_checkpoint(path, index) for index in range(saved_by)]
-            state = shared_out(parts, self.masters, self.ranks)
-        require_same({**self.fingerprint(), "num_processes": saved_by}, state.fingerprint)
+        is_same_number = saved_by == self.ranks.count
+        parts = [load_checkpoint(path, index) for index in ([self.ranks.index] if is_same_number else range(saved_by))]
+        own = self.fingerprint()
+        if not is_same_number:
+            own |= {key: parts[0].fingerprint[key] for key in ("num_processes", "num_threads")}
+        require_same(own, parts[0].fingerprint)
+        state = parts[0] if is_same_number else shared_out(parts, self.masters)
         self.masters.load_state_dict(state.masters, state.log_scales)
         self.optimizer.load_state_dict(state.optimizer_tensors)
         if self.adaptive:
             self.adaptive.load_state_dict(state.adaptive_weight)
         said = ""
-        if saved_by == self.ranks.count:
+        if is_same_number:
             self.loader.load_state_dict(state.sampler[f"{self.ranks.index}"])
             restore_rng(state.rng[f"{self.ranks.index}"])
         else:

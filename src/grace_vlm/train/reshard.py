@@ -16,10 +16,9 @@ from grace_vlm.checkpoint.store import TENSOR_FIELDS, TrainState
 from grace_vlm.errors import CheckpointError
 from grace_vlm.train.adamw8 import BLOCK
 from grace_vlm.train.masters import Masters
-from grace_vlm.train.ranks import Ranks
 
 
-def shared_out(parts: Sequence[TrainState], masters: Masters, ranks: Ranks) -> TrainState:
+def shared_out(parts: Sequence[TrainState], masters: Masters) -> TrainState:
     """The state of this process, from those of all processes that wrote a checkpoint.
 
     Raises:
