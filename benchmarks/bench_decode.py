@@ -12,6 +12,7 @@ sizes. The head and the cache are BF16, unless the name says otherwise.
     ours_bf16                   the same engine on BF16 weights
     ours_w4_fp8_cache, ours_w4_int8_head, ours_w4_int8_head_fp8_cache
                                 W4 with EngineOptions(kv_cache="fp8"), int8_head=True, both; only where --impls asks
+    ours_w4_batch_invariant     W4 with batch_invariant=True: what it costs; only where --impls asks
     transformers_bf16_static    Transformers: static cache, torch.compile(mode="reduce-overhead") of one token's forward
 
 ``memory.csv``: ``weights_gb``, what the model takes on the GPU with its tower, cases ``all`` and ``decoder`` (linears,
@@ -50,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ours_w4_fp8_cache": {"kv_cache": "fp8"},
     "ours_w4_int8_head": {"int8_head": True},
     "ours_w4_int8_head_fp8_cache": {"kv_cache": "fp8", "int8_head": True},
+    "ours_w4_batch_invariant": {"batch_invariant": True},
 }
 """Of an engine, by impl; none for the others."""
 TEXTS = ["what shape is in the picture?", "is there a red circle?", "a blue triangle", "yes", "no"]

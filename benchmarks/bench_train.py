@@ -43,6 +43,7 @@ from grace_vlm.train.estimate import GIB
 from grace_vlm.train.fit import fit, gpu_bytes
 from grace_vlm.train.loop import Run
 from grace_vlm.train.open import open_loader, open_rows, open_student, open_teacher
+from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.step import PendingStep
 
 QWEN = (*PUBLISHED, "qwen3_vl_2b_grace_w4g128")
@@ -152,9 +153,9 @@ def clean_gpu(size: str | None = None) -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5) -> Measured:
+def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ranks: Ranks | None = None) -> Measured:
     """The loop of ``Run.steps``: a step is read when the next one has been queued."""
-    run = Run(recipe, out)
+    run = Run(recipe, out, ranks=ranks)
     gpus = [run.stepper.device]
     if recipe.has_teacher_elsewhere:
         gpus.append(torch.device(recipe.teacher_device))
@@ -163,7 +164,7 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5) -> 
     read_at = 0.0
     try:
         for step in range(num_steps + warmup + 1):
-            batches = [run.loader.next() for _ in range(recipe.data.accumulation)]
+            batches = [run.loader.next() for _ in range(run.num_micro_batches)]
             queued = run.stepper.launch(step, batches)
             if pending is not None:
                 report = pending.resolve()

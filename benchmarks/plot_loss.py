@@ -21,6 +21,7 @@ from bench_loss import VOCABULARY
 from record import RESULTS, ROOT, Row, read_rows
 
 from grace_vlm.evals.charts import Axis, Frame, element, mark, padded, short
+from grace_vlm.evals.palette import svg_file
 
 FILES = (RESULTS / "loss.csv", RESULTS / "loss_scaling.csv")
 LABELS = {
@@ -33,28 +34,12 @@ COLORS = {"official": 2, "liger": 1, "ours": 0, "ours_autograd": 5}
 """Class and shape of an implementation; those not named here follow."""
 WIDTH, HEIGHT = 760.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 540.0, 40.0, 348.0
-LIGHT = ("#ffffff", "#5d616a", "#e6e4df",
-         "#3f60aa", "#565c66", "#b9501a", "#8d6c00", "#ad2c48", "#0b746e", "#74399b", "#3a751f")  # fmt: skip
-DARK = ("#15171b", "#a3a7b0", "#272a30",
-        "#8aa8f0", "#b3b9c4", "#f0925a", "#dcb744", "#f2859a", "#55c8be", "#c59bec", "#93d070")  # fmt: skip
-"""Paper, text, grid, then the eight classes of marks: those of the report (evals/report.html.jinja)."""
 STYLE = """
 text { font: 12px system-ui, Liberation Sans, Arial, sans-serif; }
 .head { font-weight: 600; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .d1 { stroke-dasharray: 7 4; } .d2 { stroke-dasharray: 2 4; } .d3 { stroke-dasharray: 9 3 2 3; }
 """
-
-
-def colors(palette: Sequence[str]) -> str:
-    """Stylesheet of a palette; without variables, which some viewers of images do not know."""
-    paper, text, grid, *classes = palette
-    rules = [f".paper {{ fill: {paper}; }}", f"text {{ fill: {text}; }}", f".grid {{ stroke: {grid}; }}"]
-    rules += [f".axis, .tick, .line {{ stroke: {text}; }}", f".mark {{ stroke: {paper}; }}"]
-    for index, color in enumerate(classes):
-        rules.append(f".line.c{index} {{ stroke: {color}; }} .mark.c{index} {{ fill: {color}; }}")
-        rules.append(f".mark.ring.c{index} {{ fill: {paper}; stroke: {color}; }}")
-    return "\n".join(rules)
 
 
 @dataclass(frozen=True)
@@ -127,10 +112,7 @@ def plot(lines: Sequence[Line], title: str) -> str:
         ]
     marks += legend(impls, words)
     chart = Frame(WIDTH, HEIGHT, x, y).draw(title, marks, "supervised tokens (1k = 1,024)", tokens_tick)
-    size = {"width": WIDTH, "height": HEIGHT, "viewBox": f"0 0 {WIDTH:.0f} {HEIGHT:.0f}"}
-    paper = element("rect", width=WIDTH, height=HEIGHT, class_="paper")
-    style = element("style", f"{STYLE}{colors(LIGHT)}\n@media (prefers-color-scheme: dark) {{\n{colors(DARK)}\n}}\n")
-    return str(element("svg", style, paper, chart, xmlns="http://www.w3.org/2000/svg", **size)) + "\n"
+    return svg_file(WIDTH, HEIGHT, STYLE, [chart])
 
 
 def legend(impls: dict[str, int], words: Sequence[int]) -> list[str]:

@@ -28,6 +28,7 @@ COMMANDS = (
     "chat",
     "generate",
     "compare",
+    "analyze",
     "bench",
     "doctor",
 )
@@ -214,8 +215,32 @@ def performance() -> str:
         "fakequant": _fakequant_table(_plots().read_rows(RESULTS / "fakequant.csv")),
         "train": _train_table(),
         "decode": _decode_table(),
+        "prefill": _cases_table("prefill", {"ms": ".1f", "tok_s": ",.0f"}),
+        "load": _cases_table("load", LOAD_METRICS),
     }
     return _filled(text, tables)
+
+
+LOAD_METRICS = {
+    **{f"first_token_p{percent}_ms": ",.0f" for percent in (50, 95, 99)},
+    **{f"between_tokens_p{percent}_ms": ".1f" for percent in (50, 95, 99)},
+    "tok_s": ",.0f",
+}
+"""Of load.csv, in the order shown, and how each is written."""
+
+
+def _cases_table(name: str, metrics: dict[str, str]) -> str:
+    """Cases and implementations down, metrics across."""
+    rows = _plots().read_rows(RESULTS / f"{name}.csv")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["impl"]), {})[row["metric"]] = float(row["p50"])
+    lines = [
+        f"| `{case}` | `{impl}` | {' | '.join(format(cells[metric], form) for metric, form in metrics.items())} |"
+        for (case, impl), cells in found.items()
+    ]
+    heads = " | ".join(metric.replace("_", " ") for metric in metrics)
+    return f"| case | | {heads} |\n|---|---|{'---|' * len(metrics)}\n" + "\n".join(lines) + f"\n\n{_places(rows)}\n"
 
 
 def _train_table() -> str:
@@ -344,6 +369,66 @@ def _suite_table() -> str:
     return f"{head}{lines}\n{where}; `benchmarks/bench_eval_suite.py` says what each is.\n"
 
 
+def analyze() -> str:
+    """docs/analyze.md with the numbers of the demo."""
+    return _filled((HERE / "analyze.md").read_text(encoding="utf-8"), {"analyze": _analyze_tables(_analysis())})
+
+
+def analyze_pictures() -> dict[str, str]:
+    """File name -> text of the demo's pictures in docs/images."""
+    from grace_vlm.evals.why.pictures import pictures_of
+
+    return {f"analyze_{name}": text for name, text in pictures_of(_analysis()["whole"]).items()}
+
+
+def _analysis() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / "analyze.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _analyze_tables(content: dict[str, Any]) -> str:
+    """The first model's numbers, its pictures, and each layer's effect in every model."""
+    from grace_vlm.evals.why.summary import summary_lines
+
+    whole, labels = content["whole"], content["labels"]
+    numbers = "\n".join(f"| {what.strip()} | {value} |" for what, value in summary_lines(whole))
+    shown = "\n".join(
+        f"![{name}](images/analyze_{name}.svg)" for name in ("entropy", "gate", "cka", "layers", "codes_w4g128")
+    )
+    models = {content["first"]: whole, **content["others"]}
+    heads = [f"layer {one['layer']}" for one in whole["layers"]["layers"]]
+    rows = [
+        f"| {labels[name]} | "
+        + " | ".join(f"{one['output_error']:.3f} / {1000 * one['kl']:.2f}" for one in found["layers"]["layers"])
+        + f" | {1000 * found['layers']['whole']['kl']:.2f} | {100 * found['layers']['whole']['flips']:.2f} | "
+        + f"{found['cka']['tapped'] - found['cka_before']['tapped']:+.4f} | "
+        + ", ".join(f"{part['bits_used']:.2f}" for part in found["codes"]["schemes"].values())
+        + " |"
+        for name, found in models.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
+    num_rows, others = whole["data"]["num_rows"], content["num_rows_others"]
+    return f"""\
+{labels[content["first"]]} against its teacher and the student that it was quantized from, on {num_rows:,} held-out
+questions:
+
+| | |
+|---|---|
+{numbers}
+
+{shown}
+
+Output error / effect of each layer alone (KL in 1/1000 nats), then of all layers:
+
+| | {" | ".join(heads)} | all, KL | words changed, % | CKA, tapped, since before | bits used |
+|---|{"---|" * len(heads)}---|---|---|---|
+{chr(10).join(rows)}
+
+{others:,} questions for all but the first; {whole["dtype"]} on {whole["hardware"]}, {versions},
+commit {content["commit"]}; `python benchmarks/analyze_demo.py`.
+"""
+
+
 def readme() -> str:
     """README.md with the toy suite's table made from benchmarks/results."""
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
@@ -351,7 +436,7 @@ def readme() -> str:
 
 
 def _toy_table() -> str:
-    """Models of the demo down, benchmarks across: the headline with half of its interval, in points."""
+    """Models of the demo down, benchmarks across: the headline with its interval, in points."""
     from grace_vlm.evals.tasks.registry import TASKS
 
     with (RESULTS / "toy_suite.csv").open(encoding="utf-8") as file:
@@ -360,7 +445,7 @@ def _toy_table() -> str:
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
-        found.setdefault(row["label"], {})[row["task"]] = f"{value:.1f} ± {(high - low) / 2:.1f}"
+        found.setdefault(row["label"], {})[row["task"]] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
     heads = ["", *(TASKS[task].about.title for task in tasks)]
     lines = [[label, *(cells.get(task, "") for task in tasks)] for label, cells in found.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)) + "\n"
@@ -382,6 +467,9 @@ def main() -> None:
     (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
     (HERE / "engine.md").write_text(engine(), encoding="utf-8")
     (HERE / "evaluation.md").write_text(evaluation(), encoding="utf-8")
+    (HERE / "analyze.md").write_text(analyze(), encoding="utf-8")
+    for name, text in analyze_pictures().items():
+        (HERE / "images" / name).write_text(text, encoding="utf-8")
     (HERE.parent / "README.md").write_text(readme(), encoding="utf-8")
     _plots().main([])
     (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")

@@ -62,3 +62,23 @@ class RequestError(GraceError):
     """One request to a model that cannot be answered; other requests go on."""
 
     exit_code = 7
+
+
+class OtherProcessError(GraceError):
+    """Another process of the run failed, and why; an instance has that one's exit code."""
+
+    exit_code = 8
+
+    def __init__(self, reason: str, exit_code: int = 1) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+class StoppedError(GraceError):
+    """A run that was asked to stop has stopped, with a checkpoint; an instance has 128 and the signal's number."""
+
+    exit_code = 128 + 15
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.exit_code = 128 + number

@@ -121,8 +121,10 @@ def test_a_missing_field_is_listed(tmp_path: Path, name: str) -> None:
     rewrite(path, **({name: "drop"} if name in JSON_FIELDS else {}))
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
+    missing = f"{name}.safetensors" if name in TENSOR_FIELDS else name
     assert str(caught.value) == (
-        f"{path} does not fit this version of grace: missing ['{name}'], unknown nothing; use the version that wrote it"
+        f"{path} does not fit this version of grace: missing ['{missing}'], unknown nothing; "
+        "use the version that wrote it"
     )
 
 
@@ -131,10 +133,13 @@ def test_an_unknown_field_or_version_is_refused(tmp_path: Path) -> None:
     rewrite(path, ema=1)
     with pytest.raises(CheckpointError, match=r"missing nothing, unknown \['ema'\]"):
         load_checkpoint(path)
-    rewrite(path, ema="drop", format_version=2)
-    with pytest.raises(CheckpointError, match="has format_version 2; this grace reads 1"):
+    rewrite(path, ema="drop", format_version=1)
+    with pytest.raises(CheckpointError, match="has format_version 1; this grace reads 2"):
         load_checkpoint(path)
-    rewrite(path, format_version=1, step=[3])
+    rewrite(path, format_version=2, num_processes=0)
+    with pytest.raises(CheckpointError, match="says it is of 0 processes; it is damaged"):
+        load_checkpoint(path)
+    rewrite(path, num_processes=1, step=[3])
     with pytest.raises(CheckpointError, match=r"state\.json holds a list as 'step'"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="no checkpoint folder"):

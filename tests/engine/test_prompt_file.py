@@ -86,6 +86,66 @@ def test_generate_and_what_was_interrupted_goes_on(world: Path, grace: Any, tmp_
     (world / "nowhere.png").unlink()
 
 
+def test_another_run_does_not_go_on(world: Path, grace: Any, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "yes"}\n{"id": "b", "prompt": "no"}\n')
+    args = ("generate", world / "model", "--data", prompts, "--out", out, "--device", "cpu", "--max-new-tokens", 3)
+    assert grace(*args)[0] == 0
+    before = out.read_bytes()
+    note = json.loads((tmp_path / "answers.jsonl.run.json").read_text())
+    assert set(note) == {
+        "format_version", "weights", "kv_cache", "int8_head", "cpu_activations", "draft_tokens", "max_pixels"
+    }  # fmt: skip
+
+    def refused(*more: object) -> str:
+        code, _, err = grace(*args, "--resume", *more)
+        assert code == 2
+        assert out.read_bytes() == before
+        return str(err)
+
+    other = "line 1, answers another prompt, picture or sampling than 'a' has now; pass another --out\n"
+    assert refused("--temperature", 0.5) == f"error: {out}, {other}"
+    assert refused("--cpu-activations", "fp32") == (
+        f"error: {out} has answers of another run: cpu_activations was 'int8', now 'fp32'; pass another --out\n"
+    )
+    loaded_toy("tiny", seed=3).model.bfloat16().save_pretrained(tmp_path / "other")
+    loaded_toy("tiny").processor.save_pretrained(tmp_path / "other")
+    code, _, err = grace("generate", tmp_path / "other", *args[2:], "--resume")
+    assert code == 2
+    assert err.startswith(f"error: {out} has answers of another run: weights was '{note['weights']}', now '")
+    prompts.write_text('{"id": "a", "prompt": "maybe"}\n{"id": "b", "prompt": "no"}\n')
+    assert refused() == f"error: {out}, {other}"
+    prompts.write_text('{"id": "a", "prompt": "yes"}\n')
+    code, text, _ = grace(*args, "--resume", "--json")
+    assert (code, json.loads(text)["kept"]) == (0, 1), "fewer prompts are no other run"
+    (tmp_path / "answers.jsonl.run.json").unlink()
+    assert refused() == (
+        f"error: {out} has answers, and no readable answers.jsonl.run.json says of which model; pass another --out\n"
+    )
+
+
+def test_an_interrupt_says_what_is_kept(
+    world: Path, grace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "yes"}) + "\n" for _ in range(5)))
+    args = ("generate", world / "model", "--data", prompts, "--out", out, "--device", "cpu", "--max-new-tokens", 2)
+    answers = LLM.answers
+
+    def stopped(self: LLM, asked: Any) -> Any:
+        for number, pair in enumerate(answers(self, asked)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield pair
+
+    monkeypatch.setattr(LLM, "answers", stopped)
+    code, _, err = grace(*args)
+    assert (code, err) == (130, f"error: interrupted; 2 answers kept in {out}, continue with --resume\n")
+    monkeypatch.setattr(LLM, "answers", answers)
+    code, text, _ = grace(*args, "--resume", "--json")
+    assert (code, json.loads(text)["kept"]) == (0, 2)
+
+
 def test_generate_says_what_drafts_were_worth(world: Path, grace: Any, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "yes no " * 9, "max_tokens": 60, "ignore_eos": True}) + "\n")
@@ -106,7 +166,12 @@ def test_generate_says_what_drafts_were_worth(world: Path, grace: Any, tmp_path:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[1]", "it is no object; expected one like {'prompt': 'what is this?', 'image': 'cat.png'}"),
+        ("[1]", 'it is no object; expected one like {"prompt": "what is this?", "image": "cat.png"}'),
+        (
+            "what is this?",
+            "it is no JSON (Expecting value: line 1 column 1 (char 0)); expected an object like "
+            '{"prompt": "what is this?", "image": "cat.png"}',
+        ),
         ('{"prompt": 3}', "prompt is no text; expected a text, or a list of texts"),
         ('{"prompt": "a", "image": 3}', "image is no path; expected a path, or a list of paths"),
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens is 0; expected at least 1"),
@@ -192,7 +257,7 @@ def test_unknown_keys_are_named(tmp_path: Path) -> None:
         read_prompts(path, tmp_path, SamplingParams())
     with pytest.raises(DataError, match=r"cannot be read: .*; expected a file in UTF-8"):
         read_prompts(tmp_path / "none", tmp_path, SamplingParams())
-    assert kept_answers(tmp_path / "none") == set()
+    assert kept_answers(tmp_path / "none", [], {}) == set()
 
 
 def test_a_talk_in_turns(world: Path, grace: Any) -> None:

@@ -22,7 +22,10 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["recipes", "cli", "training", "performance", "numerics", "engine", "kernels"])
+PAGES = ["recipes", "cli", "training", "performance", "numerics", "engine", "kernels", "evaluation", "analyze"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_generated_page_is_up_to_date(generate: ModuleType, page: str) -> None:
     assert (ROOT / "docs" / f"{page}.md").read_text() == getattr(generate, page)(), "run make docs"
 
@@ -31,6 +34,12 @@ def test_the_plots_are_those_of_the_measured_rows(generate: ModuleType, tmp_path
     assert generate._plots().main(["--out", str(tmp_path)]) == 0
     for name in ("loss_time.svg", "loss_memory.svg"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / "images" / name).read_text(), "run make docs"
+
+
+def test_the_readmes_tables_and_the_analysis_pictures_are_of_the_records(generate: ModuleType) -> None:
+    assert (ROOT / "README.md").read_text() == generate.readme(), "run make docs"
+    for name, text in generate.analyze_pictures().items():
+        assert (ROOT / "docs" / "images" / name).read_text() == text, "run make docs"
 
 
 @pytest.mark.parametrize(

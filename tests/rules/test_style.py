@@ -139,6 +139,8 @@ def test_user_errors_have_different_exit_codes() -> None:
         "CheckpointError",
         "NonFiniteError",
         "RequestError",
+        "OtherProcessError",
+        "StoppedError",
     }
     codes = [kind.exit_code for kind in leaves]
     assert len(set(codes)) == len(codes)

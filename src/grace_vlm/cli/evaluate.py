@@ -34,6 +34,14 @@ def evaluate(
     out: Path = typer.Option(None, "--out", help="Folder of every answer, record and score of a suite."),
     resume: bool = typer.Option(False, "--resume", help="Keep the answers that --out has, ask the rest."),
     part: str = typer.Option("1/1", "--part", help="Of the suite's questions only this part, as 2/4."),
+    by: str = typer.Option(
+        None, "--by", help="Of a suite also by category: each benchmark's own (category), a column's name, or all."
+    ),
+    control: str = typer.Option(
+        None,
+        "--control",
+        help="No score but what to compare one with: blind, shuffle (pictures) or majority (no model).",
+    ),
     endpoint: str = typer.Option(
         None, "--endpoint", help="URL of a server (up to /v1) that answers; MODEL is its name."
     ),
@@ -59,14 +67,40 @@ def evaluate(
     kinds = {"batch_invariant": batch_invariant, "cpu_activations": cpu_activations}
     options = EngineOptions(**sizes, **kinds)  # type: ignore[arg-type]
     if suite is None:
-        if wrong := [name for name, value in (("--out", out), ("--endpoint", endpoint), ("--task", task)) if value]:
+        if wrong := [
+            name
+            for name, value in (
+                ("--out", out),
+                ("--endpoint", endpoint),
+                ("--task", task),
+                ("--by", by),
+                ("--control", control),
+            )
+            if value
+        ]:
             raise ConfigError(f"{wrong[0]} is for a suite; pass --suite card, or leave it out")
+        _require_rows(data)
         _file(model, data, root, limit, answers, max_new_tokens or MAX_NEW_TOKENS, options, device, as_json)
         return
     if out is None:
         raise ConfigError("--suite needs --out, the folder that answers and scores go to")
-    asked = Asked(model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens)
+    asked = Asked(
+        model, data, suite, tuple(task), tuple(profile), out, resume, part, limit, max_new_tokens, by, control
+    )
     run_suite(asked, By(endpoint, api_key, stock, batch_size, device, options), as_json)
+
+
+def _require_rows(data: Path) -> None:
+    """``ConfigError`` for a folder, which only a suite is asked of."""
+    if not data.is_dir():
+        return
+    from grace_vlm.evals.tasks.registry import TASKS
+
+    if found := [name for name in TASKS if (data / name).is_dir()]:
+        raise ConfigError(
+            f"--data is {data}, a folder of benchmarks ({', '.join(found)}); pass --suite card and --out to ask them"
+        )
+    raise ConfigError(f"--data is {data}, a folder; expected a file of rows, or with --suite a folder of benchmarks")
 
 
 def _file(

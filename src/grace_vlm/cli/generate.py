@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from grace_vlm.cli.output import ProgressBar, emit_json, say
+from grace_vlm.cli.output import ProgressBar, emit_json, fail, say
 
 HELP = """Answer every prompt of a file; requests run together, and an interrupted run goes on with --resume.
 
@@ -43,9 +43,17 @@ def generate(
 ) -> None:
     from grace_vlm.engine.engine import EngineOptions
     from grace_vlm.engine.llm import LLM
-    from grace_vlm.engine.prompt_file import answer_line, kept_answers, read_prompts, read_text, remaining
+    from grace_vlm.engine.prompt_file import (
+        answer_line,
+        kept_answers,
+        read_prompts,
+        read_text,
+        remaining,
+        write_note,
+    )
     from grace_vlm.engine.sampling import SamplingParams
     from grace_vlm.errors import ConfigError, RequestError
+    from grace_vlm.evals.suite.run import weights_digest
 
     if out.exists() and data.exists() and out.samefile(data):
         raise ConfigError(f"--out and --data are one file, {out}; pass another --out")
@@ -61,18 +69,24 @@ def generate(
         "draft_tokens": draft_tokens,
     }
     options = EngineOptions(cache_tokens, batch_size, max(2048, batch_size + draft_tokens), **kept)  # type: ignore[arg-type]
+    # Not the model's path: a folder that was moved is the same model.
+    stated = {"weights": weights_digest(model), **kept, "max_pixels": max_pixels}
+    done = kept_answers(out, asked, stated) & {one.id for one in asked}
     llm = LLM(model, device, options, max_pixels=max_pixels)
-    done = kept_answers(out) & {one.id for one in asked}
     out.parent.mkdir(parents=True, exist_ok=True)
+    write_note(out, stated)
     failed, count = 0, len(done)
     with ProgressBar("answering") as bar, out.open("a", encoding="utf-8") as file:
         bar.update(count, len(asked))
-        for one, answer in llm.answers(remaining(asked, done)):
-            file.write(answer_line(one, answer))
-            file.flush()
-            failed += isinstance(answer, RequestError)
-            count += 1
-            bar.update(count, len(asked))
+        try:
+            for one, answer in llm.answers(remaining(asked, done)):
+                file.write(answer_line(one, answer))
+                file.flush()
+                failed += isinstance(answer, RequestError)
+                count += 1
+                bar.update(count, len(asked))
+        except KeyboardInterrupt:
+            fail(f"interrupted; {count - failed} answers kept in {out}, continue with --resume", 130)
     drafter = llm.engine.drafter
     if as_json:
         drafted = {"proposed": drafter.num_proposed, "accepted": drafter.num_accepted} if draft_tokens else {}

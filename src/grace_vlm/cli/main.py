@@ -42,6 +42,7 @@ def root(
 
 def _register() -> None:
     from grace_vlm.cli import (
+        analyze,
         bench,
         chat,
         compare,
@@ -76,6 +77,7 @@ def _register() -> None:
     app.command("chat", help=chat.HELP)(chat.chat)
     app.command("generate", help=generate.HELP)(generate.generate)
     app.command("compare", help=compare.HELP)(compare.compare)
+    app.command("analyze", help=analyze.HELP)(analyze.analyze)
     app.command("bench", help=bench.HELP, context_settings=bench.SETTINGS)(bench.bench)
     app.command("doctor", help=doctor.HELP)(doctor.doctor)
 

@@ -43,9 +43,9 @@ def show(line: str) -> None:
 
 
 class ProgressBar:
-    """A Rich bar on standard error; silent where that is no terminal."""
+    """A Rich bar on standard error; silent where that is no terminal, or it is not to be shown."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, is_shown: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,7 +56,7 @@ class ProgressBar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (is_shown and console.is_terminal),
         )
         self._task = self._progress.add_task(description, total=None)
 

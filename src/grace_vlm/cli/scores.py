@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from grace_vlm.cli.output import emit_json, print_table
 from grace_vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grace_vlm.evals.suite.tables import Line
 
 HELP = """The table of several evaluations by grace eval --suite, and what one lost against another.
 
@@ -23,25 +26,33 @@ def scores(
     profile: str = typer.Option("strict", "--profile", help="Whose prompts, parsers and aggregates."),
     form: str = typer.Option("markdown", "--format", help="markdown, latex, csv or html."),
     baseline: str = typer.Option(None, "--baseline", help="NAME of the one that others are compared with, row by row."),
+    by: str = typer.Option(
+        None, "--by", help="Also by category: each benchmark's own (category), a column by name, or all; as csv alone."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    from grace_vlm.evals.suite.tables import read_line, table
+    from grace_vlm.evals.suite.tables import category_table, read_line, table
     from grace_vlm.evals.tasks.task import PROFILES
 
     if profile not in PROFILES:
         raise ConfigError(f"--profile is {profile}; expected one of {', '.join(PROFILES)}")
     named = [_named(run) for run in runs]
-    lines = [read_line(folder, label, profile) for label, folder in named]
-    lines += [read_line(folder, label, profile, is_reference=True) for label, folder in map(_named, reference)]
+    lines = [read_line(folder, label, profile, by=by) for label, folder in named]
+    lines += [read_line(folder, label, profile, is_reference=True, by=by) for label, folder in map(_named, reference)]
+    said = {label: line.label for (label, _), line in zip(named, lines, strict=False)}
     compared = {} if baseline is None else _compared(named, baseline, profile)
     if as_json:
         from dataclasses import asdict
 
-        emit_json({"profile": profile, "rows": [asdict(line) for line in lines], "differences": compared})
+        documents = [{**asdict(line), "categories": _categories(line)} for line in lines]
+        emit_json({"profile": profile, "rows": documents, "differences": compared})
         return
-    print(table(lines, profile, form), end="")
+    if by is None or form != "csv":  # one file has one table
+        print(table(lines, profile, form), end="" if by is None else "\n")
+    if by is not None:
+        print(category_table(lines, profile, form), end="")
     for label, found in compared.items():
-        print(f"\n{label} against {baseline}, profile {profile}:\n")
+        print(f"\n{said[label]} against {said[baseline]}, profile {profile}:\n")
         rows = [
             (
                 one["task"],
@@ -54,6 +65,16 @@ def scores(
             for one in found
         ]
         print_table(("task", "difference, points", "p", "p by Holm", "answers apart %", "lost / won"), rows)
+
+
+def _categories(line: Line) -> list[dict[str, Any]]:
+    """Of one model, an object each: JSON has no keys of three parts."""
+    from dataclasses import asdict
+
+    return [
+        {"task": task, "column": column, "category": value, **asdict(cell)}
+        for (task, column, value), cell in line.categories.items()
+    ]
 
 
 def _named(text: str) -> tuple[str, Path]:

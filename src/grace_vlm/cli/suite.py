@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from grace_vlm.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from grace_vlm.engine.engine import EngineOptions
+    from grace_vlm.evals.suite.questions import Benchmark
     from grace_vlm.evals.suite.responders import Responder
     from grace_vlm.evals.suite.run import Part
     from grace_vlm.evals.tasks.task import Profile, Report
@@ -32,6 +33,8 @@ class Asked:
     part: str
     limit: int | None
     max_new_tokens: int | None
+    by: str | None = None
+    control: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     profiles, part = _profiles(asked.profiles), _part(asked.part)
     most = MOST_NEW_TOKENS if asked.max_new_tokens is None else asked.max_new_tokens
     benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, bool(asked.tasks), most)
+    if asked.control is not None:
+        from grace_vlm.evals.suite.controls import controlled
+
+        benchmarks = [controlled(one, asked.control) for one in benchmarks]
     if absent:
         say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
     for one in benchmarks:
@@ -71,11 +78,11 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     if not any(one.known(profiles) for one in benchmarks):
         raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
     with FolderLock(asked.out / f".part{part.number + 1}"):
-        ledger = Ledger(asked.out, _identity(asked.model, by), asked.resume, (part.number, part.of))
+        ledger = Ledger(asked.out, _identity(asked, benchmarks, by), asked.resume, (part.number, part.of))
         # Only where a question has no answer a model is opened.
         if not all(ledger.has(question.key) for question in questions_of(benchmarks, profiles, part)):
             with ProgressBar("answering") as bar:
-                ask(benchmarks, profiles, _responder(asked.model, by), ledger, part, bar.update)
+                ask(benchmarks, profiles, _responder(asked, benchmarks, by), ledger, part, bar.update)
         if left := missing_answers(benchmarks, profiles, ledger.replies):
             say(
                 f"{left} questions have not been asked: scores are written when all parts have ended, with the same "
@@ -84,9 +91,11 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
             return
         reports = write_scores(benchmarks, profiles, ledger.replies, asked.out, asked.limit)
     if as_json:
-        emit_json(_summary(reports, asked.out))
+        emit_json(_summary(reports, asked.out, asked.control))
     else:
-        _print(reports, asked.limit)
+        _print(reports, asked.limit, asked.control)
+        if asked.by is not None:
+            _print_categories(reports, asked.by)
     failed = [reply.error or "" for reply in ledger.replies.values() if reply.text is None]
     if failed:
         raise RequestError(
@@ -112,11 +121,16 @@ def _part(text: str) -> Part:
     return Part(int(number) - 1, int(of))
 
 
-def _identity(model: str, by: By) -> dict[str, Any]:
+def _identity(asked: Asked, benchmarks: Sequence[Benchmark], by: By) -> dict[str, Any]:
     """What answers of one folder have in common."""
     from grace_vlm.evals.suite.run import same_numbers, weights_digest
 
+    model = asked.model
     stated: dict[str, Any] = {"model": model, "grace_vlm": __version__}
+    if (control := benchmarks[0].control) is not None:
+        stated["control"] = control.name
+        if asked.control == "majority":
+            return {**stated, "model": None, "by": "majority"}
     if by.endpoint is not None:
         return {**stated, "by": "endpoint", "endpoint": by.endpoint}
     stated["weights"] = weights_digest(model)
@@ -125,9 +139,14 @@ def _identity(model: str, by: By) -> dict[str, Any]:
     return {**stated, "by": "engine", "options": same_numbers(by.options)}
 
 
-def _responder(model: str, by: By) -> Responder:
+def _responder(asked: Asked, benchmarks: Sequence[Benchmark], by: By) -> Responder:
     from grace_vlm.evals.suite.responders import EndpointResponder, EngineResponder, TransformersResponder
 
+    model = asked.model
+    if asked.control == "majority":
+        from grace_vlm.evals.suite.controls import MajorityResponder
+
+        return MajorityResponder(benchmarks)
     if by.endpoint is not None:
         return EndpointResponder(by.endpoint, model, by.api_key, by.batch_size)
     if by.stock:
@@ -143,14 +162,14 @@ def _responder(model: str, by: By) -> Responder:
     return EngineResponder(LLM(loaded, options=by.options, quantized=codes, max_pixels=largest_area(loaded.processor)))
 
 
-def _summary(reports: Mapping[Profile, Mapping[str, Report]], out: Path) -> dict[str, Any]:
+def _summary(reports: Mapping[Profile, Mapping[str, Report]], out: Path, control: str | None) -> dict[str, Any]:
     from grace_vlm.evals.suite.score import as_json
 
     scores = {profile: {name: as_json(one) for name, one in own.items()} for profile, own in reports.items()}
-    return {"out": str(out), "scores": scores}
+    return {"out": str(out), **({} if control is None else {"control": control}), "scores": scores}
 
 
-def _print(reports: Mapping[Profile, Mapping[str, Report]], limit: int | None) -> None:
+def _print(reports: Mapping[Profile, Mapping[str, Report]], limit: int | None, control: str | None) -> None:
     from grace_vlm.evals.suite.score import said
     from grace_vlm.evals.tasks.registry import TASKS
 
@@ -160,8 +179,27 @@ def _print(reports: Mapping[Profile, Mapping[str, Report]], limit: int | None) -
             for metric, value in report.metrics.items():
                 mark = "*" if metric == report.headline else ""
                 unread = str(report.num_unparsed) if mark else ""
-                rows.append((f"{TASKS[name].about.title}{mark}", profile, metric, said(value), unread))
+                label = "" if control is None else f" [control: {control}]"
+                rows.append((f"{TASKS[name].about.title}{label}{mark}", profile, metric, said(value), unread))
     print_table(("benchmark", "profile", "metric", "value [95 % interval] scored/all", "unparsed"), rows)
     print("* the profile's own headline")
+    if control is not None:
+        print(f"of the control {control}: no score of a model, but what one is to be compared with")
     if limit is not None:
         print(f"of the first {limit} rows of each benchmark only (--limit)")
+
+
+def _print_categories(reports: Mapping[Profile, Mapping[str, Report]], by: str) -> None:
+    """Each profile's breakdown by a column."""
+    from grace_vlm.evals.suite.categories import category_scores
+    from grace_vlm.evals.suite.score import as_json, said
+    from grace_vlm.evals.tasks.registry import TASKS
+    from grace_vlm.evals.tasks.task import Metric
+
+    rows = [
+        (TASKS[one.task].about.title, profile, f"{one.column}: {one.value}", said(Metric(**one.metric)))
+        for profile, own in reports.items()
+        for one in category_scores({name: as_json(report) for name, report in own.items()}, by)
+    ]
+    print()
+    print_table(("benchmark", "profile", "category", "value [95 % interval] scored/all"), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,12 +58,15 @@ def train_model(
     from grace_vlm.train.loop import train
     from grace_vlm.train.record import read_metrics
 
-    with ProgressBar("training") as bar:
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate started
+    with ProgressBar("training", is_shown=is_first) as bar:
 
         def progress(report: StepReport, num_steps: int) -> None:
             bar.update(report.step + 1, num_steps, f"loss {report.loss:.3f}")
 
         final = train(loaded, out, resume=resume, overwrite=overwrite, notify=say, progress=progress)
+    if not is_first:
+        return
     last = read_metrics(out / "metrics.jsonl")[-1]
     if as_json:
         emit_json({"model": str(final), "last_step": last})

@@ -124,3 +124,11 @@ class BadRowBudget:
                 f"{self.num_rows} are over the budget of {self.num_allowed} ({self.max_fraction:.4g} of the rows); "
                 f"list them with 'grace data check', then repair them{advice}"
             )
+
+    def require_within(self, num_bad: int) -> None:
+        """``DataError`` if so many, found by several processes, are over the budget of the set."""
+        if num_bad > self.num_allowed and num_bad > self.num_bad:
+            raise DataError(
+                f"{num_bad} bad rows of {self.num_rows}, over all processes, are over the budget of {self.num_allowed} "
+                f"({self.max_fraction:.4g} of the rows); list them with 'grace data check', then repair them"
+            )

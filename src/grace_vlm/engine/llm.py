@@ -307,9 +307,22 @@ def _row_of(prompt: TextOrTurns, images: Sequence[Picture]) -> Row:
 
 
 def _listed(images: Pictures) -> list[Picture]:
+    """The pictures of one prompt; ``RequestError`` for what is none."""
     if images is None:
         return []
-    return [images] if isinstance(images, Picture) else list(images)
+    if isinstance(images, Picture):
+        return [images]
+    if not isinstance(images, Sequence) or not all(isinstance(one, Picture) for one in images):
+        raise _no_picture(images)
+    return list(images)  # type: ignore[arg-type]
+
+
+def _no_picture(images: object) -> RequestError:
+    found = images if not isinstance(images, Sequence) else next(o for o in images if not isinstance(o, Picture))
+    return RequestError(
+        f"images has {str(found)[:80]!r} ({type(found).__name__}); expected a path, bytes or a Pillow image, or a list "
+        "of them"
+    )
 
 
 def _for_each(images: Pictures | Sequence[Pictures], count: int, is_one: bool) -> list[Pictures]:
@@ -318,6 +331,8 @@ def _for_each(images: Pictures | Sequence[Pictures], count: int, is_one: bool) -
         return [None] * count
     if is_one:
         return [_listed(images)]  # type: ignore[arg-type]
+    if not isinstance(images, Picture | Sequence):
+        raise _no_picture(images)
     each: list[Pictures] = [images] if isinstance(images, Picture) else list(images)
     if len(each) != count:
         raise RequestError(f"images has {len(each)} entries for {count} prompts; give each its own, None for none")

@@ -23,9 +23,6 @@ from grace_vlm.models.registry import adapter_for
 from grace_vlm.quant.affine import bake
 from grace_vlm.quant.scheme import QuantizedTensor
 
-STOCK = ("grace", "compressed-tensors")
-"""Layouts that Transformers opens by itself."""
-
 
 def open_model(path: str, device: str = "auto") -> tuple[LoadedModel, Mapping[str, QuantizedTensor]]:
     """A model ready to run, and its quantized linears on their grids by module name, read when they are asked for;
@@ -38,7 +35,7 @@ def open_model(path: str, device: str = "auto") -> tuple[LoadedModel, Mapping[st
     if not Path(source).is_dir() or is_original(path):
         return load_model(path, device), {}
     content = read_model(Path(source))
-    loaded = load_model(path, device) if content.layout in STOCK else _laid_out(content, device)
+    loaded = load_model(path, device) if content.layout == "grace" else _laid_out(content, device)
     stored = {name: stored_name(loaded.adapter, name) for name, _ in loaded.model.named_modules()}
     own = {name: theirs for name, theirs in stored.items() if theirs in content.quantized}
     return loaded, Lazy(own, lambda name: content.quantized[own[name]])

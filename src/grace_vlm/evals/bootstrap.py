@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grace_vlm.evals.statistics import wilson_interval
+
 NUM_RESAMPLES = 10_000
+Entry = tuple[str, float, float]
+"""(group, value of one unit in [0, 1], its weight in the mean)."""
 _CHUNK_ELEMENTS = 4_000_000
 """Counts that are held at once: 32 MB."""
 
@@ -63,6 +67,32 @@ def paired_cluster_interval(
     return (mean, low, high) if len(totals) > 1 else (mean, -1.0, 1.0)
 
 
+def components_interval(components: Sequence[Sequence[Entry]], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of several weighted means, as fractions: one component for an accuracy, three for the
+    mean of aAcc, fAcc and qAcc, one a category for a macro mean.
+
+    Where every unit is right, or every one wrong, draws have no spread: then it is Wilson's interval of that many
+    groups. (0, 1) of nothing. Any order of the units gives the same interval.
+    """
+    entries = [entry for component in components for entry in component]
+    groups = {group for group, _, _ in entries}
+    if not any(weight for _, _, weight in entries):
+        return 0.0, 1.0
+    values = {value for _, value, weight in entries if weight}
+    if values in ({0.0}, {1.0}):
+        return wilson_interval(len(groups) if values == {1.0} else 0, len(groups))
+    _, low, high = ratio_interval([_weighted_totals(c, groups) for c in components if c], seed=seed)
+    return low, high
+
+
+def _weighted_totals(component: Sequence[Entry], groups: Iterable[str]) -> dict[Hashable, tuple[float, float]]:
+    """Group -> (weighted sum of values, sum of weights), (0, 0) of a group that the component has no unit of."""
+    members: dict[str, list[tuple[float, float]]] = {group: [] for group in groups}
+    for group, value, weight in component:
+        members[group].append((weight * value, weight))
+    return {g: (math.fsum(v for v, _ in own), math.fsum(w for _, w in own)) for g, own in members.items()}
+
+
 def group_totals(values: Sequence[float], groups: Sequence[Hashable]) -> dict[Hashable, tuple[float, int]]:
     """Group -> (sum of its values, number of its rows); sums are exactly rounded, whatever the order of the rows."""
     members: dict[Hashable, list[float]] = defaultdict(list)
@@ -72,7 +102,7 @@ def group_totals(values: Sequence[float], groups: Sequence[Hashable]) -> dict[Ha
 
 
 def ratio_interval(
-    measures: Sequence[dict[Hashable, tuple[float, int]]],
+    measures: Sequence[Mapping[Hashable, tuple[float, float]]],
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -84,7 +114,8 @@ def ratio_interval(
         measures: for each ratio, group -> (numerator, denominator), for the same groups. HallusionBench's mean of
             three: groups are sets; numerators the right rows, figures and questions of a set, denominators all.
 
-    A resample in which a denominator is 0 is left out; a ratio whose denominator is 0 in all is an error.
+    In a resample a ratio whose denominator is 0 says nothing, and the mean is of the others; without any the resample
+    is left out. A ratio whose denominator is 0 in all groups is an error.
     """
     groups = set(measures[0]) if measures else set()
     if not groups:
@@ -92,17 +123,18 @@ def ratio_interval(
     if any(set(measure) != groups for measure in measures):
         raise ValueError("measures of different groups")
     table = np.array([[x for measure in measures for x in measure[group]] for group in groups], dtype=np.float64)
-    mean = float(_ratios(np.array([[math.fsum(column) for column in table.T]]))[0])
-    if math.isnan(mean):
+    whole = np.array([[math.fsum(column) for column in table.T]])
+    if not whole[0, 1::2].all():
         raise ValueError("a ratio with nothing in its denominator")
+    mean = float(_ratios(whole)[0])
     kinds, counts = np.unique(table, axis=0, return_counts=True)
-    drawn = _ratios(_resampled_totals(kinds, counts, num_resamples, np.random.default_rng(seed)))
+    drawn = _ratios(resampled_totals(kinds, counts, num_resamples, np.random.default_rng(seed)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn[~np.isnan(drawn)], [tail, 1 - tail])
     return mean, float(low), float(high)
 
 
-def _resampled_totals(
+def resampled_totals(
     kinds: NDArray[np.float64], counts: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """(num_resamples, columns): totals of as many groups as there are, drawn with replacement."""
@@ -117,8 +149,11 @@ def _resampled_totals(
 
 
 def _ratios(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the ratios of each row of (numerator, denominator, numerator, ...); NaN where a denominator is 0."""
+    """Mean over the ratios of each row of (numerator, denominator, numerator, ...) whose denominator is above 0; NaN
+    where there is none."""
     numerators, denominators = totals[:, 0::2], totals[:, 1::2]
-    safe = np.where(denominators > 0, denominators, np.nan)
-    means: NDArray[np.float64] = (numerators / safe).mean(axis=1)
+    there = denominators > 0
+    ratios = np.divide(numerators, denominators, out=np.zeros_like(numerators), where=there)
+    count = there.sum(axis=1)
+    means: NDArray[np.float64] = np.where(count > 0, ratios.sum(axis=1) / np.maximum(count, 1), np.nan)
     return means

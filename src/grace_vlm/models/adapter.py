@@ -142,6 +142,13 @@ def linear_shapes(model: nn.Module, parts: Mapping[Part, str] | None = None) -> 
     return shapes
 
 
+def layer_names(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Module names of the decoder's layers, in order: those that hold the linears of the language model."""
+    pattern = adapter.parts["language"]
+    names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    return list(dict.fromkeys(re.sub(r"(\.layers\.\d+)\..*", r"\1", name) for name in names))
+
+
 def plan_model(
     model: nn.Module,
     adapter: Adapter,

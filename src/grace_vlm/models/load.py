@@ -185,7 +185,7 @@ def load_model(
                 source, dtype=torch.bfloat16, output_loading_info=True, **_dequantize_options(config, source)
             )
             model, report = opened
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a layout's own package is not installed
         raise _not_opened(source, error) from error
     if missing := sorted(report["missing_keys"]):
         # Transformers starts what is missing at random and warns; such a model must not be trained or scored.

@@ -8,7 +8,6 @@ besides what ``replay.py`` keeps.
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.reader import Entry, Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.adapter import layer_names
 from grace_vlm.models.load import LoadedModel
 from grace_vlm.ptq.replay import Forward, Replay
 
@@ -75,7 +75,9 @@ def calibration_replay(loaded: LoadedModel, entries: list[Entry]) -> Replay:
             batches.append([])
             held = entry[1].num_tokens
         batches[-1].append(entry)
-    return Replay(loaded.model, layer_names(loaded), [_forward(loaded, batch) for batch in batches])
+    return Replay(
+        loaded.model, layer_names(loaded.model, loaded.adapter), [_forward(loaded, batch) for batch in batches]
+    )
 
 
 def _forward(loaded: LoadedModel, entries: list[Entry]) -> Forward:
@@ -90,10 +92,3 @@ def _forward(loaded: LoadedModel, entries: list[Entry]) -> Forward:
     return functools.partial(
         adapter.decode, model, batch.input_ids, batch.position_ids, vision, segments=batch.segments
     )
-
-
-def layer_names(loaded: LoadedModel) -> list[str]:
-    """Module names of the decoder's layers, in order: those that hold the linears of the language model."""
-    pattern = loaded.adapter.parts["language"]
-    names = [name for name, _ in loaded.model.named_modules() if re.fullmatch(pattern, name)]
-    return list(dict.fromkeys(re.sub(r"(\.layers\.\d+)\..*", r"\1", name) for name in names))

@@ -111,7 +111,7 @@ class DataConfig(_Section):
     train: str = Field(description="LLaVA/ShareGPT4V rows, JSON array or JSONL; as given, or below data.root")
     root: str | None = Field(None, description="folder that image paths start from; null: the folder of the rows")
     micro_batch_size: int = Field(8, ge=1, description="rows of one forward on one process")
-    accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step on one process")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one optimizer step, shared out to the processes")
     max_tokens: int = Field(8192, ge=16, description="longer rows go to the ledger")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="bad rows over all rows before the run stops")
     group_by_length: bool = Field(False, description="batch rows of similar text length; the order stays seeded")

@@ -4,15 +4,20 @@
 
 ``final/`` is a model folder (formats/publish.py). Everything that decides the rest of a run is in ``TrainState``: a
 run that is killed at any instant and resumed ends with the same bytes as one that was not.
+
+Of several processes (``ranks.py``) the first one writes all there is one of; into a checkpoint each writes its share of
+the masters and moments, its place in the data and its random state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,22 +25,27 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
 from torch import nn
 
-from grace_vlm.checkpoint.atomic import sweep_partials, write_bytes_atomic
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
 from grace_vlm.checkpoint.manifest import sha256_file
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
-from grace_vlm.checkpoint.store import TrainState, find_checkpoint, load_checkpoint, require_same, save_checkpoint
+from grace_vlm.checkpoint.store import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    num_processes_of,
+    require_same,
+    save_checkpoint,
+)
 from grace_vlm.data.ledger import Ledger
-from grace_vlm.errors import CheckpointError, ConfigError, GraceError
+from grace_vlm.errors import ConfigError, GraceError, StoppedError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.graphs import graph_layers
-from grace_vlm.models.load import use_device
 from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.cache_identity import FILE as CACHE_FILE
@@ -53,26 +63,47 @@ from grace_vlm.train.open import (
     plan_for,
 )
 from grace_vlm.train.optim import Optimizer
+from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.record import Recorder, read_metrics
+from grace_vlm.train.reshard import shared_out
+from grace_vlm.train.run_folder import Notify, is_complete, ledger_name, prepare_run_folder
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
+from grace_vlm.train.stop import StopRequests
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
 from grace_vlm.train.teacher_cache import CachedTeacher, open_cached_teacher
 
-Notify = Callable[[str], None]
 Progress = Callable[[StepReport, int], None]
 GIB = 1 << 30
 
 
 class Run:
-    """One training run in one folder."""
+    """One training run in one folder.
 
-    def __init__(self, recipe: Recipe, out: Path, notify: Notify = lambda text: None) -> None:
+    Args:
+        ranks: its processes; None: those that the launcher started. requests: to stop; None: none will come.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        notify: Notify = lambda text: None,
+        ranks: Ranks | None = None,
+        requests: StopRequests | None = None,
+    ) -> None:
         self.recipe, self.out, self.notify = recipe, out, notify
-        chosen = use_device(recipe.runtime.device)
-        self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        self.requests = StopRequests() if requests is None else requests
+        self.ranks = Ranks.started(recipe.runtime.device) if ranks is None else ranks
+        self.device = self.ranks.device
+        self.num_micro_batches, left = divmod(recipe.data.accumulation, self.ranks.count)
+        if left:
+            raise ConfigError(
+                f"data.accumulation is {recipe.data.accumulation} micro-batches a step for {self.ranks.count} "
+                "processes; expected a multiple, so that every process has as many"
+            )
         if recipe.has_teacher_elsewhere:
             pick_teacher_device(recipe)
-            if self.accelerator.num_processes > 1:
+            if self.ranks.count > 1:
                 raise ConfigError("model.teacher_device is one GPU for one process; leave it out with several")
         torch.manual_seed(recipe.runtime.seed)
         rows = open_rows(recipe)
@@ -89,21 +120,22 @@ class Run:
             scale_init=recipe.quant.scale_init,
             clip_mask=recipe.quant.clip_mask,
             scale_gradient=recipe.quant.scale_gradient,
+            ranks=self.ranks,
         )
         self.optimizer = Optimizer(self.masters, recipe.optim)
         self.teacher = self._open_teacher(cache_bytes)
         self.adaptive = self._adaptive_weight()
-        self.ledger = Ledger(out / "ledger.jsonl")
+        self.ledger = Ledger(out / ledger_name(self.ranks.index))
         self.loader = open_loader(
             recipe,
             rows,
             self.student,
             self.ledger,
-            self.accelerator.device,
+            self.device,
             # Without a cache there is nothing to ask, and workers could not.
             keeps=self._keeps_features if recipe.runtime.tower_cache_gib else None,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=self.ranks.index,
+            world_size=self.ranks.count,
         )
         self.stepper = Stepper(
             recipe,
@@ -113,18 +145,18 @@ class Run:
             self.optimizer,
             self.teacher,
             self.adaptive,
-            self.accelerator,
+            self.ranks,
         )
-        if self.accelerator.device.type == "cuda":
+        if self.device.type == "cuda":
             # A whole BF16 gradient of a table of words is what a small GPU runs out at.
             sum_look_ups(self.student.model, self.masters.accumulator)
         if recipe.runtime.gradient_checkpointing and trained_tower:
             recompute_tower(self.student.model)
-        if recipe.runtime.compile and self.accelerator.device.type == "cuda":
+        if recipe.runtime.compile and self.device.type == "cuda":
             compile_layers(self.student.model)
             if self.teacher is not None:
                 self.teacher.compile_layers()
-        if recipe.runtime.cuda_graphs and self.accelerator.device.type == "cuda":
+        if recipe.runtime.cuda_graphs and self.device.type == "cuda":
             sums = self.masters.sums_of(self.student.model.model.language_model.layers)
             memory = graph_layers(self.student.model, sums)
             if self.teacher is not None:
@@ -155,9 +187,9 @@ class Run:
         cache = self.recipe.model.teacher_cache if isinstance(self.teacher, CachedTeacher) else None
         return {
             "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest()[:16],
-            "num_processes": self.accelerator.num_processes,
+            "num_processes": self.ranks.count,
             "num_threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             **({} if cache is None else {"teacher_cache": sha256_file(Path(cache) / CACHE_FILE)[:16]}),
@@ -172,66 +204,98 @@ class Run:
             log_scales={name: tensor.detach().clone() for name, tensor in self.masters.log_scales()},
             optimizer_tensors=self.optimizer.state_dict(),
             adaptive_weight=self.adaptive.state_dict() if self.adaptive else {},
-            sampler=self.loader.state_dict(),
-            rng=capture_rng(),
+            sampler=by_process(self.ranks.gather(self.loader.state_dict())),
+            rng=by_process(self.ranks.gather(capture_rng())),
             fingerprint=self.fingerprint(),
         )
 
     def restore(self) -> int:
-        """Load the newest complete checkpoint; returns the number of steps done (0: none found)."""
-        path, skipped = find_checkpoint(self.out / "checkpoints")
+        """Load the newest complete checkpoint; returns the number of steps done (0: none found).
+
+        One of another number of processes is taken too, and that is said: sums round otherwise, and rows that are
+        packed are shared out anew from the place of the process that was least far.
+        """
+        path, skipped = self.ranks.of_first(find_checkpoint(self.out / "checkpoints") if self.ranks.is_first else None)
         for folder, reason in skipped:
             self.notify(f"skipped {folder.name}: {reason}")
         if path is None:
             return 0
-        state = load_checkpoint(path)
-        require_same(self.fingerprint(), state.fingerprint)
+        saved_by = num_processes_of(path)
+        is_same_number = saved_by == self.ranks.count
+        parts = [load_checkpoint(path, index) for index in ([self.ranks.index] if is_same_number else range(saved_by))]
+        own = self.fingerprint()
+        if not is_same_number:
+            own |= {key: parts[0].fingerprint[key] for key in ("num_processes", "num_threads")}
+        require_same(own, parts[0].fingerprint)
+        state = parts[0] if is_same_number else shared_out(parts, self.masters)
         self.masters.load_state_dict(state.masters, state.log_scales)
         self.optimizer.load_state_dict(state.optimizer_tensors)
         if self.adaptive:
             self.adaptive.load_state_dict(state.adaptive_weight)
-        self.loader.load_state_dict(state.sampler)
-        restore_rng(state.rng)
-        self.notify(f"resumed from {path.name}")
+        said = ""
+        if is_same_number:
+            self.loader.load_state_dict(state.sampler[f"{self.ranks.index}"])
+            restore_rng(state.rng[f"{self.ranks.index}"])
+        else:
+            self.loader.load_state_dict(min(state.sampler.values(), key=lambda at: (at["epoch"], at["cursor"])))
+            said = f", which {saved_by} processes wrote and {self.ranks.count} read: not bit-exact"
+        self.notify(f"resumed from {path.name}{said}")
         return state.step
 
-    def steps(self, first: int, recorder: Recorder, progress: Progress) -> None:
+    def steps(self, first: int, record: Callable[[dict[str, Any]], None], progress: Progress) -> None:
         """Run the optimizer steps from ``first`` on, recording and saving.
 
         A step is read when the next one has been queued, or at once where it is followed by a checkpoint.
+
+        Raises:
+            StoppedError: a signal asked for it, of any process; the steps that were queued are done and saved.
         """
         runtime, num_steps = self.recipe.runtime, self.recipe.optim.num_steps
         last_read = time.perf_counter()
+        is_asked = False
 
         def read(pending: PendingStep) -> None:
-            nonlocal last_read
+            nonlocal last_read, is_asked
             report = pending.resolve()
+            self.loader.reader.budget.require_within(report.num_bad)
             now = time.perf_counter()
             if self._is_recorded(report.step):
-                recorder.add(self._line(report, now - last_read))
-            last_read = now
+                record(self._line(report, now - last_read))
+            last_read, is_asked = now, is_asked or report.stop > 0
             progress(report, num_steps)
 
         pending: PendingStep | None = None
         for step in range(first, num_steps):
-            batches = [self.loader.next() for _ in range(self.recipe.data.accumulation)]
-            queued = self.stepper.launch(step, batches, count_flips=self._is_recorded(step))
+            batches = [self.loader.next() for _ in range(self.num_micro_batches)]
+            num_bad = len(self.ledger.faults)
+            queued = self.stepper.launch(step, batches, self._is_recorded(step), self.requests.number != 0, num_bad)
             if pending is not None:
                 read(pending)
             pending, done = queued, step + 1
-            if runtime.checkpoint_every_steps and done % runtime.checkpoint_every_steps == 0 and done < num_steps:
+            is_due = runtime.checkpoint_every_steps > 0 and done % runtime.checkpoint_every_steps == 0
+            if (is_due or is_asked) and done < num_steps:
                 read(pending)
                 pending = None
-                save_checkpoint(self.out / "checkpoints", done, self.state(done), runtime.keep_checkpoints)
+                saved = self.save(done)
                 last_read = time.perf_counter()
+                if is_asked:
+                    number = max(self.ranks.gather(self.requests.number))
+                    name = signal.Signals(number).name
+                    raise StoppedError(f"stopped by {name}; {saved} is written: go on with --resume", number)
         if pending is not None:
             read(pending)
+
+    def save(self, done: int) -> Path:
+        """A checkpoint after so many steps: every process writes its share, the first seals the folder."""
+        keep = self.recipe.runtime.keep_checkpoints
+        return save_checkpoint(self.out / "checkpoints", done, self.state(done), keep, self.ranks)
 
     def _is_recorded(self, step: int) -> bool:
         return step % self.recipe.runtime.record_every_steps == 0 or step == self.recipe.optim.num_steps - 1
 
     def _line(self, report: StepReport, seconds: float) -> dict[str, Any]:
         line = dataclasses.asdict(report)
+        del line["stop"], line["num_bad"]
         if self.masters.num_codes:
             line["codes_flipped_fraction"] = report.codes_flipped / self.masters.num_codes
         else:
@@ -243,18 +307,27 @@ class Run:
         """The plan in the names that files have."""
         return self.plan.to_json(functools.partial(stored_name, self.student.adapter))
 
-    def publish(self) -> Path:
-        """Write ``final/``; the model folder of the run."""
+    def publish(self) -> None:
+        """Write ``final/``, the model folder of the run, by the first process."""
+        num_bad = sum(self.ranks.gather(len(self.ledger.faults)))
+        quantized = self.masters.quantized()
+        if not self.ranks.is_first:
+            return
         lines = read_metrics(self.out / "metrics.jsonl")
-        return publish_model(
+        publish_model(
             self.out / "final",
             self.student.model,
             self.student.processor,
-            self.masters.quantized(),
+            quantized,
             self.plan.bf16_names if self.plan.schemes else (),
-            model_card(self.recipe, self.plan, lines[-1] if lines else None, len(self.ledger.faults)),
+            model_card(self.recipe, self.plan, lines[-1] if lines else None, num_bad),
             overwrite=True,
         )
+
+
+def by_process(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """In a form that JSON keeps."""
+    return {f"{index}": value for index, value in enumerate(values)}
 
 
 def recompute_tower(model: Any) -> None:
@@ -272,21 +345,6 @@ def recompute_tower(model: Any) -> None:
         raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")
 
 
-def prepare_run_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make ``out`` ready: refuse an existing run, or clear it if ``overwrite``."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise CheckpointError(f"{out} is a file; expected a folder for the run")
-    if resume:
-        return
-    if not overwrite:
-        raise CheckpointError(f"{out} exists; pass --resume to go on, --overwrite to start again, or another --out")
-    if not (out / "config.yaml").is_file():
-        raise CheckpointError(f"{out} is no run folder (no config.yaml); it is not overwritten: choose another --out")
-    shutil.rmtree(out)
-
-
 def train(
     recipe: Recipe,
     out: Path,
@@ -301,35 +359,59 @@ def train(
     ``resume`` goes on from the newest complete checkpoint (from the start if there is none; at once if the run is
     complete). Without it an existing folder is refused, unless ``overwrite`` clears it.
     """
-    prepare_run_folder(out, resume, overwrite)
-    final = out / "final"
-    is_new = not out.exists()
-    with FolderLock(out):
-        if resume and (final / "manifest.json").is_file():
-            stored = (out / "config.yaml").read_text(encoding="utf-8")
-            if stored != dump_recipe(recipe):
-                raise CheckpointError(f"{out} is a finished run of another recipe; choose another --out or --overwrite")
-            notify(f"{out} is complete")
-            return final
-        for stale in (*sweep_partials(out), *sweep_partials(out / "checkpoints")):
-            notify(f"removed {stale.name}, left by an interrupted save")
-        try:
-            run = Run(recipe, out, notify)
-        except GraceError:
-            # What cannot start leaves nothing behind.
-            if is_new:
-                shutil.rmtree(out)
-            raise
-        first = run.restore() if resume else 0
-        for line in run.plan.summary():
-            notify(f"plan: {line}")
+    with StopRequests() as requests, Ranks.started(recipe.runtime.device) as ranks:
+        requests.patient = ranks.count > 1  # if another process dies, the launcher's signal must not come before why
+        if not ranks.is_first:
+            notify = _silent
+        opened = FolderLock(out) if ranks.is_first else contextlib.nullcontext()
+        is_new = not out.exists()
+        if ranks.is_first:
+            prepare_run_folder(out, resume, overwrite)
+        with opened:
+            if ranks.of_first(is_complete(recipe, out, resume, notify) if ranks.is_first else None):
+                notify(f"{out} is complete")
+                return out / "final"
+            try:
+                run = Run(recipe, out, notify, ranks, requests)
+            except GraceError:
+                # What cannot start leaves nothing behind.
+                if is_new and ranks.is_first:
+                    shutil.rmtree(out)
+                raise
+            return _run(run, resume, progress)
+
+
+def _silent(text: str) -> None:
+    """What another process says already."""
+
+
+def _run(run: Run, resume: bool, progress: Progress) -> Path:
+    """All steps of a run that is open, and its model folder."""
+    recipe, out = run.recipe, run.out
+    first = run.restore() if resume else 0
+    for line in run.plan.summary():
+        run.notify(f"plan: {line}")
+    recorder = None
+    if run.ranks.is_first:
         write_bytes_atomic(out / "config.yaml", dump_recipe(recipe).encode())
         write_bytes_atomic(out / "plan.json", (json.dumps(run.stored_plan(), indent=1) + "\n").encode())
         recorder = Recorder(out, first, recipe.runtime.trackers, recipe.model_dump(mode="json"))
-        try:
-            run.steps(first, recorder, progress)
-            run.publish()
-        finally:
+    try:
+        run.requests.patient = True
+        run.steps(first, _forget if recorder is None else recorder.add, progress)
+        run.requests.patient = run.ranks.count > 1
+        run.publish()
+    except torch.OutOfMemoryError as error:
+        where = f"process {run.ranks.index} of {run.ranks.count}: " if run.ranks.count > 1 else ""
+        said = str(error).split(". ")[0]
+        advice = "--fit 48GB (the size of your GPU) changes the set-up, --dry-run estimates it"
+        raise ConfigError(f"{where}{said}; {advice}") from error
+    finally:
+        if recorder is not None:
             recorder.close()
-            run.loader.close()
-    return final
+        run.loader.close()
+    return out / "final"
+
+
+def _forget(line: dict[str, Any]) -> None:
+    """A line that another process writes."""

@@ -12,12 +12,17 @@ accumulation is 16. Each leaf's gradient is added as soon as autograd has it and
 accumulator is then the master's gradient itself: a copy would be 7 GB for Qwen3-VL-2B.
 FP64 models (tests) accumulate in FP64. On a CPU leaves are FP32 tensors that hold BF16 values.
 
+Of several processes each has its share of the rows of every master, scale and moment (``Ranks.share_of``; a group lies
+in one row, so grids do not notice), and the whole model and its gradient sums: sums are added up into the shares, and
+leaves are gathered from them. What has no rows to share out, a norm or a bias, every process has.
+
 A frozen weight with a grid (the vision tower under ``quant.tower``) is rounded to nearest once, at the start: it is
 what is stored, and the student learns around it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +36,7 @@ from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 from grace_vlm.train.grids import Grids, GridWeight
+from grace_vlm.train.ranks import Ranks
 
 
 @dataclass
@@ -66,6 +72,11 @@ class _GradientSum:
         return self.total
 
 
+def _count(of: torch.Tensor) -> torch.Tensor:
+    """Its elements, as an FP64 scalar beside it."""
+    return torch.full((), of.numel(), dtype=torch.float64, device=of.device)
+
+
 class LeafSums:
     """The gradient sums of some leaves, for whoever makes gradients without autograd's hooks (``models.graphs``)."""
 
@@ -95,6 +106,14 @@ class _Tracked:
     master: nn.Parameter
     gradient: _GradientSum
     on_grid: bool
+    share: slice | None
+    """Rows of the leaf that the master is of; None: all."""
+
+    @property
+    def summed(self) -> torch.Tensor:
+        """dL/dleaf of the master's rows, over micro-batches and, once they are added up, processes."""
+        total = self.gradient.settled()
+        return total if self.share is None else total[self.share]
 
 
 class Masters:
@@ -102,7 +121,7 @@ class Masters:
 
     Args:
         model: its parameters with ``requires_grad`` are trained; their values are the masters' start.
-        plan: which linears have a grid.
+        plan: which linears have a grid. ranks: the processes that share them; None: this one alone.
     """
 
     def __init__(
@@ -113,28 +132,33 @@ class Masters:
         scale_init: ScaleRule = "mse",
         clip_mask: ClipMask = "official",
         scale_gradient: ScaleGradient = "none",
+        ranks: Ranks | None = None,
     ) -> None:
         self.clip_mask, self.scale_gradient = clip_mask, scale_gradient
         self._device = next(model.parameters()).device
+        self.ranks = Ranks(self._device) if ranks is None else ranks
         self._tracked: dict[str, _Tracked] = {}
         self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
-        weights: dict[QuantScheme, list[GridWeight]] = {}
+        weights: dict[tuple[QuantScheme, bool], list[GridWeight]] = {}
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
                 if name in schemes:
                     self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
-            master = nn.Parameter(leaf.detach().to(compute_dtype(leaf), copy=True))
-            gradient = _GradientSum(torch.zeros_like(master))
+            share = self.ranks.share_of(leaf)
+            rows = slice(None) if share is None else share
+            own = leaf.detach()[rows] if leaf.ndim else leaf.detach()
+            master = nn.Parameter(own.to(compute_dtype(leaf), copy=True))
+            gradient = _GradientSum(torch.zeros_like(leaf, dtype=master.dtype))
             scheme = schemes.get(name)
             if scheme is not None:
                 start = init_scale(master.detach(), scheme, scale_init)
-                weight = GridWeight(name, leaf.detach(), master.detach(), gradient.total, start)
-                weights.setdefault(scheme, []).append(weight)
-            self._tracked[name] = _Tracked(leaf, master, gradient, scheme is not None)
+                weight = GridWeight(name, own, master.detach(), gradient.total[rows], start)
+                weights.setdefault((scheme, share is not None), []).append(weight)
+            self._tracked[name] = _Tracked(leaf, master, gradient, scheme is not None, share)
             leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
-        self._grids = [Grids(scheme, members) for scheme, members in weights.items()]
+        self._grids = [(Grids(scheme, members), shared) for (scheme, shared), members in weights.items()]
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
@@ -159,7 +183,7 @@ class Masters:
 
     def log_scales(self) -> Iterator[tuple[str, nn.Parameter]]:
         """In the order of the model's parameters."""
-        found = {name: scale for grids in self._grids for name, scale in grids.log_scales.items()}
+        found = {name: scale for grids, _ in self._grids for name, scale in grids.log_scales.items()}
         yield from ((name, found[name]) for name in self._tracked if name in found)
 
     @torch.no_grad()
@@ -177,20 +201,29 @@ class Masters:
                 # A BF16 leaf rounds as it copies: a rounded table of words beside it would be the peak of a step. FP64
                 # models (tests) keep the master's value: they check gradients, not rounding.
                 rounds = tracked.leaf.dtype == torch.float32
-                tracked.leaf.copy_(tracked.master.to(torch.bfloat16) if rounds else tracked.master)
-        flipped = torch.zeros((), dtype=torch.int64, device=self._device)
-        for grids in self._grids:
+                own = tracked.leaf if tracked.share is None else tracked.leaf[tracked.share]
+                own.copy_(tracked.master.to(torch.bfloat16) if rounds else tracked.master)
+        flipped = torch.zeros(2, dtype=torch.int64, device=self._device)
+        for grids, shared in self._grids:
             found = grids.write_leaves(count_flips)
             if found is not None:
-                flipped = flipped + found
-        return flipped
+                flipped[int(shared)] += found
+        for tracked in self._tracked.values():
+            self.ranks.gather_shares_(tracked.leaf.detach())
+        if count_flips:
+            self.ranks.sum_(flipped[1])
+        return flipped.sum()
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Turn the summed gradients into ``.grad`` of masters and log-scales, until ``materialize``."""
+        """Add the gradients up over processes, and turn them into ``.grad`` of masters and log-scales, until
+        ``materialize``."""
+        self.ranks.sum_together_([t.gradient.settled() for t in self._tracked.values() if t.share is None])
         for tracked in self._tracked.values():
-            tracked.master.grad = tracked.gradient.settled()
-        for grids in self._grids:
+            if tracked.share is not None:
+                self.ranks.sum_share_(tracked.gradient.settled(), tracked.share)
+            tracked.master.grad = tracked.summed
+        for grids, _ in self._grids:
             grids.backward(self.clip_mask, self.scale_gradient)
 
     def accumulator(self, leaf: torch.Tensor) -> torch.Tensor | None:
@@ -202,41 +235,76 @@ class Masters:
                 return tracked.gradient.total
         return None
 
+    def leaf_of(self, name: str) -> tuple[torch.Size, slice | None]:
+        """(shape of a leaf, this process's rows of it; None: all), by the name of its master."""
+        return self._tracked[name].leaf.shape, self._tracked[name].share
+
     def sums_of(self, module: nn.Module) -> LeafSums:
         """The gradient sums of a module's trained parameters."""
         wanted = set(module.parameters())
         return LeafSums({t.leaf: t.gradient for t in self._tracked.values() if t.leaf in wanted})
 
     def accumulators(self) -> list[torch.Tensor]:
-        """The gradient sums, for the reduction over ranks (before ``collect``)."""
+        """The gradient sums, leaf by leaf (before ``collect``)."""
         return [tracked.gradient.settled() for tracked in self._tracked.values()]
 
     @property
     def num_codes(self) -> int:
         """Trained weights on a grid."""
-        return sum(tracked.master.numel() for tracked in self._tracked.values() if tracked.on_grid)
+        return sum(tracked.leaf.numel() for tracked in self._tracked.values() if tracked.on_grid)
 
-    def scales_are_finite(self) -> torch.Tensor:
-        """Whether every log-scale is a number, a bool scalar on the device."""
-        found = torch.ones((), dtype=torch.bool, device=self._device)
-        for grids in self._grids:
-            found = found & grids.are_finite()
-        return found
+    def shared_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of all gradients of masters and log-scales, whether every log-scale is a number), over all processes:
+        an FP32 and a bool scalar on the device."""
+        scales = {name: scale.grad for name, scale in self.log_scales()}
+        found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for name, tracked in self._tracked.items():
+            grads = [tracked.master.grad, scales.get(name)]
+            found[tracked.share is not None] += [grad for grad in grads if grad is not None]
+        finite = torch.ones((), dtype=torch.bool, device=self._device)
+        for grids, _ in self._grids:
+            finite = finite & grids.are_finite()
+        if self.ranks.count == 1:
+            return nn.utils.get_total_norm(found[False]), finite
+        shared, everywhere = (nn.utils.get_total_norm(found[key]).double().square() for key in (True, False))
+        sums = self.ranks.sum_(torch.stack([shared, (~finite).double()]).to(self._device))
+        return (sums[0] + everywhere).sqrt(), sums[1] == 0
 
     @torch.no_grad()
     def scale_drift(self) -> torch.Tensor:
         """Mean |log s - log s_0| over all groups: how far the scales have moved since the start; 0 without a grid. A
         scalar on the device."""
-        drifts = [(s - self._initial_log_scales[name]).abs().flatten() for name, s in self.log_scales()]
-        return torch.cat(drifts).mean() if drifts else torch.zeros((), device=self._device)
+        if not self._initial_log_scales:
+            return torch.zeros((), device=self._device)
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self._device)  # (shared or not, (sum, groups))
+        for name, scale in self.log_scales():
+            drift = (scale - self._initial_log_scales[name]).abs()
+            sums[int(self._tracked[name].share is not None)] += torch.stack([drift.double().sum(), _count(drift)])
+        self.ranks.sum_(sums[1])
+        total, groups = sums.sum(dim=0)
+        return total / groups
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
-        """(codes, scale) by module name: what is saved. Computed with the scale that is stored."""
-        trained = {
-            name.removesuffix(".weight"): tensor for grids in self._grids for name, tensor in grids.quantized().items()
-        }
-        return {**self._rounded, **trained}
+        """(codes, scale) by module name: what is saved, whole on every process. Computed with the scale that is
+        stored."""
+        found = {**self._rounded}
+        for grids, shared in self._grids:
+            for name, tensor in grids.quantized().items():
+                if shared:
+                    tensor = dataclasses.replace(
+                        tensor, codes=self._whole(name, tensor.codes), scale=self._whole(name, tensor.scale)
+                    )
+                found[name.removesuffix(".weight")] = tensor
+        return found
+
+    def _whole(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        """All rows, of what this process has the share of leaf ``name`` of."""
+        leaf, share = self._tracked[name].leaf, self._tracked[name].share
+        assert share is not None
+        whole = own.new_empty(leaf.shape[0], *own.shape[1:])
+        whole[share] = own
+        return self.ranks.gather_shares_(whole)
 
     @torch.no_grad()
     def load_state_dict(self, masters: dict[str, torch.Tensor], log_scales: dict[str, torch.Tensor]) -> None:

@@ -34,9 +34,9 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name
 
 
-def has_byte_moments(parameter: torch.Tensor, config: OptimConfig) -> bool:
-    """Whether a master (not a log-scale) keeps its moments in a byte each."""
-    return config.moments == "8bit" and parameter.numel() >= MIN_ELEMENTS and parameter.dtype == torch.float32
+def has_byte_moments(num_elements: int, dtype: torch.dtype, config: OptimConfig) -> bool:
+    """Whether a master of so many elements (not a log-scale) keeps its moments in a byte each."""
+    return config.moments == "8bit" and num_elements >= MIN_ELEMENTS and dtype == torch.float32
 
 
 _Group = tuple[list[tuple[str, torch.nn.Parameter]], float, float]
@@ -65,7 +65,9 @@ class Optimizer:
             ([(f"{name}.log_scale", p) for name, p in scales], config.scale_learning_rate, 0.0),
         ]
         self._all = [named for group, _, _ in groups for named in group]
-        in_bytes = {name for name, p in named if has_byte_moments(p, config)}
+        # Of the whole tensor, not of this process's share: every number of processes is to decide alike.
+        sizes = {name: masters.leaf_of(name)[0].numel() for name, _ in named}
+        in_bytes = {name for name, p in named if has_byte_moments(sizes[name], p.dtype, config)}
         self._groups = _only(groups, lambda name: name not in in_bytes)
         byte_groups = _only(groups, lambda name: name in in_bytes)
         self._stopped: torch.Tensor | None = None
@@ -82,9 +84,9 @@ class Optimizer:
         """(name, master or log-scale) of everything that is trained."""
         return list(self._all)
 
-    def clip(self) -> torch.Tensor:
-        """Scale all gradients to the global norm limit; returns the norm before, a scalar tensor."""
-        return torch.nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.config.max_grad_norm)
+    def clip(self, norm: torch.Tensor) -> None:
+        """Scale all gradients to the global norm limit, given their norm, a scalar tensor."""
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in self.parameters], self.config.max_grad_norm, norm)
 
     def guard(self, stopped: torch.Tensor) -> None:
         """Obey a flag: an FP32 scalar on the device. While it is 1, a step leaves weights, moments and counters as

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from accelerate import Accelerator
 
 from grace_vlm.data.collate import Batch, grouped
-from grace_vlm.errors import ConfigError, NonFiniteError
+from grace_vlm.errors import ConfigError, NonFiniteError, OtherProcessError
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.losses.linear_gdkd import unknown_target
 from grace_vlm.losses.objective import LossTerms, Normalizers, compute_terms
@@ -34,6 +33,7 @@ from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.config import LossConfig, Recipe
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.optim import Optimizer
+from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.teacher import Teacher
 
 
@@ -61,6 +61,10 @@ class StepReport:
     images_in_relation: int
     codes_flipped: int
     scale_drift: float
+    stop: int
+    """Asked for by so many processes."""
+    num_bad: int
+    """Rows in the ledgers; one that two processes met in different epochs counts twice."""
 
 
 def ramp(step: int, warmup_steps: int) -> float:
@@ -84,10 +88,13 @@ class PendingStep:
     Args:
         values: FP64 vector on the device: (micro-batches, 5) rows of ``TERMS``, their (5,) sums over ranks, and the
             ``LAST`` scalars.
-        sample_ids: of each micro-batch. rate: learning rate of the masters. num_tokens: padding included.
+        sample_ids: of each micro-batch. rate: learning rate of the masters.
     """
 
-    LAST: ClassVar = ("tokens", "gate", "images", "weight", "norm", "codes_flipped", "scale_drift", "scales_finite")
+    LAST: ClassVar = (
+        *("tokens", "gate", "images", "all_tokens", "stop", "num_bad"),
+        *("weight", "norm", "codes_flipped", "scale_drift", "scales_finite"),
+    )
 
     def __init__(
         self,
@@ -96,10 +103,10 @@ class PendingStep:
         values: torch.Tensor,
         sample_ids: list[tuple[str, ...]],
         rate: float,
-        num_tokens: int,
+        num_processes: int,
     ) -> None:
-        self.recipe, self.step, self.sample_ids = recipe, step, sample_ids
-        self.rate, self.num_tokens = rate, num_tokens
+        self.recipe, self.step, self.sample_ids, self.rate = recipe, step, sample_ids, rate
+        self.num_processes = num_processes
         self._arrived: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:
@@ -135,9 +142,12 @@ class PendingStep:
                 raise NonFiniteError(f"step {self.step}: {term} is not finite for samples {', '.join(names)}; {kept}")
         elsewhere = [term for term, value in zip(TERMS, sums, strict=True) if not math.isfinite(value)]
         if elsewhere:
-            raise NonFiniteError(f"step {self.step}: {elsewhere[0]} is not finite on another process; {kept}")
+            raise OtherProcessError(f"step {self.step}: {elsewhere[0]} is not finite on another process; {kept}", 6)
         if not math.isfinite(norm):
-            raise NonFiniteError(f"step {self.step}: the gradient is not finite for samples {everything}; {kept}")
+            others = " or those of another process" if self.num_processes > 1 else ""
+            raise NonFiniteError(
+                f"step {self.step}: the gradient is not finite for samples {everything}{others}; {kept}"
+            )
 
     def _report(self, sums: list[float], last: dict[str, float]) -> StepReport:
         objective, config = self.recipe.objective(), self.recipe.loss
@@ -163,11 +173,13 @@ class PendingStep:
             grad_norm=last["norm"],
             learning_rate=self.rate,
             supervised_tokens=int(tokens),
-            tokens=self.num_tokens,
+            tokens=int(last["all_tokens"]),
             images=int(images),
             images_in_relation=int(images_in),
             codes_flipped=int(last["codes_flipped"]),
             scale_drift=last["scale_drift"],
+            stop=int(last["stop"]),
+            num_bad=int(last["num_bad"]),
         )
 
 
@@ -183,11 +195,11 @@ class Stepper:
         optimizer: Optimizer,
         teacher: Teacher | None,
         adaptive: AdaptiveWeight | None,
-        accelerator: Accelerator,
+        ranks: Ranks,
     ) -> None:
         self.recipe, self.student, self.vision = recipe, student, vision
         self.masters, self.optimizer, self.teacher = masters, optimizer, teacher
-        self.accelerator = accelerator
+        self.ranks = ranks
         self.objective = recipe.objective()
         self.head = plain_head(student.adapter.head(student.model), "student")
         self.head_gradient = masters.accumulator(self.head)
@@ -212,27 +224,33 @@ class Stepper:
         """One optimizer step (0-based ``step``), waited for; ``NonFiniteError`` leaves every weight as it was."""
         return self.launch(step, batches, count_flips).resolve()
 
-    def launch(self, step: int, batches: list[Batch], count_flips: bool = False) -> PendingStep:
-        """Queue one optimizer step; nothing is read from the device."""
+    def launch(
+        self, step: int, batches: list[Batch], count_flips: bool = False, stop_asked: bool = False, num_bad: int = 0
+    ) -> PendingStep:
+        """Queue one optimizer step; nothing is read from the device.
+
+        Args:
+            count_flips: measure codes and scales too. stop_asked, num_bad: what the other processes are to know.
+        """
         for batch in batches:
             self._require_known_targets(batch)
         max_tokens = self.recipe.runtime.frozen_batch_tokens
         local = [batch.to(self.device) for batch in batches]
         signals = self.teacher.signals(batches, max_tokens) if self.teacher else [None] * len(batches)
         counts = [self._counts(batch, signal) for batch, signal in zip(batches, signals, strict=True)]
-        whole = self.accelerator.reduce(torch.stack(counts).sum(dim=0), reduction="sum")
+        told = [sum(batch.num_tokens for batch in batches), int(stop_asked), num_bad]
+        told_here = torch.stack([self._scalar(float(number)) for number in told])
+        whole = self.ranks.sum_(torch.cat([torch.stack(counts).sum(dim=0), told_here]))
         rows, at = [], 0
         for group in grouped(local, max_tokens):
             for batch, vision in zip(group, self._vision(group), strict=True):
                 rows.append(self._forward_backward(step, batch, vision, signals[at], counts[at], whole, len(batches)))
                 at += 1
-        for accumulator in self.masters.accumulators():
-            if self.accelerator.num_processes > 1:
-                accumulator.copy_(self.accelerator.reduce(accumulator, reduction="sum"))
         self.masters.collect()
-        norm = self.optimizer.clip().double()
-        sums = self.accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum")
-        scales_finite = self.masters.scales_are_finite()
+        norm, scales_finite = self.masters.shared_norm()
+        self.optimizer.clip(norm)
+        norm = norm.double()
+        sums = self.ranks.sum_(torch.stack(rows).sum(dim=0))
         is_finite = sums.isfinite().all() & norm.isfinite() & scales_finite
         self._stopped.clamp_(min=(~is_finite).float())
         rate = self.optimizer.step(step)
@@ -247,7 +265,7 @@ class Stepper:
             torch.cat([*rows, sums, last]),
             [batch.sample_ids for batch in batches],
             rate,
-            sum(batch.num_tokens for batch in batches),
+            self.ranks.count,
         )
 
     def _scalar(self, value: float) -> torch.Tensor:
@@ -306,7 +324,7 @@ class Stepper:
         hidden = states.last.flatten(0, 1).index_select(0, batch.supervised)
         per_step = config.normalization == "global"
         # Micro-batch normalisation averages over micro-batches and ranks, as the official trainer does.
-        counts = (whole if per_step else own * (num_micro_batches * self.accelerator.num_processes)).float()
+        counts = (whole if per_step else own * (num_micro_batches * self.ranks.count)).float()
         relational = states.relational if states.relational is not None else hidden.new_zeros(0, hidden.shape[-1])
         terms = compute_terms(
             objective,

@@ -51,11 +51,11 @@ def test_the_formats(folders: dict[str, Path]) -> None:
     lines = [read_line(folders[name], f"{name}_&", "strict", name == "teacher") for name in ("base", "w4", "teacher")]
     texts = {form: table(lines, "strict", form) for form in FORMATS}
     assert texts["markdown"].splitlines()[2:5] == [
-        "| teacher_& | 95.0 ± 7.6 |", "| base_& | **75.0** ± 13.0 |", "| w4_& | 60.0 ± 14.5 |",
+        "| teacher_& | 95.0 [83.5, 98.6] |", "| base_& | **75.0** [59.8, 85.8] |", "| w4_& | 60.0 [44.6, 73.7] |",
     ]  # fmt: skip
     assert "profile strict" in texts["markdown"]
-    assert "base\\_\\& & \\textbf{75.0} {\\small $\\pm$ 13.0}" in texts["latex"]
-    assert "<td>base_&amp;</td><td><b>75.0</b> <small>± 13.0</small></td>" in texts["html"]
+    assert "base\\_\\& & \\textbf{75.0} {\\small [59.8, 85.8]}" in texts["latex"]
+    assert "<td>base_&amp;</td><td><b>75.0</b> <small>[59.8, 85.8]</small></td>" in texts["html"]
     assert texts["csv"].splitlines()[2].startswith("base_&,mmstar,strict,75.0000,")
     with pytest.raises(ConfigError, match="--format is pdf; expected one of markdown, latex, csv, html"):
         table(lines, "strict", "pdf")
@@ -89,7 +89,7 @@ def test_the_command(
     runs = [f"base={folders['base']}", f"w4={folders['w4']}", "--reference", f"teacher={folders['teacher']}"]
     code, out, _ = grace("scores", *runs, "--baseline", "base")
     assert code == 0
-    assert "| base | **75.0** ± 13.0 |" in out
+    assert "| base | **75.0** [59.8, 85.8] |" in out
     assert "w4 against base, profile strict:" in out
     assert "-15.00 [" in out
     assert "6 / 0" in out

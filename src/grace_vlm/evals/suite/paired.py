@@ -70,7 +70,7 @@ def difference(task: str, own: Lines, base: Lines) -> Difference:
     if [line["id"] for line in own] != [line["id"] for line in base]:
         raise ConfigError(f"evaluations of {task} have different rows ({len(own)} and {len(base)}); run both alike")
     mine, theirs = ([line["score"] == 1.0 for line in lines] for lines in (own, base))
-    mean, low, high = paired_cluster_interval(mine, theirs, [_cluster(line) for line in base])
+    mean, low, high = paired_cluster_interval(mine, theirs, [cluster_of(line["groups"], line["id"]) for line in base])
     ids = [str(line["id"]) for line in own]
     turned = flips(ids, theirs, mine)
     apart = disagreement_rate(*([line["parsed"] for line in lines] for lines in (own, base)))
@@ -78,5 +78,6 @@ def difference(task: str, own: Lines, base: Lines) -> Difference:
     return Difference(task, len(own), mean, low, high, p_value, apart, turned.lost, turned.gained)
 
 
-def _cluster(line: Mapping[str, Any]) -> str:
-    return next((f"{name} {line['groups'][name]}" for name in CLUSTERS if name in line["groups"]), f"row {line['id']}")
+def cluster_of(groups: Mapping[str, str], row: str) -> str:
+    """By which a row is right or wrong together with others: the first of ``CLUSTERS`` that it has, or itself."""
+    return next((f"{name} {groups[name]}" for name in CLUSTERS if name in groups), f"row {row}")

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from grace_vlm.evals.tasks.task import Doc, Docs, Part, Picture, Profile, Task
 
@@ -37,23 +38,36 @@ class Question:
         return "".join(part if isinstance(part, str) else "[picture]" for part in self.parts)
 
 
+class Control(Protocol):
+    """Another way of asking, to compare with (``controls.py``). ``name`` is a part of every key."""
+
+    @property
+    def name(self) -> str: ...
+
+    def parts(self, doc: Doc, parts: tuple[Part, ...]) -> tuple[Part, ...]: ...
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A task with its rows. ``data``: a hash of the files that they are from. ``most_new_tokens``: no answer is longer,
-    whatever a profile allows (VLMEvalKit allows 16,384)."""
+    whatever a profile allows (VLMEvalKit allows 16,384). ``control``: None where the benchmark itself is asked."""
 
     task: Task
     docs: Docs
     data: str
     most_new_tokens: int = MOST_NEW_TOKENS
+    control: Control | None = None
 
     def question(self, doc: Doc, profile: Profile) -> Question:
         """What a row asks under a profile."""
         parts = self.task.prompt(doc, profile)
+        if self.control is not None:
+            parts = self.control.parts(doc, parts)
         budget = min(self.task.max_new_tokens(doc, profile), self.most_new_tokens)
         marked = [part if isinstance(part, str) else {"picture": part.column} for part in parts]
         name = self.task.about.name
-        content = json.dumps([name, self.data, doc.id, marked, budget], ensure_ascii=False)
+        controlled = [] if self.control is None else [f"control {self.control.name}"]
+        content = json.dumps([name, self.data, doc.id, marked, budget, *controlled], ensure_ascii=False)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return Question(key, name, doc.id, parts, budget)
 
@@ -82,6 +96,11 @@ def digest_of(source: Path) -> str:
         if size < 1 << 20 and path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def text_hash(question: Question) -> str:
+    """SHA-256 of the prompt's texts, as answers and records keep it."""
+    return hashlib.sha256(question.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def in_shard(question: Question, shard: int, num_shards: int) -> bool:

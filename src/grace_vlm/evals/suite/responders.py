@@ -21,7 +21,7 @@ from grace_vlm.engine.llm import LLM, Answer, Asked, Parts
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.errors import ConfigError, DataError, GraceError, RequestError
 from grace_vlm.evals.suite.ledger import Reply
-from grace_vlm.evals.suite.questions import Question, picture_bytes
+from grace_vlm.evals.suite.questions import Question, picture_bytes, text_hash
 from grace_vlm.media.image import ImageFault, take_image
 
 
@@ -41,10 +41,9 @@ class Opened:
 
     def reply(self, text: str | None, finish: str | None, error: str | None, tokens: tuple[int, int] | None) -> Reply:
         one = self.question
-        prompt = hashlib.sha256(one.text.encode("utf-8", "surrogatepass")).hexdigest()
         pictures = tuple(hashlib.sha256(data).hexdigest() for data in self.pictures)
         seconds = round(time.perf_counter() - self.started, 4)
-        return Reply(one.key, one.task, one.doc_id, text, finish, error, prompt, pictures, tokens, seconds)
+        return Reply(one.key, one.task, one.doc_id, text, finish, error, text_hash(one), pictures, tokens, seconds)
 
     def parts(self) -> tuple[str | bytes, ...]:
         pictures = iter(self.pictures)

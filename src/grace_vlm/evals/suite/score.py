@@ -23,7 +23,8 @@ def score(benchmark: Benchmark, profile: Profile, replies: Mapping[str, Reply]) 
         reply = replies.get(question.key)
         record = _record(task, doc, profile, reply)
         records.append(record)
-        lines.append(_line(doc, record, reply, question.key))
+        control = {} if benchmark.control is None else {"control": benchmark.control.name}
+        lines.append({**_line(doc, record, reply, question.key), **control})
     return lines, task.aggregate(records, profile)
 
 
@@ -70,6 +71,6 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def said(metric: Metric) -> str:
     """A metric as it is printed: value, interval, and how many of how many were scored."""
-    scale, form = (100.0, ".1f") if metric.upper == 1.0 else (1.0, ".1f")
-    value, low, high = (format(scale * number, form) for number in (metric.value, metric.low, metric.high))
+    scale = 100.0 if metric.upper == 1.0 else 1.0
+    value, low, high = (format(scale * number, ".1f") for number in (metric.value, metric.low, metric.high))
     return f"{value} [{low}, {high}] {metric.num_scored}/{metric.num_total} {metric.unit}"

@@ -1,7 +1,10 @@
-"""The card's table of several evaluations: a model a row, a benchmark a column, each number with its half interval.
+"""The card's table of several evaluations: a model a row, a benchmark a column, each number with its interval; and the
+same by category, a category a row and a model a column.
 
-Numbers of one profile stand together, and the profile is said. The best of each column is bold; a reference (a teacher)
-is not compared. ``markdown``, ``latex``, ``csv`` and ``html``.
+Intervals have both ends: near 0 and 100, and by Wilson's rule anywhere, they do not lie evenly about the number.
+Numbers of one profile stand together, and the profile is said. The best of each column is bold, and so is all that
+prints the same digits: a tie is no difference. A reference (a teacher) is not compared. ``markdown``, ``latex``,
+``csv`` and ``html``.
 """
 
 from __future__ import annotations
@@ -10,39 +13,60 @@ import csv
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.evals.suite.categories import category_scores
+from grace_vlm.evals.suite.ledger import read_identity
 from grace_vlm.evals.tasks.registry import TASKS
 
 FORMATS = ("markdown", "latex", "csv", "html")
-_HALF = "± half of the 95 % interval"
+_SAID = "[95 % interval]"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A headline number and half of its interval, in points."""
+    """A number and the ends of its interval, in points."""
 
     value: float
-    half: float
+    low: float
+    high: float
     num_scored: int
     num_total: int
 
 
 @dataclass(frozen=True)
 class Line:
-    """A model's row. ``is_reference``: shown first, never bold."""
+    """A model's row. ``is_reference``: shown first, never bold. ``categories``: (task, column, value) -> number, of the
+    breakdown that was asked for."""
 
     label: str
     cells: dict[str, Cell]
     is_reference: bool = False
+    categories: dict[tuple[str, str, str], Cell] = field(default_factory=dict)
 
 
-def read_line(folder: Path, label: str, profile: str, is_reference: bool = False) -> Line:
-    """Of an evaluation's ``scores.json``.
+def read_line(folder: Path, label: str, profile: str, is_reference: bool = False, by: str | None = None) -> Line:
+    """Of an evaluation's ``scores.json``. ``by``: a column of the breakdown (``categories.py``). A control is said in
+    its label and is a reference: it is no model's score.
+
+    Raises:
+        ConfigError: there is none, none of the profile, or no such column.
+    """
+    reports = read_reports(folder, profile)
+    control = control_of(folder)
+    label, is_reference = (label, is_reference) if control is None else (f"{label} [control: {control}]", True)
+    cells = {name: _cell(report["metrics"][report["headline"]]) for name, report in reports.items()}
+    found = [] if by is None else category_scores(reports, by)
+    categories = {(one.task, one.column, one.value): _cell(one.metric) for one in found}
+    return Line(label, cells, is_reference, categories)
+
+
+def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
+    """Task -> report of a profile of an evaluation's ``scores.json``.
 
     Raises:
         ConfigError: there is none, or none of the profile.
@@ -57,15 +81,20 @@ def read_line(folder: Path, label: str, profile: str, is_reference: bool = False
     if profile not in scores:
         known = ", ".join(scores)
         raise ConfigError(f"{folder} has scores of {known}; for {profile} run grace eval with --profile {profile}")
-    cells = {name: _cell(report) for name, report in scores[profile].items()}
-    return Line(label, cells, is_reference)
+    found: dict[str, dict[str, Any]] = scores[profile]
+    return found
 
 
-def _cell(report: dict[str, Any]) -> Cell:
-    metric = report["metrics"][report["headline"]]
+def control_of(folder: Path) -> str | None:
+    """The control that an evaluation is, by its ``run.json``; None where the benchmarks themselves were asked."""
+    control: str | None = read_identity(folder).get("control")
+    return control
+
+
+def _cell(metric: Mapping[str, Any]) -> Cell:
     scale = 100.0 if metric["upper"] == 1.0 else 1.0
-    half = scale * (metric["high"] - metric["low"]) / 2
-    return Cell(scale * metric["value"], half, metric["num_scored"], metric["num_total"])
+    value, low, high = (scale * metric[name] for name in ("value", "low", "high"))
+    return Cell(value, low, high, metric["num_scored"], metric["num_total"])
 
 
 def table(lines: Sequence[Line], profile: str, form: str) -> str:
@@ -74,17 +103,59 @@ def table(lines: Sequence[Line], profile: str, form: str) -> str:
     Raises:
         ConfigError: no such format.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--format is {form}; expected one of {', '.join(FORMATS)}")
+    _check_form(form)
     ordered = sorted(lines, key=lambda line: not line.is_reference)
     names = [name for name in TASKS if any(name in line.cells for line in lines)]
     if form == "csv":
         return _csv(ordered, names, profile)
-    best = {name: _best(ordered, name) for name in names}
-    written: dict[str, Callable[[str], str]] = {"latex": _escaped, "html": html.escape, "markdown": str}
-    rows = [[written[form](line.label), *(_text(line, name, best[name], form) for name in names)] for line in ordered]
-    heads = ["model", *(TASKS[name].about.title for name in names)]
-    return {"markdown": _markdown, "latex": _latex, "html": _html}[form](heads, rows, f"profile {profile}; {_HALF}")
+    best = {name: _best([line.cells.get(name) for line in ordered if not line.is_reference]) for name in names}
+    rows = [
+        [_written(line.label, form), *(_text(line.cells.get(name), line, best[name], form) for name in names)]
+        for line in ordered
+    ]
+    return _whole(["model", *(TASKS[name].about.title for name in names)], rows, profile, form)
+
+
+def category_table(lines: Sequence[Line], profile: str, form: str) -> str:
+    """Every category of ``lines``, references first: a row each, with its number of questions.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    _check_form(form)
+    ordered = sorted(lines, key=lambda line: not line.is_reference)
+    keys = list(dict.fromkeys(key for line in ordered for key in line.categories))
+    if form == "csv":
+        return _category_csv(ordered, keys, profile)
+    rows = []
+    for key in keys:
+        cells = [line.categories.get(key) for line in ordered]
+        best = _best([cell for cell, line in zip(cells, ordered, strict=True) if not line.is_reference])
+        texts = [_text(cell, line, best, form) for cell, line in zip(cells, ordered, strict=True)]
+        count = next(cell.num_total for cell in cells if cell is not None)
+        task, column, value = key
+        heads = (TASKS[task].about.title, f"{column}: {value}", str(count))
+        rows.append([*(_written(text, form) for text in heads), *texts])
+    return _whole(["benchmark", "category", "n", *(line.label for line in ordered)], rows, profile, form)
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMATS:
+        raise ConfigError(f"--format is {form}; expected one of {', '.join(FORMATS)}")
+
+
+def _written(text: str, form: str) -> str:
+    """A stranger's text in a format's own alphabet."""
+    written: dict[str, Callable[[str], str]] = {"latex": _escaped, "html": html.escape, "markdown": _piped}
+    return written[form](text)
+
+
+def _piped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _whole(heads: list[str], rows: list[list[str]], profile: str, form: str) -> str:
+    return {"markdown": _markdown, "latex": _latex, "html": _html}[form](heads, rows, f"profile {profile}; {_SAID}")
 
 
 def _markdown(heads: list[str], rows: list[list[str]], said: str) -> str:
@@ -105,22 +176,21 @@ def _html(heads: list[str], rows: list[list[str]], said: str) -> str:
     return f"<table>\n<caption>{html.escape(said)}</caption>\n<tr>{head}</tr>\n{body}\n</table>\n"
 
 
-def _best(lines: Sequence[Line], name: str) -> float | None:
-    values = [line.cells[name].value for line in lines if name in line.cells and not line.is_reference]
+def _best(cells: Sequence[Cell | None]) -> float | None:
+    values = [cell.value for cell in cells if cell is not None]
     return max(values) if len(values) > 1 else None
 
 
-def _text(line: Line, name: str, best: float | None, form: str) -> str:
-    if name not in line.cells:
+def _text(cell: Cell | None, line: Line, best: float | None, form: str) -> str:
+    if cell is None:
         return ""
-    cell = line.cells[name]
-    value, half = f"{cell.value:.1f}", f"{cell.half:.1f}"
+    value, low, high = (f"{number:.1f}" for number in (cell.value, cell.low, cell.high))
     is_best = not line.is_reference and best is not None and value == f"{best:.1f}"
     if form == "latex":
-        return (f"\\textbf{{{value}}}" if is_best else value) + f" {{\\small $\\pm$ {half}}}"
+        return (f"\\textbf{{{value}}}" if is_best else value) + f" {{\\small [{low}, {high}]}}"
     if form == "html":
-        return (f"<b>{value}</b>" if is_best else value) + f" <small>± {half}</small>"
-    return (f"**{value}**" if is_best else value) + f" ± {half}"
+        return (f"<b>{value}</b>" if is_best else value) + f" <small>[{low}, {high}]</small>"
+    return (f"**{value}**" if is_best else value) + f" [{low}, {high}]"
 
 
 def _escaped(text: str) -> str:
@@ -128,13 +198,37 @@ def _escaped(text: str) -> str:
 
 
 def _csv(lines: Sequence[Line], names: Sequence[str], profile: str) -> str:
+    rows = [
+        [line.label, name, profile, *_numbers(line.cells[name])]
+        for line in lines
+        for name in names
+        if name in line.cells
+    ]
+    return _csv_text(["model", "task", "profile", *_NUMBERS], rows)
+
+
+def _category_csv(lines: Sequence[Line], keys: Sequence[tuple[str, str, str]], profile: str) -> str:
+    rows = [
+        [line.label, *key, profile, *_numbers(line.categories[key])]
+        for line in lines
+        for key in keys
+        if key in line.categories
+    ]
+    return _csv_text(["model", "task", "column", "category", "profile", *_NUMBERS], rows)
+
+
+_NUMBERS = ("value", "low", "high", "num_scored", "num_total")
+
+
+def _numbers(cell: Cell) -> list[str]:
+    return [
+        *(f"{number:.4f}" for number in (cell.value, cell.low, cell.high)),
+        str(cell.num_scored),
+        str(cell.num_total),
+    ]
+
+
+def _csv_text(heads: list[str], rows: list[list[str]]) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "task", "profile", "value", "half_interval", "num_scored", "num_total"])
-    for line in lines:
-        for name in names:
-            if name in line.cells:
-                cell = line.cells[name]
-                numbers = [f"{cell.value:.4f}", f"{cell.half:.4f}", cell.num_scored, cell.num_total]
-                writer.writerow([line.label, name, profile, *numbers])
+    csv.writer(out, lineterminator="\n").writerows([heads, *rows])
     return out.getvalue()

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from grace_vlm.evals.bootstrap import components_interval
 from grace_vlm.evals.statistics import wilson_interval
-from grace_vlm.evals.tasks.bootstrap import cluster_interval
 from grace_vlm.evals.tasks.task import Metric, Profile, Record, Report
 
 Measure = Callable[[Sequence[Record]], Metric]
@@ -69,7 +69,9 @@ def clustered(components: Sequence[Sequence[Unit]], unit: str = "questions", upp
         sum(one.weight * one.value for one in component) / sum(one.weight for one in component) for component in present
     ]
     value = sum(means) / len(means) if means else 0.0
-    low, high = cluster_interval([[(one.cluster, one.value, one.weight) for one in component] for component in present])
+    low, high = components_interval(
+        [[(one.cluster, one.value, one.weight) for one in component] for component in present]
+    )
     low, high = min(low, value), max(high, value)
     units = [one for component in present for one in component]
     num_scored = sum(one.is_scored for one in units)

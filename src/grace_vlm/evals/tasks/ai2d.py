@@ -8,7 +8,7 @@ the source does. Intervals: bootstrap over diagrams, which are told apart by the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,10 @@ class AI2D(ReadByRule):
                 by_number = cells.text("answer").strip().lstrip("-").isdigit()
                 gold = (gold_index if by_number else gold_letter)(cells, "answer", options)
                 images, number = (the_picture(cells, pictures),), len(docs)
-                docs.append(Doc(str(number), number, "choice", cells.text("question"), gold, images, options))
+                # Once, as the rows go by: pictures of one row group are in memory together.
+                columns = {"diagram": hashlib.sha256(images[0].load()).hexdigest()[:16]}
+                question = cells.text("question")
+                docs.append(Doc(str(number), number, "choice", question, gold, images, options, columns=columns))
         return Docs(tuple(docs))
 
     def prompt(self, doc: Doc, profile: Profile) -> tuple[Part, ...]:
@@ -74,9 +77,6 @@ class AI2D(ReadByRule):
 
     def max_new_tokens(self, doc: Doc, profile: Profile) -> int:
         return budget(checked_profile(self.about, profile), lmms=16)
-
-    def groups(self, doc: Doc) -> Mapping[str, str]:
-        return {"diagram": hashlib.sha256(doc.images[0].load()).hexdigest()[:16]}
 
     def aggregate(self, records: Sequence[Record], profile: Profile) -> Report:
         checked = checked_profile(self.about, profile)
