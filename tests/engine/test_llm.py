@@ -80,6 +80,13 @@ def test_first_differences_on_a_gpu_are_near_ties(family: str, bits: int, paths:
     assert differing <= 20
 
 
+def test_a_second_engine_on_one_model_is_refused() -> None:
+    loaded = loaded_toy("tiny")
+    LLM(loaded)
+    with pytest.raises(ConfigError, match="has 0 of its 2 layers: another engine took the others; open the model once"):
+        LLM(loaded)
+
+
 def test_a_conversation_and_where_pictures_go(paths: list[Path]) -> None:
     loaded = loaded_toy("tiny")
     llm = LLM(copy.deepcopy(loaded))

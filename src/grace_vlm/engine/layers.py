@@ -134,10 +134,18 @@ def take_weights(
         model: Transformers' model, on its device, in the dtype of the activations.
         quantized: codes and scales by module name, which run by low-bit kernels where there are any.
         rows, exact: of every product, see ``Linear``. int8_head: see ``take_vocabulary``.
+
+    Raises:
+        ConfigError: another engine has the layers already, or the forward does not do what they need.
     """
     language = model.model.language_model
     config = language.config
     _require_known(config)
+    if len(language.layers) != config.num_hidden_layers:
+        raise ConfigError(
+            f"the model has {len(language.layers)} of its {config.num_hidden_layers} layers: another engine took the "
+            "others; open the model once for each"
+        )
     layers = []
     for number in range(len(language.layers)):
         name = f"model.language_model.layers.{number}"
