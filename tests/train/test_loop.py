@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_run import recipe_tree, write_models, write_rows
 
-from grace_vlm.errors import DataError, NonFiniteError
+from grace_vlm.errors import CheckpointError, DataError, NonFiniteError
 from grace_vlm.formats.folder import read_grid
 from grace_vlm.formats.verify import verify
 from grace_vlm.formats.weights import open_weights
@@ -20,6 +20,7 @@ from grace_vlm.train import step as step_module
 from grace_vlm.train.config import Recipe, recipe_from
 from grace_vlm.train.loop import Run, train
 from grace_vlm.train.record import read_metrics
+from grace_vlm.train.step import StepReport
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +172,25 @@ def test_bad_rows_are_in_the_ledger_and_over_budget_stops(world: Path, tmp_path:
     assert [(line["row"], line["id"]) for line in lines] == [(5, "r5")]
     with pytest.raises(DataError, match="1 bad rows of 24 are over the budget of 0"):
         train(recipe(world, **overrides), tmp_path / "strict")
+
+
+def test_a_resume_names_what_is_another_recipe_and_speeds_are_of_whole_steps(world: Path, tmp_path: Path) -> None:
+    def interrupt(report: StepReport, num_steps: int) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    begun = recipe_from(recipe_tree(world, optim__num_steps=4), "test")
+    with pytest.raises(KeyboardInterrupt):
+        train(begun, tmp_path / "run", progress=interrupt)
+    other = recipe_from(recipe_tree(world, optim__num_steps=5, data__micro_batch_size=1), "test")
+    with pytest.raises(CheckpointError) as caught:
+        train(other, tmp_path / "run", resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'} is a run of another recipe (data.micro_batch_size: 2 then, 1 now; "
+        "optim.num_steps: 4 then, 5 now); restore these settings or start a new run"
+    )
+    train(begun, tmp_path / "run", resume=True)
+    speeds = [line["tokens_per_second"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    # Every step is followed by a checkpoint, and read at once.
+    assert len(speeds) == 4
+    assert max(speeds) < 50 * min(speeds)

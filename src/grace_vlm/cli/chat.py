@@ -95,7 +95,11 @@ def _talk(llm: LLM, images: list[Path], sampling: SamplingParams) -> None:
         if line == "/new":
             texts, shown, images = [], [], []
         elif line.startswith("/image "):
-            images.append(Path(line.removeprefix("/image ").strip()))
+            picture = Path(line.removeprefix("/image ").strip())
+            if picture.is_file():
+                images.append(picture)
+            else:
+                say(f"{picture} is no file; no picture was added")
         elif line.startswith("/"):
             say(f"{line.split()[0]} is no command; there are /image PATH, /new and /quit")
         elif line:

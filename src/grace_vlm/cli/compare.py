@@ -46,7 +46,8 @@ def compare(
         page = render_report(paths[0])
         result = json.loads((paths[0] / "results.json").read_text(encoding="utf-8"))
     elif data is None:
-        raise ConfigError(f"{paths[0]} holds no results.json; give models and --data FILE to compare them")
+        missing = "does not exist" if not paths[0].exists() else "holds no results.json"
+        raise ConfigError(f"{paths[0]} {missing}; give models and --data FILE to compare them")
     else:
         names = [path.name for path in paths]
         if len(set(names)) < len(names):

@@ -13,6 +13,7 @@ from grace_vlm import __version__
 from grace_vlm.cli.output import fail
 from grace_vlm.errors import GraceError
 
+INTERRUPTED = 128 + 2
 app = typer.Typer(
     name="grace",
     help="Distil a vision-language model under an INT4 grid, pack it, prove it, evaluate it.\n\nStart with: grace demo",
@@ -92,7 +93,7 @@ def main() -> None:
     except GraceError as error:
         fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted; run the same command with --resume to go on where that is offered", 130)
+        code = INTERRUPTED
     except Exception as error:
         # Typer's own usage errors; which click they come from depends on Typer's version.
         format_message = getattr(error, "format_message", None)
@@ -103,6 +104,8 @@ def main() -> None:
             print(message)  # no arguments: the help text
             sys.exit(2)
         fail(f"{message.rstrip('.')}; see grace --help", 2)
+    if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt and says nothing
+        fail("interrupted; run the same command with --resume to go on where that is offered", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

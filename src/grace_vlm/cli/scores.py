@@ -56,15 +56,23 @@ def scores(
         rows = [
             (
                 one["task"],
+                f"{one['num_rows']:,}",
                 f"{100 * one['mean']:+.2f} [{100 * one['low']:+.2f}, {100 * one['high']:+.2f}]",
-                f"{one['p_value']:.3f}",
-                f"{one['holm']:.3f}",
+                _p(one["p_value"]),
+                _p(one["holm"]),
                 f"{100 * one['disagreement']:.1f}",
                 f"{len(one['lost'])} / {len(one['won'])}",
             )
             for one in found
         ]
-        print_table(("task", "difference, points", "p", "p by Holm", "answers apart %", "lost / won"), rows)
+        print_table(
+            ("task", "rows", "mean difference of a row, points", "p", "p by Holm", "answers apart %", "lost / won"),
+            rows,
+        )
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
 
 
 def _categories(line: Line) -> list[dict[str, Any]]:

@@ -66,7 +66,13 @@ from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.reshard import shared_out
-from grace_vlm.train.run_folder import Notify, is_complete, ledger_name, prepare_run_folder
+from grace_vlm.train.run_folder import (
+    Notify,
+    is_complete,
+    ledger_name,
+    prepare_run_folder,
+    require_same_recipe,
+)
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.stop import StopRequests
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
@@ -223,6 +229,7 @@ class Run:
         saved_by = num_processes_of(path)
         is_same_number = saved_by == self.ranks.count
         parts = [load_checkpoint(path, index) for index in ([self.ranks.index] if is_same_number else range(saved_by))]
+        require_same_recipe(self.out, self.recipe)
         own = self.fingerprint()
         if not is_same_number:
             own |= {key: parts[0].fingerprint[key] for key in ("num_processes", "num_threads")}
@@ -251,21 +258,23 @@ class Run:
             StoppedError: a signal asked for it, of any process; the steps that were queued are done and saved.
         """
         runtime, num_steps = self.recipe.runtime, self.recipe.optim.num_steps
-        last_read = time.perf_counter()
+        began: dict[int, float] = {}
         is_asked = False
 
         def read(pending: PendingStep) -> None:
-            nonlocal last_read, is_asked
+            """A step took until the next one began, or until now where none did."""
+            nonlocal is_asked
             report = pending.resolve()
             self.loader.reader.budget.require_within(report.num_bad)
-            now = time.perf_counter()
+            seconds = began.get(report.step + 1, time.perf_counter()) - began.pop(report.step)
             if self._is_recorded(report.step):
-                record(self._line(report, now - last_read))
-            last_read, is_asked = now, is_asked or report.stop > 0
+                record(self._line(report, seconds))
+            is_asked = is_asked or report.stop > 0
             progress(report, num_steps)
 
         pending: PendingStep | None = None
         for step in range(first, num_steps):
+            began[step] = time.perf_counter()
             batches = [self.loader.next() for _ in range(self.num_micro_batches)]
             num_bad = len(self.ledger.faults)
             queued = self.stepper.launch(step, batches, self._is_recorded(step), self.requests.number != 0, num_bad)
@@ -277,7 +286,6 @@ class Run:
                 read(pending)
                 pending = None
                 saved = self.save(done)
-                last_read = time.perf_counter()
                 if is_asked:
                     number = max(self.ranks.gather(self.requests.number))
                     name = signal.Signals(number).name

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from grace_vlm.checkpoint.atomic import sweep_partials
 from grace_vlm.errors import CheckpointError
@@ -43,3 +46,23 @@ def is_complete(recipe: Recipe, out: Path, resume: bool, notify: Notify) -> bool
     for stale in (*sweep_partials(out), *sweep_partials(out / "checkpoints")):
         notify(f"removed {stale.name}, left by an interrupted save")
     return False
+
+
+def require_same_recipe(out: Path, recipe: Recipe) -> None:
+    """``CheckpointError`` that names every key in which the recipe of a folder's run is another one."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), dump_recipe(recipe)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if keys:
+        said = "; ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in keys)
+        raise CheckpointError(f"{out} is a run of another recipe ({said}); restore these settings or start a new run")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """section.key -> value."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    dot = prefix + "." if prefix else ""
+    return {name: value for key, part in tree.items() for name, value in _flat(part, f"{dot}{key}").items()}

@@ -21,6 +21,9 @@ PAGE = "index.html"
 def write_pictures(out: Path, result: Mapping[str, Any]) -> list[Path]:
     """Every picture and ``index.html``, made of the content of ``analysis.json``; their paths, the page last."""
     pictures = pictures_of(result)
+    for stale in out.glob("*.svg"):  # of an analysis that had models which this one lacks
+        if stale.name not in pictures:
+            stale.unlink()
     written = [out / name for name in pictures]
     for path, text in zip(written, pictures.values(), strict=True):
         write_bytes_atomic(path, text.encode("utf-8"))
