@@ -1,4 +1,4 @@
-"""What lmms-eval's tasks ask, as our engine takes it. lmms-eval itself runs in tests/interop/test_lmms.py."""
+"""What lmms-eval's tasks ask, as our engine takes it. lmms-eval itself runs in tests/interop/test_lmms_eval.py."""
 
 from __future__ import annotations
 
