@@ -12,13 +12,14 @@ from grace_vlm.errors import printable
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """Print one ``error:`` line and end the process."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
     sys.exit(exit_code)
 
 
 def say(message: str) -> None:
     """A message to a person: standard error, so that ``--json`` keeps standard output to itself."""
-    print(message, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{message}\n")  # in one piece: processes of one run share the terminal
+    sys.stderr.flush()
 
 
 def emit_json(document: Any) -> None:
