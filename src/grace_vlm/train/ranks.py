@@ -121,10 +121,10 @@ class Ranks:
         """Every process's share of ``tensor``'s rows, written into it."""
         own = self.share_of(tensor)
         if own is not None:
+            # NCCL writes in place; gloo must not read where it writes.
+            mine = tensor[own].clone() if self.device.type == "cpu" else tensor[own]
             with self._exchange():
-                distributed.all_gather_into_tensor(
-                    tensor, tensor[own].clone() if tensor.device.type == "cpu" else tensor[own]
-                )
+                _all_gather(tensor, mine)
         return tensor
 
     def wait(self) -> None:
@@ -137,8 +137,8 @@ class Ranks:
         """What each process gives, by index; plain data."""
         found: list[Any] = [value]
         if self.count > 1:
+            found = [None] * self.count
             with self._exchange():
-                found = [None] * self.count
                 distributed.all_gather_object(found, value)
         return found
 
