@@ -96,7 +96,7 @@ def _talk(llm: LLM, images: list[Path], sampling: SamplingParams) -> None:
             texts, shown, images = [], [], []
         elif line.startswith("/image "):
             picture = Path(line.removeprefix("/image ").strip())
-            if picture.is_file():
+            if picture.is_file() or not is_person:  # a script's mistake ends it, with the question it belongs to
                 images.append(picture)
             else:
                 say(f"{picture} is no file; no picture was added")
