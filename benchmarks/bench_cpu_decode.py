@@ -42,7 +42,7 @@ from bench_loss import Parser, numbers_in, say
 from bench_teacher_divergence import open_smollm2
 from bench_w4linear import names_in
 from llama_peer import Turn, packed_model, packed_text_model, serve, server_turn, version
-from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
+from record import RESULTS, Row, place_of, row_of, write_rows
 
 from grace_vlm.engine.cache import PAGE_TOKENS, pages_for
 from grace_vlm.engine.engine import Engine, EngineOptions
@@ -188,11 +188,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     if "llama_cpp" in args.impls and importlib.util.find_spec("xllamacpp") is None:
         say("llama_cpp: xllamacpp not installed, so it has no rows")
         args.impls.remove("llama_cpp")
-    try:
-        if args.out.exists():
-            read_rows(args.out)
-    except (OSError, ValueError) as error:
-        made.error(str(error))
+    made.require_rows(args.out)
     return args
 
 

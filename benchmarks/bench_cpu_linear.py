@@ -54,7 +54,7 @@ from bench_loss import Parser, numbers_in, say
 from bench_w4linear import GROUP_SIZE, Shape, names_in, shapes_in, weight_bytes
 from cpu_peers import ALLOWED, IMPLS, PACKAGES, Outputs, Passes, missing, panels
 from read_bytes import Reader
-from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
+from record import RESULTS, Row, place_of, row_of, write_rows
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels.cpu import why_not
@@ -221,10 +221,9 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         for shape in args.shapes:
             SCHEME.check(shape.out_features, shape.in_features, str(shape))
-        if args.out.exists():
-            read_rows(args.out)
     except (ConfigError, OSError, ValueError) as error:
         made.error(str(error))
+    made.require_rows(args.out)
     args.impls = present(names)
     return args
 

@@ -31,7 +31,7 @@ import torch
 from bench_cpu_linear import processor, timed_turns
 from bench_loss import Parser, numbers_in, say
 from bench_w4linear import names_in
-from record import RESULTS, Row, place_of, read_rows, row_of, write_rows
+from record import RESULTS, Row, place_of, row_of, write_rows
 
 from grace_vlm.data.rows import IMAGE_MARKER
 from grace_vlm.engine.open import open_model
@@ -145,11 +145,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     for path in (args.model / "config.json", args.data):
         if not path.is_file():
             made.error(f"{path} is no file; run grace demo, or pass --model and --data")
-    try:
-        if args.out.exists():
-            read_rows(args.out)
-    except (OSError, ValueError) as error:
-        made.error(str(error))
+    made.require_rows(args.out)
     return args
 
 

@@ -36,7 +36,7 @@ import torch
 from bench_cpu_linear import processor
 from bench_loss import Parser, say
 from bench_w4linear import names_in
-from record import RESULTS, ROOT, place_of, read_rows, row_of, write_rows
+from record import RESULTS, ROOT, place_of, row_of, write_rows
 
 from grace_vlm.data.pictures import largest_area
 from grace_vlm.engine.engine import EngineOptions
@@ -236,11 +236,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
         made.error(f"{args.model / 'config.json'} is no file; pass --model")
     if any(impl.startswith("lmms") for impl in args.impls) and args.lmms_python is None:
         made.error("lmms-eval has an environment of its own; pass --lmms-python, or --impls engine,suite")
-    try:
-        if args.out.exists():
-            read_rows(args.out)
-    except (OSError, ValueError) as error:
-        made.error(str(error))
+    made.require_rows(args.out)
     return args
 
 

@@ -291,6 +291,14 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
+    def require_rows(self, path: Path) -> None:
+        """An error if there is a file whose rows cannot be replaced: said before anything is measured."""
+        try:
+            if path.exists():
+                read_rows(path)
+        except (OSError, ValueError) as error:
+            self.error(str(error))
+
 
 def parser() -> Parser:
     made = Parser(prog="bench_loss.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

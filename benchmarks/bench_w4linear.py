@@ -46,7 +46,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from bench_loss import Parser, numbers_in, release, say
-from record import Call, Row, place_of, read_rows, results_file, row_of, time_interleaved, write_rows
+from record import Call, Row, place_of, results_file, row_of, time_interleaved, write_rows
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.quant.affine import bake, dequantize, quantize_tensor
@@ -372,10 +372,9 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         for shape in args.shapes:
             QuantScheme(args.bits, args.group).check(shape.out_features, shape.in_features, str(shape))
-        if args.out.exists():
-            read_rows(args.out)
     except (ConfigError, OSError, ValueError) as error:
         made.error(str(error))
+    made.require_rows(args.out)
     args.impls = present(args.impls, args.bits)
     return args
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from worlds import loaded_toy, pictures
 
-from grace_vlm.cli.main import main
 from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM
 from grace_vlm.engine.prompt_file import kept_answers, read_prompts
@@ -28,21 +25,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded.processor.save_pretrained(folder / "model")
     pictures(folder, 3)
     return folder
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*args: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 ROWS: list[dict[str, Any]] = [

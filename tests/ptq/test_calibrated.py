@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from calibrated_toys import FAMILIES, load_toy, replay_of
 from toy_run import write_models, write_rows
 
-from grace_vlm.cli.main import main
 from grace_vlm.errors import ConfigError, NonFiniteError
 from grace_vlm.formats.folder import read_grid
 from grace_vlm.formats.weights import open_weights
@@ -32,20 +30,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder, num_rows=12)
     write_models(folder)
     return folder
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; returns (exit code, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def states(replay: Replay) -> torch.Tensor:

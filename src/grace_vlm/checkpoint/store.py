@@ -179,17 +179,26 @@ def _require_fields(path: Path, stored: set[str], expected: set[str]) -> None:
         )
 
 
-def num_processes_of(path: Path) -> int:
-    """How many processes wrote a checkpoint."""
-    return int(read_object(path / "state.json").get("num_processes", 1))
-
-
-def load_checkpoint(path: Path, index: int = 0) -> TrainState:
-    """The state in ``path`` of process ``index``, after every byte was hashed. Never falls back to another folder.
+def load_checkpoint(path: Path) -> TrainState:
+    """The state in ``path`` (of several processes: the first one's share), after every byte was hashed. Never falls
+    back to another folder.
 
     Raises:
         CheckpointError: no such folder, a corrupt file (with both sha256), a missing or unknown field.
     """
+    content, count = _verified_content(path)
+    return _share(path, content, 0, count)
+
+
+def load_shares(path: Path, index: int, count: int) -> list[TrainState]:
+    """What process ``index`` of ``count`` needs of the state in ``path``: its own share if as many wrote it, else the
+    shares of all that did. Hashed once; errors as for ``load_checkpoint``."""
+    content, wrote = _verified_content(path)
+    return [_share(path, content, number, wrote) for number in ([index] if wrote == count else range(wrote))]
+
+
+def _verified_content(path: Path) -> tuple[dict[str, Any], int]:
+    """(JSON fields, number of processes) of a folder whose every byte was hashed and whose files are all there."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is no checkpoint folder; expected something like checkpoints/step-000012")
     verify_manifest(path)
@@ -200,7 +209,7 @@ def load_checkpoint(path: Path, index: int = 0) -> TrainState:
             f"{path} has format_version {version!r}; this grace reads {FORMAT_VERSION}: use the version that wrote it"
         )
     count = content.pop("num_processes", None)
-    if type(count) is not int or not index < count <= _MOST_PROCESSES:
+    if type(count) is not int or not 0 < count <= _MOST_PROCESSES:
         raise CheckpointError(f"{path / 'state.json'} says it is of {count!r} processes; it is damaged")
     files = {_file_name(name, number, count) for name in TENSOR_FIELDS for number in range(count)}
     _require_fields(path, {file.name for file in path.glob("*.safetensors")}, files)
@@ -208,6 +217,10 @@ def load_checkpoint(path: Path, index: int = 0) -> TrainState:
     for name, value in content.items():
         if type(value) is not (int if name == "step" else dict):
             raise CheckpointError(f"{path / 'state.json'} holds a {type(value).__name__} as {name!r}; it is damaged")
+    return content, count
+
+
+def _share(path: Path, content: dict[str, Any], index: int, count: int) -> TrainState:
     try:
         groups: dict[str, Any] = {name: load_file(path / _file_name(name, index, count)) for name in TENSOR_FIELDS}
     except SafetensorError as error:

@@ -34,8 +34,7 @@ from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import (
     TrainState,
     find_checkpoint,
-    load_checkpoint,
-    num_processes_of,
+    load_shares,
     require_same,
     save_checkpoint,
 )
@@ -226,9 +225,9 @@ class Run:
             self.notify(f"skipped {folder.name}: {reason}")
         if path is None:
             return 0
-        saved_by = num_processes_of(path)
+        parts = load_shares(path, self.ranks.index, self.ranks.count)
+        saved_by = parts[0].fingerprint["num_processes"]
         is_same_number = saved_by == self.ranks.count
-        parts = [load_checkpoint(path, index) for index in ([self.ranks.index] if is_same_number else range(saved_by))]
         require_same_recipe(self.out, self.recipe)
         own = self.fingerprint()
         if not is_same_number:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from boards import write_mmstar
 
-from grace_vlm.cli.main import main
 from grace_vlm.errors import ConfigError
 from grace_vlm.evals.statistics import wilson_interval
 from grace_vlm.evals.suite.categories import category_scores, main_column
@@ -44,20 +42,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_scores(board, ["strict"], read_replies(out), out, None)
         found[name] = out
     return found
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def test_the_main_column() -> None:

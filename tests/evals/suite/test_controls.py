@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from boards import write_mmstar
 
-from grace_vlm.cli.main import main
 from grace_vlm.errors import ConfigError
 from grace_vlm.evals.suite.controls import MajorityResponder, controlled
 from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
@@ -96,20 +94,6 @@ class Right:
     def answers(self, questions: Iterable[Question]) -> Iterator[Reply]:
         for one in questions:
             yield Reply(one.key, one.task, one.doc_id, f"({'ABCD'[int(one.doc_id) % 4]})")
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def test_a_control_is_named_everywhere_and_kept_apart(grace: Any, tmp_path: Path) -> None:

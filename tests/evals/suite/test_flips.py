@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from boards import write_mmstar
 from PIL import Image
 
-from grace_vlm.cli.main import main
 from grace_vlm.evals.statistics import mcnemar_p
 from grace_vlm.evals.suite.flips import Flip, Side, compare_suites
 from grace_vlm.evals.suite.flips_page import chosen
@@ -52,20 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ask(board, ["strict"], RightOn(right), Ledger(root / name, {"model": name}, False))
         write_scores(board, ["strict"], read_replies(root / name), root / name, None)
     return root
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 class Page(HTMLParser):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy_run import write_models, write_rows
-
-from grace_vlm.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +20,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder)
     quantize_folder(str(folder / "student"), folder / "w4", "w4g64")
     return folder
-
-
-@pytest.fixture
-def grace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command; (exit code, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["grace", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def words(world: Path, model: str, out: Path, *more: object) -> tuple[object, ...]:
