@@ -6,15 +6,17 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
+NUM_BYTES_FREE = 8 * 10**9
 
 
 def pinned_versions(lock: str) -> list[str]:
@@ -30,14 +32,27 @@ def clean_variables() -> dict[str, str]:
     }
 
 
-def environment(root: Path, variable: str, packages: Sequence[str], *, pinned: bool = True) -> Path:
-    """The interpreter that ``variable`` names, or that of a new virtual environment in ``root``.
+def environment(root: Path, variable: str, packages: Sequence[str], *, pinned: bool = True) -> Iterator[Path]:
+    """The interpreter that ``variable`` names, or that of a new virtual environment in ``root``, gone afterwards.
+
+    A body of a fixture. Five environments of 5 GB each would fill a disk, and pytest keeps the folders of three runs.
 
     Args:
         packages: what is installed. pinned: in the versions of ``requirements.lock``, where that has them.
     """
     if given := os.environ.get(variable):
-        return Path(given)
+        yield Path(given)
+        return
+    try:
+        yield install(root, packages, pinned=pinned)
+    finally:
+        shutil.rmtree(root / "venv", ignore_errors=True)
+
+
+def install(root: Path, packages: Sequence[str], *, pinned: bool) -> Path:
+    """A new virtual environment with ``packages``."""
+    if (free := shutil.disk_usage(root).free) < NUM_BYTES_FREE:
+        raise RuntimeError(f"{root} has {free / 1e9:.1f} GB free; an environment needs {NUM_BYTES_FREE / 1e9:.0f}")
     venv.create(root / "venv", with_pip=True)
     python = root / "venv" / "bin" / "python"
     constraints = root / "constraints.txt"

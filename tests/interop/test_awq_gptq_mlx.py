@@ -8,6 +8,7 @@ of a few such layers. The environment is made here (some minutes); GRACE_INTEROP
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("gptq"), "GRACE_INTEROP_GPTQ_PYTHON", PACKAGES)
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from environment(tmp_path_factory.mktemp("gptq"), "GRACE_INTEROP_GPTQ_PYTHON", PACKAGES)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ def test_pinned_versions() -> None:
 
 
 @pytest.fixture(scope="module")
-def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pins = pinned_versions((REPOSITORY / "requirements.lock").read_text(encoding="utf-8"))
     assert {pin.split("==")[0].lower().replace("_", "-") for pin in pins} >= set(PACKAGES)
-    return environment(tmp_path_factory.mktemp("clean"), "GRACE_INTEROP_PYTHON", PACKAGES)
+    yield from environment(tmp_path_factory.mktemp("clean"), "GRACE_INTEROP_PYTHON", PACKAGES)
 
 
 @pytest.fixture(scope="module")

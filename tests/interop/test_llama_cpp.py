@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("llama"), "GRACE_INTEROP_LLAMA_PYTHON", ["xllamacpp==2026.10.11549"])
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from environment(tmp_path_factory.mktemp("llama"), "GRACE_INTEROP_LLAMA_PYTHON", ["xllamacpp==2026.10.11549"])
 
 
 def write_bf16(folder: Path, target: Path) -> Path:

