@@ -55,6 +55,7 @@ def _register() -> None:
         generate,
         inspect,
         pack,
+        perplexity,
         plan,
         quantize,
         scores,
@@ -74,6 +75,7 @@ def _register() -> None:
     app.command("verify", help=verify.HELP)(verify.verify_models)
     app.command("inspect", help=inspect.HELP)(inspect.inspect_path)
     app.command("eval", help=evaluate.HELP)(evaluate.evaluate)
+    app.command("perplexity", help=perplexity.HELP)(perplexity.perplexity)
     app.command("scores", help=scores.HELP)(scores.scores)
     app.command("chat", help=chat.HELP)(chat.chat)
     app.command("generate", help=generate.HELP)(generate.generate)

@@ -30,7 +30,10 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    student: str = Field(description="model folder, run folder, hub id, or toy:SIZE for a random start")
+    student: str = Field(
+        description="model folder, run folder, hub id; pruned:MODEL:LAYERS of one of these; smollm2:LAYERS with a new "
+        "tower; or toy:SIZE and random:ID for a random start"
+    )
     base: str | None = Field(
         None,
         description="what a student that is our own run started from; --dry-run describes it until that run exists",
@@ -51,8 +54,10 @@ class ModelConfig(_Section):
         "opened; teacher may then be left out, else it must be the cache's",
     )
     processor: str | None = Field(None, description="where a toy:SIZE takes its processor; null trains a tokenizer")
-    train: Literal["default", "all"] = Field(
-        "default", description="default: language model and merger; all: the vision tower too"
+    train: Literal["default", "all", "vision"] = Field(
+        "default",
+        description="default: language model and merger; all: the vision tower too; vision: tower and merger, not the "
+        "language model",
     )
     vision_tower: str | None = Field(
         None, description="CLIP folder or hub id of a student in the original LLaVA layout; null: what its config names"
@@ -241,9 +246,10 @@ class Recipe(_Section):
             raise ConfigError(
                 "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false"
             )
-        if self.runtime.cuda_graphs and self.model.train == "all":
+        if self.runtime.cuda_graphs and self.model.train != "default":
             raise ConfigError(
-                "runtime.cuda_graphs trains no vision tower; set model.train=default or runtime.cuda_graphs=false"
+                "runtime.cuda_graphs trains the decoder and no vision tower; set model.train=default or "
+                "runtime.cuda_graphs=false"
             )
         if self.has_teacher_elsewhere and data.pixel_cache_gib:
             raise ConfigError(
@@ -256,6 +262,11 @@ class Recipe(_Section):
                 "data.workers read every row anew and cannot share data.pixel_cache_gib, data.samples_kept or "
                 "runtime.tower_cache_gib; set those to 0 or data.workers=0"
             )
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether the vision tower is trained."""
+        return self.model.train in ("all", "vision")
 
     @property
     def teacher_device(self) -> str:

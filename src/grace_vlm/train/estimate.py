@@ -26,6 +26,7 @@ from grace_vlm.models.fp8 import ROUNDED
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.adamw8 import BLOCK
 from grace_vlm.train.config import Recipe
+from grace_vlm.train.open import is_trained
 
 GPUS: Mapping[str, float] = {
     "h100": 989e12,
@@ -251,7 +252,7 @@ def _micro_batch_tokens(recipe: Recipe, load: Load) -> int:
 
 def _tower_bytes(recipe: Recipe, sizes: _Sizes, patches: float) -> int:
     """What a trained tower keeps for its backward pass; a frozen one keeps nothing."""
-    if recipe.model.train != "all":
+    if not recipe.trains_tower:
         return 0
     one_layer = 24 * sizes.vision_hidden + 8 * sizes.vision_intermediate
     kept = 2 * sizes.vision_hidden * sizes.vision_layers + one_layer
@@ -259,8 +260,7 @@ def _tower_bytes(recipe: Recipe, sizes: _Sizes, patches: float) -> int:
 
 
 def _trained_parameters(recipe: Recipe, model: Any, adapter: Adapter) -> int:
-    is_all = recipe.model.train == "all"
-    return sum(p.numel() for name, p in model.named_parameters() if is_all or not name.startswith(adapter.frozen))
+    return sum(p.numel() for name, p in model.named_parameters() if is_trained(recipe, adapter, name))
 
 
 def _head_of(teacher: Teacher) -> TeacherHead | None:
@@ -364,7 +364,7 @@ def _flop(recipe: Recipe, student: tuple[Any, Adapter], teacher: Teacher, load: 
     own = _Sizes.of(*student)
     forward = _forward_flop(own, tokens, load.row_tokens, int(visual * own.patches_per_token))
     passes = _student_passes(recipe, own.layers)
-    tower_passes = 1 if recipe.model.train != "all" else 4 if recipe.runtime.gradient_checkpointing else 3
+    tower_passes = 1 if not recipe.trains_tower else 4 if recipe.runtime.gradient_checkpointing else 3
     parts = {f"student {part}": flop * (tower_passes if part == "tower" else passes) for part, flop in forward.items()}
     parts["student head"] = 6.0 * own.hidden * own.vocabulary * supervised
     if isinstance(teacher, TeacherHead):

