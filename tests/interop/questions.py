@@ -15,8 +15,9 @@ SIZES = {
     "Qwen3-VL": [(128, 128), (160, 128), (192, 160)],
     "Qwen2-VL": [(140, 140), (168, 140), (140, 196)],
     "LLaVA-1.5": [(112, 112)],
+    "SmolLM2": [(192, 192)],
 }
-"""Width and height in pixels, in multiples of a visual token. LLaVA's toy takes squares of 112 pixels only."""
+"""Width and height in pixels, in multiples of a visual token. LLaVA's take squares only."""
 WORDS = ("what shape is in the picture?", "is there a red circle?", "Ünïcode 12345", "it's   we'll", "a\n\nb", "yes")
 
 
@@ -29,7 +30,7 @@ def random_rows(family: str, folder: Path, num: int) -> list[tuple[str, Path | N
         picture = None
         if index % 3:
             width, height = chance.choice(SIZES[family])
-            size = (1, 1, 3) if family == "LLaVA-1.5" else (height, width, 3)
+            size = (1, 1, 3) if family in ("LLaVA-1.5", "SmolLM2") else (height, width, 3)
             pixels = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8).expand(height, width, 3)
             picture = folder / f"{family}-{index}.png"
             Image.fromarray(pixels.contiguous().numpy()).save(picture)

@@ -119,12 +119,21 @@ def _parts(state: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
 
 
 def _pre(path: Path, state: dict[str, Any]) -> str:
-    splits = [part.get("pattern") for part in _parts(state, "pre_tokenizer", "pretokenizers") if part.get("pattern")]
+    parts = _parts(state, "pre_tokenizer", "pretokenizers")
+    # Named by what they are: ByteLevel's own expression is GPT-2's, and SmolLM cuts off every digit before it.
+    kinds = [part.get("type") for part in parts]
+    if parts and kinds[-1] == "ByteLevel" and parts[-1].get("use_regex") and not parts[-1].get("add_prefix_space"):
+        if len(parts) == 1:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return "smollm"
+    splits = [part.get("pattern") for part in parts if part.get("pattern")]
     expressions = [split.get("Regex") for split in splits if isinstance(split, dict)]
     if len(expressions) == 1 and isinstance(expressions[0], str) and expressions[0] in _PRE:
         return _PRE[expressions[0]]
     raise FormatError(
-        f"{path} cuts words by {shown(expressions)}, for which llama.cpp has no name here; known are Qwen's and Llama's"
+        f"{path} cuts words by {shown(expressions)}, for which llama.cpp has no name here; known are Qwen's, GPT-2's, SmolLM's "
+        "and Llama's"
     )
 
 

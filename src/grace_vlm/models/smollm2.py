@@ -82,11 +82,15 @@ def find_gguf() -> Path:
 
 def build_smollm2_processor() -> Any:
     """``LlavaProcessor`` with SmolLM2's tokenizer and squares of ``SIDE`` pixels, nothing cropped."""
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, pre_tokenizers
     from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
     gguf = find_gguf()
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file says "smollm", which Transformers does not know: its words end before every digit.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -130,7 +134,9 @@ def build_smollm2(name: str, processor: Any, seed: int = 0) -> Any:
     The rows of the vocabulary that are new (``<image>`` and padding to 64) are the mean of the others.
     """
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     gguf = find_gguf()
     language: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     stated = {
