@@ -1,9 +1,10 @@
-"""What ``grace eval --suite`` adds to the engine, and lmms-eval beside it, on one toy benchmark on a CPU.
+"""What ``grace eval --suite`` adds to the engine, and lmms-eval beside it, on one toy benchmark.
 
     python benchmarks/bench_eval_suite.py --lmms-python DIR/bin/python     # -> benchmarks/results/eval_suite.csv
+    python benchmarks/bench_eval_suite.py --lmms-python DIR/bin/python --device cuda --impls engine,suite,lmms_hf
 
 The rows are the toy suite's MMStar of as many seeds as ``--samples`` takes, asked as lmms-eval's ``mmstar`` asks them,
-greedy; case ``toy_student_b64``: the folder, and how many questions run together.
+greedy; case ``toy_student_short_b64``: the folder, and how many questions run together; ``_gpu`` behind it on one.
 
     engine         ``LLM.answers`` over the prompts, pictures as bytes in memory
     suite          all that ``grace eval --suite`` does: rows, prompts, keys, pictures, engine, ledger, records, scores
@@ -111,9 +112,9 @@ def prepared(model: Path, folder: Path, never_ends: bool) -> Path:
     return folder
 
 
-def opened_llm(model: str, size: int) -> LLM:
+def opened_llm(model: str, size: int, device: str) -> LLM:
     """As ``grace eval --suite`` opens one."""
-    loaded, codes = open_model(model, "cpu")
+    loaded, codes = open_model(model, device)
     options = EngineOptions(max_running=size, max_step_tokens=max(2048, size), cache_tokens=16_384)
     return LLM(loaded, options=options, quantized=codes, max_pixels=largest_area(loaded.processor))
 
@@ -123,9 +124,9 @@ def forget_pictures(llm: LLM) -> None:
     llm.engine.pictures = PictureFeatures(seen.adapter, seen.model, seen.budget_bytes, seen.device)
 
 
-def engine_turn(model: str, rows: Path, size: int) -> Turn:
+def engine_turn(model: str, rows: Path, size: int, device: str) -> Turn:
     """The engine over prompts that are made before."""
-    llm, asked = opened_llm(model, size), []
+    llm, asked = opened_llm(model, size, device), []
     for question in questions_of(read_benchmarks(["mmstar"], rows.parents[1])[0], ["lmms"]):
         parts = tuple(part.load() if isinstance(part, Picture) else part for part in question.parts)
         asked.append(Asked(question.key, Parts(parts), (), SamplingParams(question.max_new_tokens)))
@@ -140,9 +141,9 @@ def engine_turn(model: str, rows: Path, size: int) -> Turn:
     return turn
 
 
-def suite_turn(model: str, rows: Path, size: int) -> Turn:
+def suite_turn(model: str, rows: Path, size: int, device: str) -> Turn:
     """Everything, from the rows to the scores."""
-    llm = opened_llm(model, size)
+    llm = opened_llm(model, size, device)
 
     def turn() -> Pass:
         forget_pictures(llm)
@@ -172,10 +173,10 @@ def lmms_turn(args: argparse.Namespace, impl: str, model: Path, rows: Path) -> T
         "dataset_kwargs": {"data_files": {"val": str(rows)}},
     }
     (tasks / f"{TASK}.yaml").write_text(json.dumps(stated), encoding="utf-8")
-    arguments, stock = f"pretrained={model},device=cpu", impl != "lmms_grace"
+    arguments, stock = f"pretrained={model},device={args.device}", impl != "lmms_grace"
     if stock:  # the areas of the model's own processor: that class has others by default
         size = json.loads((model / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]["size"]
-        arguments += f",device_map=cpu,min_pixels={size['shortest_edge']},max_pixels={size['longest_edge']}"
+        arguments += f",device_map={args.device},min_pixels={size['shortest_edge']},max_pixels={size['longest_edge']}"
     command = [args.lmms_python, Path(__file__).with_name("lmms_peer.py"), tasks, TASK]
     command += ["qwen3_vl" if stock else "grace_vlm", arguments, args.batch, "--threads", args.threads]
     command += ["--fp32"] if impl.endswith("fp32") else []
@@ -221,6 +222,7 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     made = Parser(prog="bench_eval_suite.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", type=Path, default=MODEL, help="a Qwen3-VL folder; default: the shipped toy student")
     made.add_argument("--lmms-python", type=Path, help="of an environment with this package's extra lmms")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     made.add_argument("--samples", type=int, default=2000, help="default: %(default)s")
     made.add_argument("--batch", type=int, default=64, help="questions together; default: %(default)s")
     made.add_argument("--impls", default=",".join(IMPLS), help="default: %(default)s")
@@ -243,17 +245,22 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = settings(argv)
     torch.set_num_threads(args.threads)
-    place = {**place_of(torch.device("cpu")), "device": processor(args.threads)}
+    place = place_of(torch.device(args.device))
+    if args.device == "cpu":
+        place["device"] = processor(args.threads)
     with tempfile.TemporaryDirectory() as made:
         rows = write_benchmark(Path(made), args.samples)
         model = prepared(args.model, Path(made) / args.model.name, args.long)
         ours = {"engine": engine_turn, "suite": suite_turn}
         turns = {
-            impl: ours[impl](str(model), rows, args.batch) if impl in ours else lmms_turn(args, impl, model, rows)
+            impl: ours[impl](str(model), rows, args.batch, args.device)
+            if impl in ours
+            else lmms_turn(args, impl, model, rows)
             for impl in args.impls
         }
         found = measure(turns, args.rounds, args.samples)
     case = f"{args.model.name.replace('-', '_')}_{'long' if args.long else 'short'}_b{args.batch}"
+    case += "_gpu" if args.device == "cuda" else ""
     written = []
     for impl, passes in found.items():
         for metric, seconds in (

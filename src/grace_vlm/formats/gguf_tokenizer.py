@@ -132,8 +132,8 @@ def _pre(path: Path, state: dict[str, Any]) -> str:
     if len(expressions) == 1 and isinstance(expressions[0], str) and expressions[0] in _PRE:
         return _PRE[expressions[0]]
     raise FormatError(
-        f"{path} cuts words by {shown(expressions)}, for which llama.cpp has no name here; known are Qwen's, GPT-2's, SmolLM's "
-        "and Llama's"
+        f"{path} cuts words by {shown(expressions)}, for which llama.cpp has no name here; known are Qwen's, "
+        "GPT-2's, SmolLM's and Llama's"
     )
 
 
