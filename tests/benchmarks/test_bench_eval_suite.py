@@ -36,7 +36,7 @@ def test_a_model_that_never_ends(tmp_path: Path) -> None:
     assert json.loads((made / "tokenizer_config.json").read_text())["eos_token"] == bench.NEVER_SAID
     assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] != 513
     rows = bench.write_benchmark(tmp_path, 4)
-    one = bench.suite_turn(str(made), rows, 4)()
+    one = bench.suite_turn(str(made), rows, 4, "cpu")()
     assert (one.replies, one.tokens) == (4, 4 * 128)
 
 
