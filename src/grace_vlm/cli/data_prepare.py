@@ -20,6 +20,7 @@ HELP = """Make a data set to train on: one of ours, or rows and pictures that yo
 easy-vqa, scenes, mix (both) and toy (of the shipped bases) are made from an installed package and our generators.
 sharegpt4v and llava take an annotation file and its pictures; hf takes a Hugging Face data set with LLaVA's columns.
 world is a mix on things that have names: emoji, flags, charts, digits, easy-vqa, scenes, and toy-suite's kinds.
+text is prose to measure perplexity on, and rows without pictures.
 toy-suite is for evaluation: small stand-ins for seven benchmarks, in the layouts of the real ones.
 
 Example: grace data prepare easy-vqa runs/data/easy-vqa
@@ -36,6 +37,7 @@ _SUITES = ("toy-suite",)
 _MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # made from packages: (what they need, what they may have)
     "world": (("--emoji", "--flags"), ("--rows", "--seed", "--workers")),
+    "text": ((), ("--seed",)),
 }
 _GENERATED: tuple[tuple[str, ...], tuple[str, ...]] = ((), ("--seed",))
 _WEB_DATA = "https://github.com/InternLM/InternLM-XComposer/blob/main/projects/ShareGPT4V/docs/Data.md (web data)"
@@ -65,7 +67,9 @@ _NOTES = {
 
 
 def prepare_data(
-    source: str = typer.Argument(..., help="easy-vqa, scenes, mix, toy; world; sharegpt4v, llava; hf; toy-suite."),
+    source: str = typer.Argument(
+        ..., help="easy-vqa, scenes, mix, toy, world, text, sharegpt4v, llava, hf, toy-suite."
+    ),
     out: Path = typer.Argument(..., help="Folder to make: train.jsonl, manifest.json, pictures where they are made."),
     seed: int = typer.Option(None, "--seed", help="Of what is drawn: same seed, same bytes; default: 0."),
     annotations: Path = typer.Option(None, "--annotations", help="sharegpt4v, llava: the rows, JSON array or JSONL."),
@@ -102,6 +106,8 @@ def prepare_data(
         _prepare_rows(source, out, options, overwrite, as_json)
     elif source == "world":
         _prepare_world(out, options, overwrite, as_json)
+    elif source == "text":
+        _prepare_text(out, seed or 0, overwrite, as_json)
     elif source in _SUITES:
         _prepare_suite(out, seed or 0, overwrite, as_json)
     else:
@@ -163,6 +169,18 @@ def _prepare_world(out: Path, options: dict[str, Any], overwrite: bool, as_json:
     rows = [(name, str(train.get(name, 0)), str(test.get(name, 0))) for name in sorted({*train, *test})]
     rows.append(("all", str(info.num_rows["train"]), str(info.num_rows["test"])))
     print_table(("part", "rows to train on", "rows of the test"), rows)
+
+
+def _prepare_text(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
+    from grace_vlm.data.sources.text import prepare_text
+
+    say("preparing text")
+    info = prepare_text(out, seed=seed, overwrite=overwrite)
+    if as_json:
+        emit_json({"out": str(info.out), **info.manifest})
+        return
+    rows = [(f"{name}.jsonl", f"{number} rows") for name, number in info.manifest["num_rows"].items()]
+    print_table(("file", "size"), [("heldout.txt", f"{info.manifest['num_heldout_words']} words"), *rows])
 
 
 def _prepare_suite(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:

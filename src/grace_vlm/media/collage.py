@@ -17,8 +17,11 @@ from PIL import Image, ImageDraw, ImageOps
 from grace_vlm.media.canvas import Rgb
 from grace_vlm.media.header import ImageFault
 
+Cutout = Image.Image
+"""A picture with its transparency, RGBA."""
 PATTERNS = ("plain", "gradient", "stripes", "checks", "noise")
 JPEG_QUALITY = 88
+MAX_CUTOUT_PX = 4096
 _NOISE_CELLS = 24
 
 
@@ -69,23 +72,18 @@ class Collage:
 
 @lru_cache(maxsize=4096)
 def load_cutout(path: Path) -> Image.Image:
-    """A small picture with its transparency, as RGBA.
+    """A small PNG with its transparency, as RGBA.
 
     Raises:
-        ImageFault: the file is no whole picture.
+        ImageFault: the file is no whole PNG, or has a side of more than 4,096 pixels.
     """
-    return read_cutout(path.read_bytes(), str(path))
-
-
-def read_cutout(data: bytes, name: str) -> Image.Image:
-    """PNG bytes as RGBA; ``ImageFault`` names ``name`` where they are none."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if max(image.size) > 4096:
-                raise ImageFault("image_too_large", f"{name} is larger than a cut-out may be")
+        with Image.open(path, formats=("PNG",)) as image:
+            if max(image.size) > MAX_CUTOUT_PX:
+                raise ImageFault("image_too_large", f"a side has more than {MAX_CUTOUT_PX} pixels")
             return image.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageFault("image_not_an_image", f"{name} is no whole PNG") from error
+        raise ImageFault("image_not_an_image", "the file is no whole PNG") from error
 
 
 def gray_cutout(values: bytes, side_px: int, ink: Rgb) -> Image.Image:

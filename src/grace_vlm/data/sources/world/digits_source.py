@@ -156,7 +156,7 @@ def _parity(rng: random.Random, scene: DigitScene) -> Asked:
 
 
 def _is_above(rng: random.Random, scene: DigitScene) -> Asked:
-    value, limit = scene.values[0], rng.randint(1, 8)
+    value, limit = scene.values[0], rng.randint(3, 6)
     return Asked(f"Is the digit larger than {limit}?", said(value > limit))
 
 

@@ -11,11 +11,13 @@ from typing import ClassVar
 
 from grace_vlm.data.sources import easy_vqa, grids
 from grace_vlm.data.sources.easy_vqa import DEFAULT_SIZES
-from grace_vlm.data.sources.questions import AskedPicture, wrong_answers
+from grace_vlm.data.sources.questions import AskedPicture, Question, wrong_answers
 from grace_vlm.data.sources.world.drawn import Asked, Drawn, Kind, ask, phrase
 from grace_vlm.data.sources.world.emoji_questions import PLACES_2
 
 NUM_QUESTIONS = 6
+NUM_YES_NO = 2
+"""Of each truth, about one of easy-VQA's own pictures."""
 SINGLE_EVERY = 3
 """Of the pictures one in so many is one of easy-VQA's own, the others are mosaics."""
 
@@ -23,7 +25,7 @@ SINGLE_EVERY = 3
 class EasySource:
     """easy-VQA's pictures and mosaics of them (``drawn.Source``)."""
 
-    rows_per_unit: ClassVar[Mapping[str, float]] = {"train": 5.9, "test": 5.9}
+    rows_per_unit: ClassVar[Mapping[str, float]] = {"train": 5.6, "test": 5.6}
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -49,9 +51,17 @@ class EasySource:
 
 
 def _single(rng: random.Random, picture: AskedPicture) -> Drawn:
-    chosen = rng.sample(picture.questions, min(NUM_QUESTIONS, len(picture.questions)))
+    """Its open questions, and of its yes/no questions as many whose words are true of the picture as not: of the
+    package's own most are not."""
+    chosen = [one for one in picture.questions if one.form == "open"]
+    said: dict[bool, list[Question]] = {True: [], False: []}
+    for one in picture.questions:
+        if one.form == "yes_no":
+            said[(one.answer == "yes") != easy_vqa.is_negated(one.text)].append(one)
+    number = min(NUM_YES_NO, len(said[True]), len(said[False]))
+    chosen += [*rng.sample(said[True], number), *rng.sample(said[False], number)]
     questions = [phrase(rng, one.kind, Asked(one.text, one.answer, tuple(wrong_answers(one.answer)))) for one in chosen]
-    return Drawn((picture.png,), ".png", tuple(questions), picture.caption)
+    return Drawn((picture.png,), ".png", tuple(rng.sample(questions, len(questions))), f"{picture.caption}.")
 
 
 def _in_corner(rng: random.Random, scene: grids.Grid) -> Asked:

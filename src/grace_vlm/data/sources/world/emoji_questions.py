@@ -25,6 +25,8 @@ PLACES_3 = {
 }
 PLACES_PAIR = {(0, 0): "left", (0, 1): "right"}
 NUM_NEAR = 5
+_FREQUENT = ("mammal", "smiley", "land vehicle", "hand", "sport")
+"""Finer sorts that most of their sort are of; they are asked about less often than the others."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def _finer(rng: random.Random, shown: Shown) -> Asked | None:
     thing = shown.thing(name)
     if thing.finer is None or len(FINER[thing.group]) < 2:
         return None
+    if thing.finer in _FREQUENT and rng.random() < 0.6:
+        return None
     return Asked(f"What kind of {thing.group} is this?", thing.finer, FINER[thing.group])
 
 
@@ -93,7 +97,9 @@ def _is_sort(rng: random.Random, shown: Shown) -> Asked | None:
         return None
     if rng.random() < 0.5:
         return Asked(f"Does the picture show {one(group)}?", "yes")
-    other = rng.choice([one for one in GROUPS if one not in (group, "other")])
+    # As often as it is there: or a sort that is shown much would be a yes by its name alone.
+    others = [name for name in GROUPS if name not in (group, "other")]
+    other = rng.choices(others, [GROUPS[name][1] for name in others])[0]
     return Asked(f"Does the picture show {one(other)}?", "no")
 
 
@@ -223,8 +229,7 @@ def _shared(rng: random.Random, shown: Shown) -> Asked:
 
 def _same_sort(rng: random.Random, shown: Shown) -> Asked | None:
     first, second = (shown.thing(name).group for name in shown.scene.names())
-    # Two things are seldom of one sort: of those that are not, most are left unasked.
-    if "other" in (first, second) or (first != second and rng.random() < 0.85):
+    if "other" in (first, second):
         return None
     return Asked("Are both of the same kind of thing?", said(first == second))
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from grace_vlm.data.sources.world.drawn import SIDE_PX
 from grace_vlm.data.sources.world.emoji import Catalogue, Emoji
 from grace_vlm.data.sources.world.emoji_words import GROUPS
-from grace_vlm.data.sources.world.grounds import choose_ground
-from grace_vlm.media.collage import Collage, Ground, Pasted, load_cutout
+from grace_vlm.data.sources.world.grounds import choose_ground, read_cutout
+from grace_vlm.media.collage import Collage, Ground, Pasted
 
 LAYOUTS = {"single": 10, "pair": 3, "mosaic_2": 5, "mosaic_3": 3, "odd": 2, "scatter": 5}
 """Layout -> how often, relative to the others. ``odd`` is a mosaic in which one thing is of another sort."""
@@ -65,6 +65,15 @@ class Dealer:
         rng.shuffle(things)
         return things
 
+    def pair(self, rng: random.Random) -> list[Emoji]:
+        """Two things, half of the time of one sort."""
+        first = self.one(rng)
+        alike = [name for name in self._common.get(first.group, []) if name != first.name]
+        while True:
+            second = self.things[rng.choice(alike)] if alike and rng.random() < 0.45 else self.one(rng, is_unseen=False)
+            if second.name != first.name:
+                return rng.sample([first, second], 2)
+
     def odd(self, rng: random.Random, count: int) -> list[Emoji]:
         """``count`` - 1 things of one sort and one of another."""
         groups = [name for name, members in self._common.items() if len(members) >= count and name != "other"]
@@ -87,6 +96,8 @@ def compose(rng: random.Random, dealer: Dealer) -> EmojiScene:
     ground, color = choose_ground(rng)
     if layout == "scatter":
         placed = _scattered(rng, dealer)
+    elif layout == "pair":
+        placed = dict(zip(_places(rows, columns), dealer.pair(rng), strict=True))
     elif layout == "odd":
         placed = dict(zip(_places(rows, columns), dealer.odd(rng, 4), strict=True))
     else:
@@ -107,7 +118,7 @@ def draw(scene: EmojiScene, things: Catalogue) -> bytes:
     """The scene as a JPEG of 192 x 192 pixels."""
     collage = Collage(SIDE_PX, scene.ground)
     for name, number, how in scene.drawn:
-        collage.paste(load_cutout(things.things[name].pictures[number]), how)
+        collage.paste(read_cutout(things.things[name].pictures[number]), how)
     return collage.jpeg()
 
 

@@ -22,6 +22,7 @@ FILLS: tuple[Rgb, ...] = (
 )  # fmt: skip
 LAYOUTS = ("columns", "bars", "line", "pie", "table")
 TITLE_PX, LABEL_PX = 13, 12
+_PLACES = ("the first", "the second", "the third", "the fourth", "the fifth", "the sixth", "the seventh")
 MIN_GAP = 0.04
 """Numbers that are compared differ by at least this part of the axis, so that a chart shows it."""
 
@@ -188,8 +189,10 @@ def _label_of(rng: random.Random, figure: Figure) -> Asked | None:
 
 def _compare(rng: random.Random, figure: Figure) -> Asked:
     a, b = rng.sample(range(len(figure.texts)), 2)
-    first, second = figure.series.labels[a], figure.series.labels[b]
     is_larger = float(figure.texts[a]) > float(figure.texts[b])
+    first, second = figure.series.labels[a], figure.series.labels[b]
+    if rng.random() < 0.6:  # by place: the names alone would tell which of two sectors has more jobs
+        first, second = _PLACES[a], _PLACES[b]
     return Asked(f"Is the value of {first} larger than that of {second}?", said(is_larger))
 
 

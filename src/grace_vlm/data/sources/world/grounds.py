@@ -1,11 +1,15 @@
-"""What is behind things: grounds of a named colour, so that it can be asked about, or of a pattern of two."""
+"""What is behind things, grounds of a named colour, so that it can be asked about, or of a pattern of two; and the
+things themselves, as a package has them."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+from grace_vlm.errors import DataError
 from grace_vlm.media.canvas import Rgb
-from grace_vlm.media.collage import PATTERNS, Ground
+from grace_vlm.media.collage import PATTERNS, Cutout, Ground, load_cutout
+from grace_vlm.media.header import ImageFault
 
 GROUND_COLORS: dict[str, tuple[Rgb, ...]] = {
     "white": ((255, 255, 255), (247, 247, 245)),
@@ -35,6 +39,18 @@ def choose_ground(rng: random.Random) -> tuple[Ground, str | None]:
     else:
         second = _near(rng, rng.choice(GROUND_COLORS[rng.choice(list(GROUND_COLORS))]))
     return Ground(pattern, first, second, rng.randrange(1 << 16)), None
+
+
+def read_cutout(path: Path) -> Cutout:
+    """A picture of a package.
+
+    Raises:
+        DataError: it is no whole PNG.
+    """
+    try:
+        return load_cutout(path)
+    except ImageFault as error:
+        raise DataError(f"{path}: {error}; fetch the package again") from error
 
 
 def _near(rng: random.Random, color: Rgb) -> Rgb:

@@ -17,7 +17,6 @@ those of the tests being drawn first.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -209,9 +208,7 @@ class _Writing:
             "source": SOURCE,
             "seed": seed,
             "rows": num_rows,
-            "packages": [
-                {key: value for key, value in dataclasses.asdict(one).items() if key != "folder"} for one in packages
-            ],
+            "packages": [one.record() for one in packages],
             "pillow": pillow_version(),
             "num_rows": {name: len(lines) for name, lines in self.lines.items()},
             "num_images": dict(self.num_images),

@@ -30,7 +30,11 @@ class Package:
     version: str
     licence: str
     folder: Path
-    sha256: str = ""
+    sha256: str
+
+    def record(self) -> dict[str, str]:
+        """As a manifest has it."""
+        return {"name": self.name, "version": self.version, "licence": self.licence, "sha256": self.sha256}
 
 
 def open_npm(given: Path, name: str, needed: Sequence[str], licence: str, scratch: Path) -> Package:
