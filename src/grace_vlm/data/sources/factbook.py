@@ -130,11 +130,8 @@ def questions(rng: random.Random, page: Page, others: list[Page]) -> list[Questi
             add(f"text_{field}", text, short(fields[field]), tuple(sorted(wrong(field))))
     if short(fields["capital"]):
         add("text_capital_of", f"Which country's capital is {short(fields['capital'])}?", name, _names(others))
-    languages = [
-        one for one in re.findall(r"[A-Z][a-z]+", fields.get("languages", "").split("note")[0]) if len(one) > 3
-    ]
-    if languages:
-        add("text_language", f"Name a language that is spoken in {name}.", languages[0])
+    if language := re.search(r"[A-Z][a-z]{3,}", fields.get("languages", "").split("note")[0]):
+        add("text_language", f"Name a language that is spoken in {name}.", language[0])
     neighbors = [one for one in page.neighbors() if one != name]
     if neighbors:
         listed = ", ".join(neighbors)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -68,7 +68,7 @@ def prepare_text(out: Path, *, seed: int = 0, overwrite: bool = False) -> TextIn
     speeches, facts = find_package(), factbook.find_package()
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)
-    train += _continuations(kept, seed)
+    train += _continuations(kept, set("\n\n".join(held_out.values()).split("\n\n")), seed)
     random.Random(f"{seed}/text/order").shuffle(train)
     prose = "\n\n".join(held_out.values()) + "\n"
     files = {"heldout.txt": prose.encode(), "train.jsonl": _lines(train), "test.jsonl": _lines(test)}
@@ -137,13 +137,15 @@ def _fact_rows(
     return train, test, sorted(chosen)
 
 
-def _continuations(addresses: Mapping[str, str], seed: int) -> list[dict[str, Any]]:
-    """A paragraph each, and the one that follows it, both of a length that a row should have."""
+def _continuations(addresses: Mapping[str, str], held_out: Container[str], seed: int) -> list[dict[str, Any]]:
+    """A paragraph each, and the one that follows it, both of a length that a row should have and neither of them in a
+    held-out address: some presidents repeat themselves."""
     pairs = []
     for name, text in addresses.items():
         paragraphs = text.split("\n\n")
         for number, (first, second) in enumerate(pairwise(paragraphs)):
-            if all(MIN_WORDS <= len(part.split()) <= MAX_WORDS for part in (first, second)):
+            pair = (first, second)
+            if all(MIN_WORDS <= len(part.split()) <= MAX_WORDS and part not in held_out for part in pair):
                 pairs.append((f"prose-{name}-{number}", first, second))
     chosen = random.Random(f"{seed}/text/prose").sample(pairs, min(NUM_CONTINUATIONS, len(pairs)))
     return [

@@ -75,7 +75,7 @@ def read_catalogue(folder: Path, seed: int) -> Catalogue:
     held_out: set[str] = set()
     for group in GROUPS:
         members = [name for name, thing in things.items() if thing.group == group]
-        held_out.update(rng.sample(members, round(HELD_OUT_FRACTION * len(members))))
+        held_out.update(rng.sample(members, max(len(members) >= 8, round(HELD_OUT_FRACTION * len(members)))))
     return Catalogue(things, frozenset(held_out))
 
 

@@ -85,7 +85,9 @@ def read_atlas(folder: Path, rendered: Path, seed: int) -> Atlas:
     whole = [
         name for name, country in ordered.items() if country.capital and country.continent and name not in TOY_SUITE
     ]
-    held_out = random.Random(f"{seed}/world/flags/held out").sample(whole, round(HELD_OUT_FRACTION * len(whole)))
+    held_out = random.Random(f"{seed}/world/flags/held out").sample(
+        whole, max(len(whole) >= 8, round(HELD_OUT_FRACTION * len(whole)))
+    )
     return Atlas(ordered, frozenset(held_out), pictures)
 
 

@@ -17,6 +17,8 @@ from grace_vlm.media.collage import Collage, Ground, Pasted
 NUM_QUESTIONS = 6
 LAYOUTS = {"single": 10, "pair": 4, "mosaic": 3}
 _SIDES = {"single": (1, 1), "pair": (1, 2), "mosaic": (2, 2)}
+_FEWEST = 4
+_FEWEST = 5
 CONTINENTS = ("Africa", "Asia", "Europe", "North America", "Oceania", "South America")
 
 
@@ -76,9 +78,9 @@ def compose(rng: random.Random, atlas: Atlas, split: str) -> FlagScene:
         )
         angle = round(rng.uniform(-10, 10), 1) if rng.random() < 0.3 else 0.0
         how.append(Pasted((round(center[0], 1), round(center[1], 1)), side, angle))
-    return FlagScene(
-        layout, choose_ground(rng)[0], tuple(chosen), tuple(how), tuple(unseen if split == "unseen" else known)
-    )
+    # Wrong answers are as unknown to training as the right one, or their novelty would tell it.
+    others = known if split != "unseen" else unseen if len(unseen) >= _FEWEST else [*unseen, *known]
+    return FlagScene(layout, choose_ground(rng)[0], tuple(chosen), tuple(how), tuple(others))
 
 
 def draw(scene: FlagScene, atlas: Atlas) -> bytes:
