@@ -60,7 +60,8 @@ def test_the_table_and_the_line_to_train_with(world: Path, grace: Any) -> None:
 def test_options_of_other_sources_and_unknown_sources(world: Path, grace: Any) -> None:
     assert grace("data", "prepare", "coco", world / "out") == (
         "",
-        "unknown source 'coco'; choose one of easy-vqa, scenes, mix, toy, sharegpt4v, llava, hf, toy-suite",
+        "unknown source 'coco'; choose one of easy-vqa, scenes, mix, toy, world, text, sharegpt4v, llava, hf, "
+        "toy-suite",
     )
     assert grace("data", "prepare", "easy-vqa", world / "out", "--images", world)[1] == (
         "--images is no option of the source easy-vqa; it has --seed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ HELP = """Make a data set to train on: one of ours, or rows and pictures that yo
 
 easy-vqa, scenes, mix (both) and toy (of the shipped bases) are made from an installed package and our generators.
 sharegpt4v and llava take an annotation file and its pictures; hf takes a Hugging Face data set with LLaVA's columns.
+world is a mix on things that have names: emoji, flags, charts, digits, easy-vqa, scenes, and toy-suite's kinds.
+text is prose to measure perplexity on, and rows without pictures.
 toy-suite is for evaluation: small stand-ins for seven benchmarks, in the layouts of the real ones.
 
 Example: grace data prepare easy-vqa runs/data/easy-vqa
@@ -31,6 +34,11 @@ _OPTIONS = {
     "hf": (("--dataset",), ("--config", "--split", "--image-column", "--images", "--skip-missing")),
 }
 _SUITES = ("toy-suite",)
+_MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # made from packages: (what they need, what they may have)
+    "world": (("--emoji", "--flags"), ("--rows", "--seed", "--workers")),
+    "text": ((), ("--seed",)),
+}
 _GENERATED: tuple[tuple[str, ...], tuple[str, ...]] = ((), ("--seed",))
 _WEB_DATA = "https://github.com/InternLM/InternLM-XComposer/blob/main/projects/ShareGPT4V/docs/Data.md (web data)"
 _DOWNLOADS = {
@@ -59,14 +67,20 @@ _NOTES = {
 
 
 def prepare_data(
-    source: str = typer.Argument(..., help="easy-vqa, scenes, mix, toy; sharegpt4v, llava; hf; toy-suite."),
+    source: str = typer.Argument(
+        ..., help="easy-vqa, scenes, mix, toy, world, text, sharegpt4v, llava, hf, toy-suite."
+    ),
     out: Path = typer.Argument(..., help="Folder to make: train.jsonl, manifest.json, pictures where they are made."),
-    seed: int = typer.Option(None, "--seed", help="easy-vqa to toy, toy-suite: same seed, same bytes; default: 0."),
+    seed: int = typer.Option(None, "--seed", help="Of what is drawn: same seed, same bytes; default: 0."),
     annotations: Path = typer.Option(None, "--annotations", help="sharegpt4v, llava: the rows, JSON array or JSONL."),
     images: Path = typer.Option(None, "--images", help="sharegpt4v, llava, hf: folder that image paths start from."),
     skip_missing: bool = typer.Option(False, "--skip-missing", help="Leave out rows whose pictures are missing."),
     dataset: str = typer.Option(None, "--dataset", help="hf: id on the Hub, saved folder, Parquet file or folder."),
     config: str = typer.Option(None, "--config", help="hf: configuration, of a data set that has several."),
+    emoji: Path = typer.Option(None, "--emoji", help="world: npm package emoji-datasource-google, .tgz or folder."),
+    flags: Path = typer.Option(None, "--flags", help="world: npm package flag-icons, .tgz or folder."),
+    num_rows: int = typer.Option(None, "--rows", help="world: rows to train on, about; default: 165000."),
+    workers: int = typer.Option(None, "--workers", help="world: processes that draw; default: the cores."),
     split: str = typer.Option(None, "--split", help="hf: default: train."),
     image_column: str = typer.Option(None, "--image-column", help="hf: default: image or images."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder."),
@@ -81,11 +95,19 @@ def prepare_data(
         "--config": config,
         "--split": split,
         "--image-column": image_column,
+        "--emoji": emoji,
+        "--flags": flags,
+        "--rows": num_rows,
+        "--workers": workers,
     }
     options = {name: value for name, value in given.items() if value is not None}
     _check_options(source, options)
     if source in _OPTIONS:
         _prepare_rows(source, out, options, overwrite, as_json)
+    elif source == "world":
+        _prepare_world(out, options, overwrite, as_json)
+    elif source == "text":
+        _prepare_text(out, seed or 0, overwrite, as_json)
     elif source in _SUITES:
         _prepare_suite(out, seed or 0, overwrite, as_json)
     else:
@@ -96,10 +118,10 @@ def _check_options(source: str, options: dict[str, Any]) -> None:
     from grace_vlm.data.sources.prepare import SOURCES
     from grace_vlm.errors import ConfigError
 
-    known = (*SOURCES, *_OPTIONS, *_SUITES)
+    known = (*SOURCES, *_MIXES, *_OPTIONS, *_SUITES)
     if source not in known:
         raise ConfigError(f"unknown source {source!r}; choose one of {', '.join(known)}")
-    needed, allowed = _OPTIONS.get(source, _GENERATED)
+    needed, allowed = {**_OPTIONS, **_MIXES}.get(source, _GENERATED)
     for name in options:
         if name not in needed + allowed:
             raise ConfigError(f"{name} is no option of the source {source}; it has {', '.join(needed + allowed)}")
@@ -118,6 +140,47 @@ def _prepare_generated(source: str, out: Path, seed: int, overwrite: bool, as_js
         return
     rows = [(split, str(info.num_images[split]), str(info.num_rows[split])) for split in info.num_rows]
     print_table(("split", "pictures", "questions"), rows)
+
+
+def _prepare_world(out: Path, options: dict[str, Any], overwrite: bool, as_json: bool) -> None:
+    from grace_vlm.data.sources.world.mix import prepare_world
+    from grace_vlm.data.sources.world.plan import DEFAULT_ROWS
+    from grace_vlm.evals.toy.layout import import_pyarrow
+    from grace_vlm.evals.toy.rows import SuiteSource
+
+    import_pyarrow()
+    seed = options.get("--seed", 0)
+    with ProgressBar("preparing") as bar:
+        info = prepare_world(
+            out,
+            emoji_package=options["--emoji"],
+            flags_package=options["--flags"],
+            suite=(partial(SuiteSource, seed), SuiteSource.rows_per_unit),
+            num_rows=options.get("--rows", DEFAULT_ROWS),
+            seed=seed,
+            num_workers=options.get("--workers"),
+            overwrite=overwrite,
+            progress=bar.update,
+        )
+    if as_json:
+        emit_json({"out": str(info.out), **info.manifest})
+        return
+    train, test = info.manifest["categories"]["train"], info.manifest["categories"]["test"]
+    rows = [(name, str(train.get(name, 0)), str(test.get(name, 0))) for name in sorted({*train, *test})]
+    rows.append(("all", str(info.num_rows["train"]), str(info.num_rows["test"])))
+    print_table(("part", "rows to train on", "rows of the test"), rows)
+
+
+def _prepare_text(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
+    from grace_vlm.data.sources.text import prepare_text
+
+    say("preparing text")
+    info = prepare_text(out, seed=seed, overwrite=overwrite)
+    if as_json:
+        emit_json({"out": str(info.out), **info.manifest})
+        return
+    rows = [(f"{name}.jsonl", f"{number} rows") for name, number in info.manifest["num_rows"].items()]
+    print_table(("file", "size"), [("heldout.txt", f"{info.manifest['num_heldout_words']} words"), *rows])
 
 
 def _prepare_suite(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:

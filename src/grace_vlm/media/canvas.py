@@ -31,6 +31,11 @@ COLORS: dict[str, Rgb] = {
 SHAPES = ("circle", "cross", "rectangle", "star", "triangle")
 
 
+def text_width(text: str, size_px: int) -> float:
+    """Of a text on a canvas, in pixels."""
+    return float(_font(size_px).getlength(text))
+
+
 @cache
 def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size_px)
@@ -83,9 +88,16 @@ class Canvas:
         wings = [(neck[0] + wing[0], neck[1] - wing[1]), (neck[0] - wing[0], neck[1] + wing[1])]
         self._draw.polygon([end, *wings], fill=color)
 
-    def text(self, center: Point, text: str, size_px: int, color: Rgb) -> None:
-        """A short text in Pillow's built-in font, its middle at ``center``."""
-        self._draw.text(center, text, font=_font(size_px), fill=color, anchor="mm")
+    def text(self, at: Point, text: str, size_px: int, color: Rgb, anchor: str = "mm") -> None:
+        """A short text in Pillow's built-in font, its middle at ``at``, or with the anchors ``lm`` and ``rm`` that of
+        its left and right end."""
+        self._draw.text(at, text, font=_font(size_px), fill=color, anchor=anchor)
+
+    def slice(self, center: Point, radius: float, start: float, end: float, color: Rgb) -> None:
+        """A filled slice of a circle between two fractions of a clockwise turn that starts straight up."""
+        x, y = center
+        box = (x - radius, y - radius, x + radius, y + radius)
+        self._draw.pieslice(box, 360 * start - 90, 360 * end - 90, fill=color)
 
     def paste(self, image: Image.Image, left: int, top: int) -> None:
         """Put another picture, unscaled, with its corner at (left, top)."""

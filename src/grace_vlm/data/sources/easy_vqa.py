@@ -114,5 +114,9 @@ def _told(text: str, answer: str) -> list[str]:
     words = re.findall(r"\w+", text)
     if answer not in ("yes", "no"):
         return [*words, answer]
-    is_negated = "no" in words or "not" in words
-    return words if (answer == "yes") != is_negated else []
+    return words if (answer == "yes") != is_negated(text) else []
+
+
+def is_negated(text: str) -> bool:
+    """Whether a question asks for what is not there: ``is there not a red shape?``"""
+    return not {"no", "not"}.isdisjoint(re.findall(r"\w+", text))

@@ -33,9 +33,9 @@ def pictures(seed: int, sizes: Sizes) -> Iterator[AskedPicture]:
     for split, num_images in sizes.items():
         for index in range(num_images):
             rng = random.Random(f"{seed}/{split}/{index}")
-            room, scene, png, questions = _make_scene(rng, index, tiles[split])
+            room, scene, png, questions = make_scene(rng, index, tiles[split])
             while (digest := hashlib.sha256(png).digest()) in seen:
-                room, scene, png, questions = _make_scene(rng, index, tiles[split])
+                room, scene, png, questions = make_scene(rng, index, tiles[split])
             seen.add(digest)
             more = random.Random(f"{seed}/{split}/{index}/more")
             yield AskedPicture(
@@ -48,7 +48,7 @@ def pictures(seed: int, sizes: Sizes) -> Iterator[AskedPicture]:
             )
 
 
-def _make_scene(
+def make_scene(
     rng: random.Random, index: int, tiles: Sequence[grids.Cell]
 ) -> tuple[ModuleType, Any, bytes, list[Question]]:
     """One scene, the module that made it, its picture and its questions; ``index`` chooses the family, ``tiles`` are
