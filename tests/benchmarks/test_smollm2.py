@@ -35,6 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exam, list[str]]:
         "model.student": STUDENT,
         "model.teacher": TEACHER,
         "data.train": rows,
+        "data.root": "null",
         "data.workers": 0,
         "data.micro_batch_size": 2,
         "optim.num_steps": 2,
