@@ -14,6 +14,7 @@ from grace_vlm.data.sources.easy_vqa import DEFAULT_SIZES
 from grace_vlm.data.sources.questions import AskedPicture, Question, wrong_answers
 from grace_vlm.data.sources.world.drawn import Asked, Drawn, Kind, ask, phrase
 from grace_vlm.data.sources.world.emoji_questions import PLACES_2
+from grace_vlm.media.canvas import COLORS
 
 NUM_QUESTIONS = 6
 NUM_YES_NO = 2
@@ -81,6 +82,17 @@ def _where(rng: random.Random, scene: grids.Grid) -> Asked | None:
     return Asked(f"where is the {name}?", PLACES_2[places[name]], tuple(PLACES_2.values()))
 
 
+def _exists(rng: random.Random, scene: grids.Grid) -> Asked:
+    """What is not there has a shape that is, as often as what is there has it: or the rarer shape would be a no."""
+    cells = [cell for _, _, cell in scene.filled()]
+    cell, names = rng.choice(cells), {cell.name for cell in cells}
+    if rng.random() < 0.5:
+        return Asked(f"is there a {cell.name}?", "yes")
+    near = {other.color for other in cells if f"{other.color} {cell.shape}" not in names}
+    far = {color for color in COLORS if f"{color} {cell.shape}" not in names}
+    return Asked(f"is there a {rng.choice(sorted(near or far))} {cell.shape}?", "no")
+
+
 def _of_grids(kind: str) -> Kind[grids.Grid]:
     """A kind of ``grids``: first an answer, then a candidate, as ``questions.pick`` does."""
 
@@ -99,8 +111,9 @@ def _of_grids(kind: str) -> Kind[grids.Grid]:
 KINDS: dict[str, Kind[grids.Grid]] = {
     "mosaic_in_corner": _in_corner,
     "mosaic_where": _where,
+    "mosaic_exists": _exists,
     **{
         kind.replace("scene", "mosaic"): _of_grids(kind)
-        for kind in ("scene_exists", "scene_relation", "scene_count_shape", "scene_neighbor")
+        for kind in ("scene_relation", "scene_count_shape", "scene_neighbor")
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ def render(folder: Path, target: Path) -> None:
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{svg} cannot be rendered; fetch the package {NAME} again") from error
         (target / f"{country.code}.png").write_bytes(png)
+
+
+def renderer_version() -> str:
+    """Of the installed resvg-py."""
+    return importlib.metadata.version("resvg-py")
 
 
 def read_atlas(folder: Path, rendered: Path, seed: int) -> Atlas:

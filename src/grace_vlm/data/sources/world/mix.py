@@ -209,7 +209,7 @@ class _Writing:
             "seed": seed,
             "rows": num_rows,
             "packages": [one.record() for one in packages],
-            "pillow": pillow_version(),
+            "drawn_by": {"pillow": pillow_version(), "resvg-py": flags.renderer_version()},
             "num_rows": {name: len(lines) for name, lines in self.lines.items()},
             "num_images": dict(self.num_images),
             "num_image_bytes": self.num_bytes,
