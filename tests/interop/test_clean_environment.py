@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import REPOSITORY, clean_variables, environment, format_tests, pinned_versions
+from environments import REPOSITORY, Base, clean_variables, environment, format_tests, pinned_versions
 
 SCRIPT = Path(__file__).with_name("compare_logits.py")
 PACKAGES = ("torch", "torchvision", "transformers", "compressed-tensors", "accelerate", "pillow")
@@ -37,10 +37,10 @@ def test_pinned_versions() -> None:
 
 
 @pytest.fixture(scope="module")
-def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def clean_python(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Iterator[Path]:
     pins = pinned_versions((REPOSITORY / "requirements.lock").read_text(encoding="utf-8"))
     assert {pin.split("==")[0].lower().replace("_", "-") for pin in pins} >= set(PACKAGES)
-    yield from environment(tmp_path_factory.mktemp("clean"), "GRACE_INTEROP_PYTHON", PACKAGES)
+    yield from environment(tmp_path_factory.mktemp("clean"), "GRACE_INTEROP_PYTHON", PACKAGES, base)
 
 
 @pytest.fixture(scope="module")

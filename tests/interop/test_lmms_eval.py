@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import REPOSITORY, clean_variables, environment, module_of, record, run_script
+from environments import REPOSITORY, Base, clean_variables, environment, module_of, record, run_script
 from lmms_answers import choice_replies, open_replies, yes_no_replies
 from lmms_tasks import SHIPPED, local_name, write_hub_rows, write_task
 from PIL import Image
@@ -38,9 +38,9 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def python(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Iterator[Path]:
     packages = ["-e", f"{REPOSITORY}[lmms]"]
-    yield from environment(tmp_path_factory.mktemp("lmms"), "GRACE_INTEROP_LMMS_PYTHON", packages)
+    yield from environment(tmp_path_factory.mktemp("lmms"), "GRACE_INTEROP_LMMS_PYTHON", packages, base)
 
 
 @dataclass(frozen=True)
