@@ -21,6 +21,8 @@ from grace_vlm.quant.plan import Part
 from grace_vlm.quant.scale_init import ScaleRule
 from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
 
+Sharding = Literal["optimizer", "gradients", "parameters"]
+"""What several processes share out (``shards.py``)."""
 Source = Literal["script", "card", "paper", "ours"]
 """Where a value of a published run is from: the authors' script, their model card, the paper, or our choice."""
 
@@ -44,6 +46,11 @@ class ModelConfig(_Section):
         None,
         pattern=r"^(cpu|cuda(:\d+)?)$",
         description="cuda:1, say: the teacher on a GPU of its own, beside the student's step; null: on runtime.device",
+    )
+    teacher_sharding: Literal["whole", "parameters"] = Field(
+        "whole",
+        description="parameters: each of several processes keeps its rows of the teacher's decoder layers, and the "
+        "next layer's come while one computes (docs/scaling.md)",
     )
     teacher_cache: str | None = Field(
         None,
@@ -170,6 +177,12 @@ class RuntimeConfig(_Section):
         description="on a GPU in BF16, ask for all decoder layers of a packed micro-batch at once instead of kernel by "
         "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
+    sharding: Sharding | None = Field(
+        None,
+        description="what several processes share out: optimizer (masters, scales, moments; ZeRO-1), gradients (and "
+        "gradient sums of the decoder layers; ZeRO-2), parameters (and their weights; FSDP2, ZeRO-3); null: what the "
+        "launcher asks for, else optimizer",
+    )
     loss_workspace_mib: int | None = Field(
         None,
         ge=1,
@@ -224,7 +237,26 @@ class Recipe(_Section):
                 "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
             )
         self._check_data()
+        self.check_sharding(self.runtime.sharding)
         return self
+
+    def check_sharding(self, sharding: Sharding | None) -> None:
+        """``ConfigError`` for what does not go together with a sharding, chosen here or by the launcher."""
+        graphs, teacher = self.runtime.cuda_graphs, self.model
+        if graphs and sharding in ("gradients", "parameters"):
+            raise ConfigError(
+                f"runtime.sharding={sharding} exchanges between layers, which runtime.cuda_graphs would record; "
+                "set runtime.cuda_graphs=false (runtime.compile stays)"
+            )
+        if teacher.teacher_sharding == "whole" or not self.objective().needs_teacher:
+            return
+        for is_so, key, why in (
+            (teacher.teacher_cache is not None, "model.teacher_cache", "a cached teacher has no layers"),
+            (self.has_teacher_elsewhere, "model.teacher_device", "a GPU of its own holds it whole"),
+            (graphs, "runtime.cuda_graphs", "layers that come and go are not recorded"),
+        ):
+            if is_so:
+                raise ConfigError(f"model.teacher_sharding=parameters and {key}: {why}; set one of them only")
 
     def _check_data(self) -> None:
         data = self.data
@@ -268,6 +300,13 @@ class Recipe(_Section):
         teacher = self.model.teacher_device
         is_asked = self.objective().needs_teacher and self.model.teacher_cache is None
         return is_asked and teacher is not None and _numbered(teacher) != _numbered(self.runtime.device)
+
+    @property
+    def frozen_batches_together(self) -> int:
+        """So many micro-batches have at most ``runtime.frozen_batch_tokens``, whatever their rows."""
+        data = self.data
+        most = data.max_batch_tokens if data.max_batch_tokens is not None else data.micro_batch_size * data.max_tokens
+        return max(1, self.runtime.frozen_batch_tokens // most)
 
     def part_schemes(self) -> dict[Part, str]:
         """Schemes of the parts beside the language model that have one."""
