@@ -301,6 +301,16 @@ class Recipe(_Section):
         is_asked = self.objective().needs_teacher and self.model.teacher_cache is None
         return is_asked and teacher is not None and _numbered(teacher) != _numbered(self.runtime.device)
 
+    def on_each_of(self, num_processes: int) -> Recipe:
+        """The recipe with the micro-batches of a step that each of so many processes has."""
+        each, left = divmod(self.data.accumulation, num_processes)
+        if left:
+            raise ConfigError(
+                f"data.accumulation is {self.data.accumulation} micro-batches a step for {num_processes} "
+                "processes; expected a multiple, so that every process has as many"
+            )
+        return self.model_copy(update={"data": self.data.model_copy(update={"accumulation": each})})
+
     @property
     def frozen_batches_together(self) -> int:
         """So many micro-batches have at most ``runtime.frozen_batch_tokens``, whatever their rows."""

@@ -99,12 +99,7 @@ class Run:
         self.requests = StopRequests() if requests is None else requests
         self.ranks = Ranks.started(recipe.runtime.device) if ranks is None else ranks
         self.device = self.ranks.device
-        self.num_micro_batches, left = divmod(recipe.data.accumulation, self.ranks.count)
-        if left:
-            raise ConfigError(
-                f"data.accumulation is {recipe.data.accumulation} micro-batches a step for {self.ranks.count} "
-                "processes; expected a multiple, so that every process has as many"
-            )
+        self.num_micro_batches = recipe.on_each_of(self.ranks.count).data.accumulation
         if recipe.has_teacher_elsewhere:
             pick_teacher_device(recipe)
             if self.ranks.count > 1:
