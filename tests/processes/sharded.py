@@ -27,6 +27,16 @@ CASES: dict[str, dict[str, Any]] = {
     "parameters": {"runtime__sharding": "parameters"},
     "teacher": {"model__teacher_sharding": "parameters"},
     "everything": {"runtime__sharding": "parameters", "model__teacher_sharding": "parameters"},
+    "codes": {"runtime__gather": "codes"},
+    **{
+        f"{scheme} {how}": {
+            "scheme": scheme,
+            "runtime__gather": how,
+            "quant": {"head": scheme, "scale_rounding": rounding},
+        }
+        for scheme, rounding in (("w8g32", "sig5"), ("w3g64", "fp32"))
+        for how in ("weights", "codes")
+    },
     "recomputed": {"runtime__sharding": "parameters", "runtime__gradient_checkpointing": True},
     "kept": {"runtime__sharding": "parameters", **KEPT},
     "resumed": {"runtime__sharding": "parameters", "model__teacher_sharding": "parameters", **KEPT},
@@ -48,6 +58,12 @@ def resident(model: Any) -> list[bool]:
     """Of every decoder layer, whether all of its weights are here."""
     layers = model.model.language_model.layers
     return [all(t.untyped_storage().nbytes() for t in (*one.parameters(), *one.buffers())) for one in layers]
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Of tensors that are here."""
+    here = (tensors[key].detach() for key in sorted(tensors) if tensors[key].untyped_storage().nbytes())
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in here)).hexdigest()
 
 
 def open_run(name: str, rows: str, folder: Path, ranks: Ranks) -> Run:
@@ -86,14 +102,14 @@ def take(name: str, rows: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
         losses += [run.stepper.run(step, [run.loader.next() for _ in range(run.num_micro_batches)]).loss]
     sent = ranks.sent_bytes - before
     state = {**dict(run.masters.masters()), **{f"{n}.log_scale": s for n, s in run.masters.log_scales()}}
-    digest = hashlib.sha256(b"".join(state[key].detach().numpy().tobytes() for key in sorted(state))).hexdigest()
     sums = sum(t.numel() for t in run.masters.accumulators())
     return {
         "losses": losses,
-        "state": digest,
+        "state": digest_of(state),
         "masters": [float(state[key].detach().double().norm()) for key in sorted(state)],
         "dtypes": sorted({str(tensor.dtype) for tensor in (*state.values(), *run.optimizer.state_dict().values())}),
         "student here": resident(model),
+        "leaves": digest_of(dict(model.named_parameters())),
         "teacher here": resident(run.teacher.model) if run.teacher is not None else [],
         "most layers": most,
         "sum elements": sums,

@@ -37,11 +37,15 @@ def require_same_bits(both: list[dict[str, dict[str, Any]]], case: str, other: s
 
 
 def test_one_micro_batch_a_process_gives_the_same_bits_and_layers_come_and_go(world: Path, tmp_path: Path) -> None:
-    cases = ("optimizer", "gradients", "everything", "kept", "resumed", "two", "two gradients")
+    cases = ("optimizer", "gradients", "everything", "kept", "resumed", "two", "two gradients", "codes")
     both = taken(world, tmp_path, *cases)
     for case in ("gradients", "everything", "kept"):
         require_same_bits(both, case, "optimizer")
     for of_process in both:
+        require_codes(of_process, "codes", "optimizer")
+        # Words and norms stay; of the layers' 3.1 MB of FP32 leaves (BF16 on a GPU) codes are an eighth.
+        saved = of_process["optimizer"]["sent bytes"] - of_process["codes"]["sent bytes"]
+        assert saved == 3 * 4 * 196_608 // 2 * (4 - 1 / 2 - 2 / 128)
         assert of_process["resumed"]["state"] == of_process["kept"]["state"]
         plain, gradients, shared = (of_process[case] for case in ("optimizer", "gradients", "everything"))
         assert all(plain["student here"])
@@ -61,6 +65,13 @@ def test_one_micro_batch_a_process_gives_the_same_bits_and_layers_come_and_go(wo
         assert of_process["two"]["masters"] == pytest.approx(of_process["two gradients"]["masters"], rel=1e-6)
 
 
+def require_codes(of_process: dict[str, dict[str, Any]], case: str, other: str) -> None:
+    """Every leaf is the same bytes on every process, whatever went between them."""
+    for key in ("leaves", "state", "losses"):
+        assert of_process[case][key] == of_process[other][key], case
+    assert of_process[case]["sent bytes"] < of_process[other]["sent bytes"]
+
+
 @pytest.mark.soak
 def test_recomputed_compiled_packed_and_fp8_layers_come_and_go_too(world: Path, tmp_path: Path) -> None:
     both = taken(world, tmp_path, *CASES)
@@ -72,6 +83,10 @@ def test_recomputed_compiled_packed_and_fp8_layers_come_and_go_too(world: Path, 
         ("bf16 parameters", "bf16"),
     ):
         require_same_bits(both, case, other)
+    for scheme in ("w8g32", "w3g64"):
+        for of_process in both:
+            require_codes(of_process, f"{scheme} codes", f"{scheme} weights")
+            assert of_process[f"{scheme} codes"]["leaves"] == both[0][f"{scheme} codes"]["leaves"]
     assert all(of_process["optimizer"]["state"] != of_process["fp8"]["state"] for of_process in both)
     assert not any(flag for of_process in both for flag in of_process["fp8 sharded"]["teacher here"])
 

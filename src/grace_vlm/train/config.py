@@ -23,6 +23,7 @@ from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
 
 Sharding = Literal["optimizer", "gradients", "parameters"]
 """What several processes share out (``shards.py``)."""
+Gather = Literal["weights", "codes"]
 Source = Literal["script", "card", "paper", "ours"]
 """Where a value of a published run is from: the authors' script, their model card, the paper, or our choice."""
 
@@ -183,6 +184,11 @@ class RuntimeConfig(_Section):
         "gradient sums of the decoder layers; ZeRO-2), parameters (and their weights; FSDP2, ZeRO-3); null: what the "
         "launcher asks for, else optimizer",
     )
+    gather: Gather = Field(
+        "weights",
+        description="how several processes give each other the weights of a step: in BF16, or those on a grid as codes "
+        "and scales, which are baked on arrival; the same bits, less to move and more to compute (docs/scaling.md)",
+    )
     loss_workspace_mib: int | None = Field(
         None,
         ge=1,
@@ -243,6 +249,11 @@ class Recipe(_Section):
     def check_sharding(self, sharding: Sharding | None) -> None:
         """``ConfigError`` for what does not go together with a sharding, chosen here or by the launcher."""
         graphs, teacher = self.runtime.cuda_graphs, self.model
+        if self.runtime.gather == "codes" and sharding == "parameters":
+            raise ConfigError(
+                "runtime.gather=codes is for weights that are gathered once a step, and runtime.sharding=parameters "
+                "gathers them in every pass; set one of them only"
+            )
         if graphs and sharding in ("gradients", "parameters"):
             raise ConfigError(
                 f"runtime.sharding={sharding} exchanges between layers, which runtime.cuda_graphs would record; "

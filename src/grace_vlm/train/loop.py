@@ -123,6 +123,7 @@ class Run:
             ranks=self.ranks,
             sharding=self.sharding,
             layers=tuple(self.student.model.model.language_model.layers),
+            gather=recipe.runtime.gather,
         )
         if self.masters.shards is not None:
             attach(self.student.model, self.masters.shards)

@@ -36,7 +36,8 @@ from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
-from grace_vlm.train.config import Sharding
+from grace_vlm.train.config import Gather, Sharding
+from grace_vlm.train.gather_codes import gather_codes_
 from grace_vlm.train.grids import Grids, GridWeight
 from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.shards import LayerShards, Matrix, cut_loose
@@ -84,6 +85,7 @@ class Masters:
         model: its parameters with ``requires_grad`` are trained; their values are the masters' start.
         plan: which linears have a grid. ranks: the processes that share them; None: this one alone.
         sharding: what else they share of ``layers``, which then run over ``shards``.
+        gather: what of the leaves on a grid goes between processes.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Masters:
         ranks: Ranks | None = None,
         sharding: Sharding = "optimizer",
         layers: Sequence[nn.Module] = (),
+        gather: Gather = "weights",
     ) -> None:
+        self.gather = gather
         self.clip_mask, self.scale_gradient = clip_mask, scale_gradient
         self._device = next(model.parameters()).device
         self.ranks = Ranks(self._device) if ranks is None else ranks
@@ -180,8 +184,12 @@ class Masters:
             found = grids.write_leaves(count_flips)
             if found is not None:
                 flipped[int(shared)] += found
+        as_codes = self.gather == "codes" and self.ranks.count > 1
+        for grids, shared in self._grids if as_codes else ():
+            if shared:
+                gather_codes_(grids, lambda name: self._tracked[name].leaf.detach(), self.ranks)
         for tracked in self._tracked.values():
-            if not tracked.is_freed:
+            if not tracked.is_freed and not (as_codes and tracked.on_grid):
                 self.ranks.gather_shares_(tracked.leaf.detach())
         if count_flips:
             self.ranks.sum_(flipped[1])
