@@ -257,3 +257,11 @@ def test_layers_that_exchange_are_not_recorded(path: Path) -> None:
         "set runtime.cuda_graphs=false (runtime.compile stays)"
     )
     assert load_recipe(path, ["runtime.sharding=optimizer", *graphs]).runtime.cuda_graphs
+
+
+def test_codes_are_gathered_once_a_step_only(path: Path) -> None:
+    assert refusal(path, "runtime.gather=codes", "runtime.sharding=parameters") == (
+        "runtime.gather=codes is for weights that are gathered once a step, and runtime.sharding=parameters gathers "
+        "them in every pass; set one of them only"
+    )
+    assert load_recipe(path, ["runtime.gather=codes", "runtime.sharding=gradients"]).runtime.gather == "codes"
