@@ -70,7 +70,7 @@ from grace_vlm.train.run_folder import (
     prepare_run_folder,
     require_same_recipe,
 )
-from grace_vlm.train.shards import attach
+from grace_vlm.train.shards import attach, shard_frozen
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.stop import StopRequests
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
@@ -184,15 +184,15 @@ class Run:
             return None
         if self.recipe.model.teacher_cache is not None:
             return open_cached_teacher(self.recipe, self.student)
-        loaded = open_teacher(self.recipe, self.student)
+        is_cut = self.recipe.model.teacher_sharding == "parameters" and self.ranks.count > 1
+        cut = functools.partial(shard_frozen, ranks=self.ranks) if is_cut else None
+        loaded = open_teacher(self.recipe, self.student, cut)
         if loaded is None:
             return None
         check_relational_layer(self.recipe, loaded.model)
         layer, where = self.recipe.loss.relational_layer, next(self.student.model.parameters()).device
-        teacher = OnlineTeacher(loaded, self.recipe.objective(), layer, cache_bytes, where)
-        if self.recipe.model.teacher_sharding == "parameters" and self.ranks.count > 1:
-            teacher.shard(self.ranks, self.recipe.frozen_batches_together)
-        return teacher
+        together = self.recipe.frozen_batches_together if is_cut else None
+        return OnlineTeacher(loaded, self.recipe.objective(), layer, cache_bytes, where, together)
 
     def _adaptive_weight(self) -> AdaptiveWeight | None:
         if self.recipe.method != "grace" or not self.recipe.loss.adaptive:

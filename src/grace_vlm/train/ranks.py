@@ -11,6 +11,7 @@ end with one reason. One that is killed says nothing; it is missed when its coun
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -208,13 +209,28 @@ class Ranks:
             if error is None:
                 self.wait()
                 self._watch.stop()
+                _leave_at_exit()
                 return
         except LostProcessError as lost:
             error = lost
+        atexit.unregister(_leave)
         is_known_here = not isinstance(error, LostProcessError | OtherProcessError)
         failure = self._watch.tell(error) if is_known_here else self._watch.await_failure()
         if failure is not None and str(failure) != str(error):
             raise failure from error
+
+
+def _leave_at_exit() -> None:
+    """Take the exchange's threads down while the interpreter still stands: one that lets go of a tensor after that
+    aborts the process (pytorch/pytorch#179291). Not while another run may follow, nor where one has failed: there it
+    could wait for a process that is gone."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class _Watch:

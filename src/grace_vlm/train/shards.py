@@ -59,13 +59,13 @@ class Matrix:
         self.whole = self.leaf.data
 
 
-def cut_loose(leaf: torch.Tensor, share: slice) -> torch.Tensor:
-    """Free all of a leaf; returns its rows ``share`` in memory of their own.
+def cut_loose(leaf: torch.Tensor, share: slice, device: torch.device | None = None) -> torch.Tensor:
+    """Free all of a leaf; returns its rows ``share`` in memory of their own, both on ``device`` (None: where it is).
 
     The leaf gets a storage that can be freed and allocated again, which one that was read from a file cannot.
     """
-    own = leaf.detach()[share].clone()
-    leaf.data = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    own = leaf.detach()[share].to(device or leaf.device, copy=True)
+    leaf.data = torch.empty(leaf.shape, dtype=leaf.dtype, device=own.device)
     leaf.untyped_storage().resize_(0)
     return own
 
@@ -165,8 +165,9 @@ class LayerShards:
         self._adding = going, list(zip(totals, found, strict=True))
 
 
-def shard_frozen(model: Any, ranks: Ranks) -> None:
-    """Keep this process's rows only of the decoder layers of a vision-language model that is asked and not trained.
+def shard_frozen(model: Any, device: torch.device, ranks: Ranks) -> None:
+    """Bring to ``device`` this process's rows, and no others, of the decoder layers of a vision-language model that is
+    asked and not trained.
 
     Parameters and buffers alike: the linears of an FP8 teacher keep their bytes in buffers. What ``Ranks.share_of``
     does not share out stays whole, and so do scales of a row, a column each.
@@ -177,7 +178,7 @@ def shard_frozen(model: Any, ranks: Ranks) -> None:
         for tensor in (*layer.parameters(), *layer.buffers()):
             share = ranks.share_of(tensor)
             if share is not None and tensor.shape[1] > 1:
-                matrices.append(Matrix(tensor, share, cut_loose(tensor, share)))
+                matrices.append(Matrix(tensor, share, cut_loose(tensor, share, device)))
         layers.append(matrices)
     attach(model, LayerShards(layers, ranks))
 
