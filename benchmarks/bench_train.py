@@ -22,6 +22,7 @@ import contextlib
 import gc
 import json
 import random
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from bench_true_size import PUBLISHED, WORDS, published_recipe, write_rows
 from PIL import Image
-from record import Row, place_of, results_file, row_of
+from record import GB, Row, place_of, results_file, row_of
 from record import write_rows as write_csv
 
 from grace_vlm.cli.dry_run import Described
@@ -123,12 +124,13 @@ def recipe_of(rows: Path, overrides: tuple[str, ...], models: tuple[str, str, st
 @dataclass(frozen=True)
 class Measured:
     """Milliseconds of each step, its tokens, and the peak of what PyTorch allocated; ``teacher_peak_gib``: on the GPU
-    that only the teacher is on."""
+    that only the teacher is on; ``sent_gb``: out of this process a step."""
 
     milliseconds: list[float]
     tokens: list[int]
     peak_gib: float
     teacher_peak_gib: float | None = None
+    sent_gb: float = 0.0
 
     def rows(self, case: str, impl: str, micro_batches: int, place: Row) -> list[Row]:
         each = [ms / micro_batches for ms in self.milliseconds]
@@ -146,6 +148,9 @@ def clean_gpu(size: str | None = None) -> Iterator[None]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes(size) / whole))
     gc.collect()
+    if not torch.cuda.is_available():
+        yield
+        return
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     yield
@@ -161,18 +166,21 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
         gpus.append(torch.device(recipe.teacher_device))
     milliseconds, tokens = [], []
     pending: PendingStep | None = None
-    read_at = 0.0
+    read_at, sent = 0.0, 0
     try:
         for step in range(num_steps + warmup + 1):
             batches = [run.loader.next() for _ in range(run.num_micro_batches)]
+            sent = run.ranks.sent_bytes
             queued = run.stepper.launch(step, batches)
+            sent = run.ranks.sent_bytes - sent
             if pending is not None:
                 report = pending.resolve()
                 now = time.perf_counter()
                 if step == warmup:
                     # A random teacher in FP8 is made in BF16 first; one from a folder never is.
                     for gpu in gpus:
-                        torch.cuda.reset_peak_memory_stats(gpu)
+                        if gpu.type == "cuda":
+                            torch.cuda.reset_peak_memory_stats(gpu)
                 if step > warmup:
                     milliseconds.append(1000 * (now - read_at))
                     tokens.append(report.tokens)
@@ -182,11 +190,15 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
         pending.resolve()
     finally:
         run.loader.close()
-    return Measured(milliseconds, tokens, *(peak_bytes(gpu) / GIB for gpu in gpus))
+    peak_gib = [peak_bytes(gpu) / GIB for gpu in gpus]
+    return Measured(milliseconds, tokens, peak_gib[0], *peak_gib[1:], sent_gb=sent / GB)
 
 
 def peak_bytes(gpu: torch.device) -> int:
-    """The peak of what PyTorch allocated, and all that CUDA graphs hold for themselves: a replay allocates nothing."""
+    """The peak of what PyTorch allocated, and all that CUDA graphs hold for themselves: a replay allocates nothing. On
+    a CPU of all that the process had."""
+    if gpu.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     own = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
     here = [segment for segment in own if segment["device"] == gpu.index]
     return torch.cuda.max_memory_allocated(gpu) + sum(s["total_size"] - s["active_size"] for s in here)

@@ -298,3 +298,57 @@ def test_fit_gives_up_graphs_before_what_is_learned(grace: Any) -> None:
     found = grace("train", recipe, *packs, *small, "--fit", f"{between}GiB")[1]
     assert "runtime.cuda_graphs=false: layers kernel by kernel, at the pace of the host" in found
     assert "moments" not in found
+
+
+def test_the_estimate_of_several_processes_counts_what_they_share_out(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+
+    def memory(*words: str) -> Any:
+        plain = ("--dry-run", "--json", "runtime.cuda_graphs=false", "data.accumulation=32")
+        return document(grace("train", recipe, *plain, *words))
+
+    one, eight = memory(), memory("--processes", "8")
+    assert (one["num_processes"], eight["num_processes"]) == (1, 8)
+    assert eight["rows_per_step"] * 8 == one["rows_per_step"]
+    assert eight["flop_per_step"] * 8 == pytest.approx(one["flop_per_step"])
+    of_one = one["memory_bytes"]
+    found = {
+        sharding: memory("--processes", "8", f"runtime.sharding={sharding}")["memory_bytes"]
+        for sharding in ("optimizer", "gradients", "parameters")
+    }
+    layers = 28 * (2 * 2048 * 2048 + 2 * 1024 * 2048 + 3 * 6144 * 2048)
+    for parts in found.values():
+        assert parts["masters"] == of_one["masters"] // 8
+        assert parts["moments"] == of_one["moments"] // 8
+        assert parts["teacher signals"] == of_one["teacher signals"] // 8
+    assert found["optimizer"] == eight["memory_bytes"]
+    assert found["optimizer"]["gradients"] == of_one["gradients"]
+    for sharding in ("gradients", "parameters"):
+        assert found[sharding]["gradients"] == of_one["gradients"] - 4 * layers * 7 // 8
+    assert found["gradients"]["student weights"] == of_one["student weights"]
+    assert found["parameters"]["student weights"] == of_one["student weights"] - 2 * layers * 7 // 8
+    assert found["gradients"]["exchange"] == 6 * layers // 28
+    assert found["parameters"]["exchange"] == (6 + 4) * layers // 28
+    shared = memory("--processes", "8", "model.teacher_sharding=parameters")["memory_bytes"]
+    theirs = 36 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 12288 * 4096)
+    assert shared["teacher weights"] == of_one["teacher weights"] - 2 * theirs * 7 // 8
+    assert grace("train", recipe, "--dry-run", "--processes", "7")[1].startswith("data.accumulation is 256 micro-")
+    text = grace("train", recipe, "--dry-run", "--processes", "8")[0]
+    assert "memory of each of 8 GPUs" in text
+    assert " hours on 8 h100, without what they exchange" in text
+
+
+def test_fit_shares_layers_out_before_what_is_learned_changes(grace: Any) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    found = grace("train", recipe, "--dry-run", "--json", "--fit", "24GB", "--processes", "4")
+    for said in ("runtime.cuda_graphs=false: ", "runtime.sharding=parameters: ", "model.teacher_sharding=parameters: "):
+        assert f"  {said}" in found[1]
+    assert "fp8" not in found[1]
+    assert "8bit" not in found[1]
+    assert document(found)["peak_bytes"] + (2 << 30) <= 24 << 30
+    # What the launcher or a card asks for and graphs would record is refused before anything is opened.
+    refused = grace("train", recipe, "--dry-run", "runtime.sharding=gradients")[1]
+    assert refused == (
+        "runtime.sharding=gradients exchanges between layers, which runtime.cuda_graphs would record; "
+        "set runtime.cuda_graphs=false (runtime.compile stays)"
+    )

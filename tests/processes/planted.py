@@ -85,15 +85,22 @@ def plant(fault: str, rank: int, at: int) -> None:
 
 def compute_in_fp64() -> None:
     """Models in FP64, on which sums in another order differ by 1e-16 and not by 1e-7."""
-    for name in ("open_student", "open_teacher"):
-        opened = getattr(loop, name)
+    open_student, open_teacher = loop.open_student, loop.open_teacher
 
-        def widened(*arguments: Any, opened: Any = opened) -> Any:
-            loaded = opened(*arguments)
-            loaded.model.double()
-            return loaded
+    def student(*arguments: Any) -> Any:
+        loaded = open_student(*arguments)
+        loaded.model.double()
+        return loaded
 
-        setattr(loop, name, widened)
+    def teacher(recipe: Any, student: Any, cut: Any) -> Any:
+        loaded = open_teacher(recipe, student)
+        assert loaded is not None
+        loaded.model.double()
+        if cut is not None:
+            cut(loaded.model, torch.device("cpu"))
+        return loaded
+
+    loop.open_student, loop.open_teacher = student, teacher  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

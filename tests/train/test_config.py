@@ -230,3 +230,38 @@ def test_shipped_recipes_are_valid() -> None:
         recipe = load_recipe(file)
         assert f"_{recipe.method}_" in f"_{file.stem}_", f"{file.name} is named model_method_scheme"
         assert file.stem.endswith(recipe.scheme), file.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("model.teacher_cache=cache",), "model.teacher_cache: a cached teacher has no layers"),
+        (("model.teacher_device=cuda:1",), "model.teacher_device: a GPU of its own holds it whole"),
+        (
+            ("data.packing=true", "runtime.cuda_graphs=true"),
+            "runtime.cuda_graphs: layers that come and go are not recorded",
+        ),
+    ],
+)
+def test_a_sharded_teacher_refuses_what_cannot_go_with_it(path: Path, overrides: tuple[str, ...], said: str) -> None:
+    sharded = "model.teacher_sharding=parameters"
+    assert refusal(path, sharded, *overrides) == f"{sharded} and {said}; set one of them only"
+    # A method without a teacher has nothing to say about one.
+    assert load_recipe(path, [sharded, "method=qat", *overrides]).model.teacher_sharding == "parameters"
+
+
+def test_layers_that_exchange_are_not_recorded(path: Path) -> None:
+    graphs = ("data.packing=true", "runtime.cuda_graphs=true")
+    assert refusal(path, "runtime.sharding=parameters", *graphs) == (
+        "runtime.sharding=parameters exchanges between layers, which runtime.cuda_graphs would record; "
+        "set runtime.cuda_graphs=false (runtime.compile stays)"
+    )
+    assert load_recipe(path, ["runtime.sharding=optimizer", *graphs]).runtime.cuda_graphs
+
+
+def test_codes_are_gathered_once_a_step_only(path: Path) -> None:
+    assert refusal(path, "runtime.gather=codes", "runtime.sharding=parameters") == (
+        "runtime.gather=codes is for weights that are gathered once a step, and runtime.sharding=parameters gathers "
+        "them in every pass; set one of them only"
+    )
+    assert load_recipe(path, ["runtime.gather=codes", "runtime.sharding=gradients"]).runtime.gather == "codes"

@@ -16,10 +16,16 @@ class Described:
     """The models of a recipe on the meta device, described once for any number of estimates."""
 
     def __init__(
-        self, recipe: Recipe, row_tokens: int | None, visual_tokens: int | None, supervised_share: float | None
+        self,
+        recipe: Recipe,
+        row_tokens: int | None,
+        visual_tokens: int | None,
+        supervised_share: float | None,
+        num_processes: int = 1,
     ) -> None:
         from grace_vlm.train.open import check_relational_layer, describe_student, plan_for
 
+        self.num_processes = num_processes
         self.student = describe_student(recipe)
         check_relational_layer(recipe, self.student[0])
         self.load = load_of(recipe, self.student[0].config, row_tokens, visual_tokens, supervised_share)
@@ -29,7 +35,7 @@ class Described:
     def estimate(self, recipe: Recipe) -> Estimate:
         from grace_vlm.train.estimate import estimate
 
-        return estimate(recipe, self.plan, self.student, self.teacher, self.load)
+        return estimate(recipe, self.plan, self.student, self.teacher, self.load, self.num_processes)
 
 
 def teacher_of(recipe: Recipe) -> Teacher:
@@ -55,7 +61,7 @@ def fitted(recipe: Recipe, described: Described, size: str) -> Recipe:
     from grace_vlm.train.estimate import GIB
     from grace_vlm.train.fit import RESERVED_BYTES, fit, gpu_bytes
 
-    chosen, changes = fit(recipe, gpu_bytes(size), described.estimate)
+    chosen, changes = fit(recipe, gpu_bytes(size), described.estimate, described.num_processes)
     peak_gib = described.estimate(chosen).largest_bytes / GIB
     say(f"fits {size}: {peak_gib:.1f} GiB of tensors and {RESERVED_BYTES / GIB:.0f} GiB reserved")
     for change in changes or ["the recipe as it is"]:
@@ -71,13 +77,16 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     found = described.estimate(recipe)
     facts = plan_facts(recipe.model.student, *described.student, described.plan)
     if as_json:
-        emit_json({"plan": facts, "load": vars(described.load), **found.to_json(gpu), "rows": _count_rows(recipe)})
+        said = {"plan": facts, "load": vars(described.load), "num_processes": described.num_processes}
+        emit_json({**said, **found.to_json(gpu), "rows": _count_rows(recipe)})
         return
     print_plan(described.plan)
     print_facts(facts)
     print()
     rows = [(part, f"{size / GIB:.2f}") for part, size in found.memory.items()]
-    print_table(("memory", "GiB"), [*rows, ("peak", f"{found.peak_bytes / GIB:.2f}")])
+    count = described.num_processes
+    of_each = f"memory of each of {count} GPUs" if count > 1 else "memory"
+    print_table((of_each, "GiB"), [*rows, ("peak", f"{found.peak_bytes / GIB:.2f}")])
     print()
     if found.teacher_memory:
         theirs = [(part, f"{size / GIB:.2f}") for part, size in found.teacher_memory.items()]
@@ -93,16 +102,18 @@ def print_dry_run(recipe: Recipe, described: Described, gpu: str, as_json: bool)
     print(f"a step: {found.num_rows} rows, {found.tokens:,} tokens on one process")
     print(
         f"the run: {found.num_steps:,} steps of about {found.step_seconds(gpu):.1f} s, "
-        f"{found.hours(gpu):,.1f} hours on {'two' if found.teacher_memory else 'one'} {gpu}"
+        f"{found.hours(gpu):,.1f} hours on {'two' if found.teacher_memory else 'one' if count == 1 else count} {gpu}"
+        f"{'' if count == 1 else ', without what they exchange'}"
     )
-    count = _count_rows(recipe)
-    if count is None:
+    num_rows = _count_rows(recipe)
+    if num_rows is None:
         print(f"data: {recipe.data.train} is not there yet")
-    elif count == 0:
+    elif num_rows == 0:
         print(f"data: {recipe.data.train} holds no rows")
     else:
-        needed = found.num_rows * found.num_steps
-        print(f"data: {count:,} rows in {recipe.data.train}; the run takes {needed:,}, {needed / count:.2f} epochs")
+        needed = count * found.num_rows * found.num_steps
+        share = needed / num_rows
+        print(f"data: {num_rows:,} rows in {recipe.data.train}; the run takes {needed:,}, {share:.2f} epochs")
 
 
 def _count_rows(recipe: Recipe) -> int | None:

@@ -35,6 +35,9 @@ def train_model(
         None, "--visual-tokens", help="--dry-run, --fit: of a row; default: one picture."
     ),
     supervised_share: float = typer.Option(None, "--supervised-share", help="--dry-run, --fit: default: 266 tokens."),
+    processes: int = typer.Option(
+        None, "--processes", min=1, help="--dry-run, --fit: GPUs that share the run; default: as the launcher says."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.errors import ConfigError
@@ -48,7 +51,8 @@ def train_model(
         from grace_vlm.cli.dry_run import Described, check_gpu, fitted, print_dry_run
 
         check_gpu(gpu)
-        described = Described(loaded, row_tokens, visual_tokens, supervised_share)
+        count = processes or int(os.environ.get("WORLD_SIZE", "1"))
+        described = Described(loaded, row_tokens, visual_tokens, supervised_share, count)
         loaded = loaded if fit is None else fitted(loaded, described, fit)
         if dry_run:
             print_dry_run(loaded, described, gpu, as_json)

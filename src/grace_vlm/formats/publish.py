@@ -22,16 +22,23 @@ from grace_vlm.quant.affine import bake
 from grace_vlm.quant.scheme import QuantizedTensor
 
 
-def _bf16_state(model: Any, quantized: Mapping[str, QuantizedTensor]) -> dict[str, torch.Tensor]:
+def _bf16_state(
+    model: Any, quantized: Mapping[str, QuantizedTensor], elsewhere: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers in BF16 under stock names; a tied head has no tensor of its own."""
-    state = {name: parameter.detach().to(torch.bfloat16).cpu() for name, parameter in model.named_parameters()}
+    # What has a grid is of its integers, so that the file is bf16(q * s) whatever the leaf went through.
+    on_grid = {f"{name}.weight": tensor for name, tensor in quantized.items()}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in on_grid:
+            state[name] = bake(on_grid[name]).cpu()
+        else:
+            state[name] = elsewhere.get(name, parameter.detach()).to(torch.bfloat16).cpu()
     tied = {name for name in model.state_dict() if name.endswith("lm_head.weight")} - state.keys()
     for name, buffer in model.state_dict().items():
         if name not in state and name not in tied:
             state[name] = buffer.detach().cpu()
-    for name, tensor in quantized.items():
-        # From the integers, so that the file is bf16(q * s) whatever the leaf went through.
-        state[f"{name}.weight"] = bake(tensor).cpu()
+    state |= {name: bake(tensor).cpu() for name, tensor in on_grid.items() if name not in state}
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
@@ -44,6 +51,7 @@ def publish_model(
     card: str,
     *,
     overwrite: bool = False,
+    elsewhere: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write and publish a model folder.
 
@@ -53,11 +61,12 @@ def publish_model(
             stores, which for some architectures are others (``Adapter.stored_names``).
         bf16_names: the linears that have no grid, for ``plan.json``.
         card: text of README.md.
+        elsewhere: parameters by name that the model itself does not hold now, whole.
 
     Raises:
         CheckpointError: ``dst`` exists without ``overwrite``, or the disk refuses.
     """
-    state, adapter = _bf16_state(model, quantized), adapter_for(model.config.model_type)
+    state, adapter = _bf16_state(model, quantized, elsewhere or {}), adapter_for(model.config.model_type)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     codes_bytes = sum(tensor.codes.numel() + 2 * tensor.scale.numel() for tensor in quantized.values())
     with publish_folder(dst, overwrite=overwrite, needed_bytes=num_bytes + codes_bytes) as stage:

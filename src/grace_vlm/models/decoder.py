@@ -19,7 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,20 @@ from grace_vlm.models.adapter import DecoderStates
 _SEGMENTS = "grace_segments"
 GRAPHS = "grace_layer_graphs"
 """Attribute of a decoder whose layers run as CUDA graphs (``graphs.py``)."""
+SHARDS = "grace_layer_shards"
+"""Attribute of a decoder whose layers' weights, or their gradients, are shared out to processes (``Shards``)."""
+
+
+class Shards(Protocol):
+    """Who brings the weights of layers and takes their gradients (``train.shards``)."""
+
+    def enter(self, number: int, hidden: torch.Tensor) -> None:
+        """A layer is about to compute on ``hidden``."""
+        ...
+
+    def leave(self, number: int, hidden: torch.Tensor) -> None:
+        """It has computed ``hidden``."""
+        ...
 
 
 def attend_segments(
@@ -207,15 +221,20 @@ def _run_layers(
 ) -> DecoderStates:
     """Layer by layer; ``rotary``: what every layer turns by, ``how``: its other arguments."""
     hidden, tapped = embeds, None
+    shards: Shards | None = getattr(language, SHARDS, None)
     for number, layer in enumerate(language.layers):
         if number == tapped_layer:
             tapped = hidden.flatten(0, 1).index_select(0, visual)
+        if shards is not None:
+            shards.enter(number, hidden)
         if number < recompute and torch.is_grad_enabled():
             hidden = checkpoint(
                 layer, hidden, position_embeddings=rotary, use_reentrant=False, preserve_rng_state=False, **how
             )
         else:
             hidden = layer(hidden, position_embeddings=rotary, **how)
+        if shards is not None:
+            shards.leave(number, hidden)
         if number < len(deepstack):
             added = hidden.flatten(0, 1).index_add(0, visual, deepstack[number].to(hidden.dtype))
             hidden = added.view(hidden.shape)

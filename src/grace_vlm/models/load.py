@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -151,14 +152,22 @@ def load_processor(path: str) -> Any:
         raise _not_opened(source, error) from error
 
 
+Cut = Callable[[Any, torch.device], None]
+"""Given a model on the host, moves a part of it to the device itself; the rest follows whole."""
+
+
 def load_model(
-    path: str, device: str = "auto", vision_tower: str | None = None, precision: Precision = "bf16"
+    path: str,
+    device: str = "auto",
+    vision_tower: str | None = None,
+    precision: Precision = "bf16",
+    cut: Cut | None = None,
 ) -> LoadedModel:
     """Open a model for training or evaluation.
 
     A checkpoint in the original LLaVA layout is converted as it is read; ``vision_tower`` then says where its CLIP
     tower is, if it is not where its configuration says. With ``precision`` fp8 decoder and tower are rounded before
-    they reach the device (``fp8.py``), for a teacher.
+    they reach the device (``fp8.py``), for a teacher; ``cut`` then takes what it likes.
 
     A packed checkpoint (compressed-tensors) is opened by stock Transformers and dequantized at load; its weights are
     then the baked ones, value for value.
@@ -174,7 +183,7 @@ def load_model(
     target = pick_device(device)
     if is_original_llava(_read_config(source)):
         converted, processor = open_original_llava(_local_folder(source), torch.bfloat16, vision_tower)
-        return LoadedModel(_placed(converted, target, precision), processor, adapter_for("llava"), source)
+        return LoadedModel(placed(converted, target, precision, cut), processor, adapter_for("llava"), source)
     try:
         config = AutoConfig.from_pretrained(source)
         adapter = adapter_for(config.model_type)
@@ -191,7 +200,7 @@ def load_model(
         # Transformers starts what is missing at random and warns; such a model must not be trained or scored.
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ConfigError(f"{source} lacks {len(missing)} tensors of its model: {shown}; fetch it again")
-    return LoadedModel(_placed(model, target, precision), load_processor(source), adapter, source)
+    return LoadedModel(placed(model, target, precision, cut), load_processor(source), adapter, source)
 
 
 def _local_folder(source: str) -> Path:
@@ -206,12 +215,14 @@ def _local_folder(source: str) -> Path:
         raise _not_opened(source, error) from error
 
 
-def _placed(model: Any, device: torch.device, precision: Precision) -> Any:
+def placed(model: Any, device: torch.device, precision: Precision, cut: Cut | None = None) -> Any:
     """On its device, in what we compute in there, for evaluation."""
     if precision == "fp8":
         to_fp8(model, adapter_for(model.config.model_type))
     if device.type == "cpu":
         model = model.float()
+    if cut is not None:
+        cut(model, device)
     return model.to(device).eval()
 
 

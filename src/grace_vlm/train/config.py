@@ -21,6 +21,9 @@ from grace_vlm.quant.plan import Part
 from grace_vlm.quant.scale_init import ScaleRule
 from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
 
+Sharding = Literal["optimizer", "gradients", "parameters"]
+"""What several processes share out (``shards.py``)."""
+Gather = Literal["weights", "codes"]
 Source = Literal["script", "card", "paper", "ours"]
 """Where a value of a published run is from: the authors' script, their model card, the paper, or our choice."""
 
@@ -47,6 +50,11 @@ class ModelConfig(_Section):
         None,
         pattern=r"^(cpu|cuda(:\d+)?)$",
         description="cuda:1, say: the teacher on a GPU of its own, beside the student's step; null: on runtime.device",
+    )
+    teacher_sharding: Literal["whole", "parameters"] = Field(
+        "whole",
+        description="parameters: each of several processes keeps its rows of the teacher's decoder layers, and the "
+        "next layer's come while one computes (docs/scaling.md)",
     )
     teacher_cache: str | None = Field(
         None,
@@ -175,6 +183,17 @@ class RuntimeConfig(_Section):
         description="on a GPU in BF16, ask for all decoder layers of a packed micro-batch at once instead of kernel by "
         "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
+    sharding: Sharding | None = Field(
+        None,
+        description="what several processes share out: optimizer (masters, scales, moments; ZeRO-1), gradients (and "
+        "gradient sums of the decoder layers; ZeRO-2), parameters (and their weights; FSDP2, ZeRO-3); null: what the "
+        "launcher asks for, else optimizer",
+    )
+    gather: Gather = Field(
+        "weights",
+        description="how several processes give each other the weights of a step: in BF16, or those on a grid as codes "
+        "and scales, which are baked on arrival; the same bits, less to move and more to compute (docs/scaling.md)",
+    )
     loss_workspace_mib: int | None = Field(
         None,
         ge=1,
@@ -229,7 +248,31 @@ class Recipe(_Section):
                 "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
             )
         self._check_data()
+        self.check_sharding(self.runtime.sharding)
         return self
+
+    def check_sharding(self, sharding: Sharding | None) -> None:
+        """``ConfigError`` for what does not go together with a sharding, chosen here or by the launcher."""
+        graphs, teacher = self.runtime.cuda_graphs, self.model
+        if self.runtime.gather == "codes" and sharding == "parameters":
+            raise ConfigError(
+                "runtime.gather=codes is for weights that are gathered once a step, and runtime.sharding=parameters "
+                "gathers them in every pass; set one of them only"
+            )
+        if graphs and sharding in ("gradients", "parameters"):
+            raise ConfigError(
+                f"runtime.sharding={sharding} exchanges between layers, which runtime.cuda_graphs would record; "
+                "set runtime.cuda_graphs=false (runtime.compile stays)"
+            )
+        if teacher.teacher_sharding == "whole" or not self.objective().needs_teacher:
+            return
+        for is_so, key, why in (
+            (teacher.teacher_cache is not None, "model.teacher_cache", "a cached teacher has no layers"),
+            (self.has_teacher_elsewhere, "model.teacher_device", "a GPU of its own holds it whole"),
+            (graphs, "runtime.cuda_graphs", "layers that come and go are not recorded"),
+        ):
+            if is_so:
+                raise ConfigError(f"model.teacher_sharding=parameters and {key}: {why}; set one of them only")
 
     def _check_data(self) -> None:
         data = self.data
@@ -279,6 +322,23 @@ class Recipe(_Section):
         teacher = self.model.teacher_device
         is_asked = self.objective().needs_teacher and self.model.teacher_cache is None
         return is_asked and teacher is not None and _numbered(teacher) != _numbered(self.runtime.device)
+
+    def on_each_of(self, num_processes: int) -> Recipe:
+        """The recipe with the micro-batches of a step that each of so many processes has."""
+        each, left = divmod(self.data.accumulation, num_processes)
+        if left:
+            raise ConfigError(
+                f"data.accumulation is {self.data.accumulation} micro-batches a step for {num_processes} "
+                "processes; expected a multiple, so that every process has as many"
+            )
+        return self.model_copy(update={"data": self.data.model_copy(update={"accumulation": each})})
+
+    @property
+    def frozen_batches_together(self) -> int:
+        """So many micro-batches have at most ``runtime.frozen_batch_tokens``, whatever their rows."""
+        data = self.data
+        most = data.max_batch_tokens if data.max_batch_tokens is not None else data.micro_batch_size * data.max_tokens
+        return max(1, self.runtime.frozen_batch_tokens // most)
 
     def part_schemes(self) -> dict[Part, str]:
         """Schemes of the parts beside the language model that have one."""

@@ -26,6 +26,7 @@ from grace_vlm.models.fp8 import ROUNDED
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.train.adamw8 import BLOCK
 from grace_vlm.train.config import Recipe
+from grace_vlm.train.estimate_shares import DecoderLayers, on_each
 from grace_vlm.train.open import is_trained
 
 GPUS: Mapping[str, float] = {
@@ -86,7 +87,7 @@ class Estimate:
 
     Args:
         memory: of the student's GPU. teacher_memory: of the teacher's, where it has one of its own.
-        num_rows: of one optimizer step on one process; ``tokens`` likewise.
+        num_rows: of one optimizer step on one process; ``tokens``, ``flop`` and ``layer_passes`` likewise.
         flop: of one optimizer step; ``flop_by_part`` adds up to it.
         layer_passes: of one optimizer step: micro-batches times decoder layers times passes, student and teacher.
         is_compiled: whether those layers are.
@@ -330,6 +331,21 @@ def _memory(
     return parts
 
 
+def _shared(
+    parts: dict[str, int], recipe: Recipe, num_processes: int, student: tuple[Any, Adapter], teacher: Teacher
+) -> dict[str, int]:
+    """The parts on each of several processes."""
+    if num_processes == 1:
+        return parts
+    is_fp8 = recipe.model.teacher_precision == "fp8"
+    own, theirs = _Sizes.of(*student), None
+    if isinstance(teacher, tuple) and not recipe.has_teacher_elsewhere:
+        sizes = _Sizes.of(*teacher)
+        theirs = DecoderLayers(sizes.linear_parameters.get("language", 0), sizes.layers, 1 if is_fp8 else 2)
+    layers = DecoderLayers(own.linear_parameters.get("language", 0), own.layers)
+    return on_each(parts, recipe, num_processes, layers, theirs)
+
+
 def _teacher_weights(recipe: Recipe, theirs: _Sizes) -> int:
     is_fp8 = recipe.model.teacher_precision == "fp8"
     return 2 * theirs.num_parameters - is_fp8 * sum(theirs.linear_parameters.get(part, 0) for part in ROUNDED)
@@ -386,17 +402,22 @@ def estimate(
     student: tuple[Any, Adapter],
     teacher: Teacher,
     load: Load,
+    num_processes: int = 1,
 ) -> Estimate:
-    """The cost of a run on one GPU.
+    """The cost of a run on one GPU, or on each of several; time without what those exchange.
 
     Args:
         student: the model on the meta device with its adapter (``models.load.describe_model``). teacher: likewise, or
             the head of one that a cache stands for, or None for methods without one.
+
+    Raises:
+        ConfigError: micro-batches that ``num_processes`` cannot share out.
     """
+    recipe = recipe.on_each_of(num_processes)
     data = recipe.data
     tokens = _micro_batch_tokens(recipe, load) * data.accumulation
     return Estimate(
-        memory=_memory(recipe, plan, student, teacher, load),
+        memory=_shared(_memory(recipe, plan, student, teacher, load), recipe, num_processes, student, teacher),
         teacher_memory=_teacher_memory(recipe, teacher, load),
         num_rows=round(tokens / load.row_tokens),
         tokens=tokens,

@@ -2,10 +2,10 @@
 
 The first levers change nothing that is learned: recomputing activations, smaller micro-batches with more of them
 (where the loss is normalised over the whole step and the order of the rows does not depend on the size of a
-micro-batch), smaller parts of the loss, no CUDA graphs. Smaller packs hold other rows together, and about as many a
-step. The last two levers do change what is learned: a teacher in FP8 is a slightly different teacher, and moments of
-one byte are slightly other updates. What a later lever made needless is taken back. What does not fit after all of them
-is refused; nothing is tried on the GPU.
+micro-batch), smaller parts of the loss, no CUDA graphs, and of several processes decoder layers that are shared out.
+Smaller packs hold other rows together, and about as many a step. The last two levers do change what is learned: a
+teacher in FP8 is a slightly different teacher, and moments of one byte are slightly other updates. What a later lever
+made needless is taken back. What does not fit after all of them is refused; nothing is tried on the GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def gpu_bytes(text: str) -> int:
     return int(match[1]) * GIB
 
 
-def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
+def _setups(recipe: Recipe, num_processes: int) -> Iterator[tuple[Recipe, list[str]]]:
     """Set-ups from the recipe's own on, each with what it changes."""
     tree = recipe.model_dump(mode="json")
     changes: list[str] = []
@@ -74,7 +74,16 @@ def _setups(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
         tree["runtime"]["cuda_graphs"] = False
         changes.append("runtime.cuda_graphs=false: layers kernel by kernel, at the pace of the host")
         yield now()
+    if num_processes > 1 and recipe.runtime.sharding != "parameters":
+        tree["runtime"]["sharding"] = "parameters"
+        changes.append("runtime.sharding=parameters: decoder layers are shared out, and come and go in every pass")
+        yield now()
     is_asked = recipe.objective().needs_teacher and recipe.model.teacher_cache is None
+    is_whole = is_asked and recipe.model.teacher_sharding == "whole" and not recipe.has_teacher_elsewhere
+    if num_processes > 1 and is_whole:
+        tree["model"]["teacher_sharding"] = "parameters"
+        changes.append("model.teacher_sharding=parameters: the teacher's decoder layers are shared out too")
+        yield now()
     if is_asked and recipe.model.teacher_precision == "bf16":
         tree["model"]["teacher_precision"] = "fp8"
         changes.append("model.teacher_precision=fp8: the teacher's linears take one byte a weight, and differ a little")
@@ -107,25 +116,30 @@ def _without_idle(
         for setting in change.split(": ")[0].split(" "):
             section, key = setting.split("=")[0].split(".")
             tree[section][key] = recipe.model_dump(mode="json")[section][key]
-        without = Recipe.model_validate(tree)
+        try:
+            without = Recipe.model_validate(tree)
+        except ConfigError:  # a change that is kept needs this one
+            continue
         if estimate(without).largest_bytes + RESERVED_BYTES <= num_bytes:
             candidate = without
             kept.remove(change)
     return candidate, kept
 
 
-def fit(recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate]) -> tuple[Recipe, list[str]]:
+def fit(
+    recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate], num_processes: int = 1
+) -> tuple[Recipe, list[str]]:
     """The first set-up whose estimate fits, and what it changes.
 
     Args:
         num_bytes: of the card; ``RESERVED_BYTES`` of them are not counted on.
-        estimate: of a recipe.
+        estimate: of a recipe, on each of ``num_processes``.
 
     Raises:
         ConfigError: none fits; it says what the smallest needs and for what.
     """
     smallest: Estimate | None = None
-    for candidate, changes in _setups(recipe):
+    for candidate, changes in _setups(recipe, num_processes):
         smallest = estimate(candidate)
         if smallest.largest_bytes + RESERVED_BYTES <= num_bytes:
             return _without_idle(recipe, candidate, changes, num_bytes, estimate)

@@ -79,6 +79,10 @@ class Grids:
         raw = self._log_scale.exp()
         return raw, round_scale(raw, self.scheme.scale_rounding)
 
+    def scales_in_use(self) -> list[tuple[GridWeight, torch.Tensor]]:
+        """(weight, (out, in / group_size) scale as stored) of every weight, as its leaf was written last."""
+        return list(zip(self.weights, self._parts(self._scale), strict=True))
+
     def are_finite(self) -> torch.Tensor:
         """Whether every log-scale is a number, a bool scalar: one of -inf makes a group of zeros and no NaN."""
         return self._log_scale.isfinite().all()

@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -24,18 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
-from grace_vlm.checkpoint.manifest import sha256_file
 from grace_vlm.checkpoint.rng import capture_rng, restore_rng
 from grace_vlm.checkpoint.store import (
     TrainState,
     find_checkpoint,
     load_shares,
-    require_same,
     save_checkpoint,
 )
 from grace_vlm.data.ledger import Ledger
@@ -47,9 +44,9 @@ from grace_vlm.models.compiled import compile_layers
 from grace_vlm.models.graphs import graph_layers
 from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures
-from grace_vlm.train.cache_identity import FILE as CACHE_FILE
 from grace_vlm.train.card import model_card
-from grace_vlm.train.config import Recipe, dump_recipe
+from grace_vlm.train.config import Recipe, Sharding, dump_recipe
+from grace_vlm.train.launcher import asked_for, resolved
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import (
     check_relational_layer,
@@ -65,6 +62,7 @@ from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.record import Recorder, read_metrics
 from grace_vlm.train.reshard import shared_out
+from grace_vlm.train.resume import fingerprint_of, what_is_not_exact
 from grace_vlm.train.run_folder import (
     Notify,
     is_complete,
@@ -72,6 +70,7 @@ from grace_vlm.train.run_folder import (
     prepare_run_folder,
     require_same_recipe,
 )
+from grace_vlm.train.shards import attach, shard_frozen
 from grace_vlm.train.step import PendingStep, Stepper, StepReport
 from grace_vlm.train.stop import StopRequests
 from grace_vlm.train.teacher import OnlineTeacher, Teacher
@@ -100,16 +99,12 @@ class Run:
         self.requests = StopRequests() if requests is None else requests
         self.ranks = Ranks.started(recipe.runtime.device) if ranks is None else ranks
         self.device = self.ranks.device
-        self.num_micro_batches, left = divmod(recipe.data.accumulation, self.ranks.count)
-        if left:
-            raise ConfigError(
-                f"data.accumulation is {recipe.data.accumulation} micro-batches a step for {self.ranks.count} "
-                "processes; expected a multiple, so that every process has as many"
-            )
+        self.num_micro_batches = recipe.on_each_of(self.ranks.count).data.accumulation
         if recipe.has_teacher_elsewhere:
             pick_teacher_device(recipe)
             if self.ranks.count > 1:
                 raise ConfigError("model.teacher_device is one GPU for one process; leave it out with several")
+        self.sharding = self._choose_sharding()
         torch.manual_seed(recipe.runtime.seed)
         rows = open_rows(recipe)
         self.student = open_student(recipe, rows)
@@ -125,7 +120,12 @@ class Run:
             clip_mask=recipe.quant.clip_mask,
             scale_gradient=recipe.quant.scale_gradient,
             ranks=self.ranks,
+            sharding=self.sharding,
+            layers=tuple(self.student.model.model.language_model.layers),
+            gather=recipe.runtime.gather,
         )
+        if self.masters.shards is not None:
+            attach(self.student.model, self.masters.shards)
         self.optimizer = Optimizer(self.masters, recipe.optim)
         self.teacher = self._open_teacher(cache_bytes)
         self.adaptive = self._adaptive_weight()
@@ -166,6 +166,15 @@ class Run:
             if self.teacher is not None:
                 self.teacher.graph_layers(memory)
 
+    def _choose_sharding(self) -> Sharding:
+        """By the recipe and the launcher, and said where the launcher decides."""
+        asked = asked_for(os.environ)
+        sharding = resolved(self.recipe.runtime.sharding, asked)
+        self.recipe.check_sharding(sharding)
+        if asked is not None:
+            self.notify(f"the launcher asks for {asked.whom}: done by grace itself, as runtime.sharding={sharding}")
+        return sharding if self.ranks.count > 1 else "optimizer"
+
     def _keeps_features(self, name: str) -> bool:
         return self.vision.keeps(name) and (self.teacher is None or self.teacher.keeps(name))
 
@@ -174,12 +183,15 @@ class Run:
             return None
         if self.recipe.model.teacher_cache is not None:
             return open_cached_teacher(self.recipe, self.student)
-        loaded = open_teacher(self.recipe, self.student)
+        is_cut = self.recipe.model.teacher_sharding == "parameters" and self.ranks.count > 1
+        cut = functools.partial(shard_frozen, ranks=self.ranks) if is_cut else None
+        loaded = open_teacher(self.recipe, self.student, cut)
         if loaded is None:
             return None
         check_relational_layer(self.recipe, loaded.model)
         layer, where = self.recipe.loss.relational_layer, next(self.student.model.parameters()).device
-        return OnlineTeacher(loaded, self.recipe.objective(), layer, cache_bytes, where)
+        together = self.recipe.frozen_batches_together if is_cut else None
+        return OnlineTeacher(loaded, self.recipe.objective(), layer, cache_bytes, where, together)
 
     def _adaptive_weight(self) -> AdaptiveWeight | None:
         if self.recipe.method != "grace" or not self.recipe.loss.adaptive:
@@ -189,15 +201,7 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resume to be exact."""
         cache = self.recipe.model.teacher_cache if isinstance(self.teacher, CachedTeacher) else None
-        return {
-            "recipe_sha256": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest()[:16],
-            "num_processes": self.ranks.count,
-            "num_threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **({} if cache is None else {"teacher_cache": sha256_file(Path(cache) / CACHE_FILE)[:16]}),
-        }
+        return fingerprint_of(self.recipe, self.ranks, self.sharding, cache)
 
     def state(self, step: int) -> TrainState:
         """Everything that decides the rest of the run, after ``step`` optimizer steps."""
@@ -216,8 +220,8 @@ class Run:
     def restore(self) -> int:
         """Load the newest complete checkpoint; returns the number of steps done (0: none found).
 
-        One of another number of processes is taken too, and that is said: sums round otherwise, and rows that are
-        packed are shared out anew from the place of the process that was least far.
+        One of another number of processes is taken too, and that is said: rows that are packed are shared out anew from
+        the place of the process that was least far.
         """
         path, skipped = self.ranks.of_first(find_checkpoint(self.out / "checkpoints") if self.ranks.is_first else None)
         for folder, reason in skipped:
@@ -225,25 +229,19 @@ class Run:
         if path is None:
             return 0
         parts = load_shares(path, self.ranks.index, self.ranks.count)
-        saved_by = parts[0].fingerprint["num_processes"]
-        is_same_number = saved_by == self.ranks.count
         require_same_recipe(self.out, self.recipe)
-        own = self.fingerprint()
-        if not is_same_number:
-            own |= {key: parts[0].fingerprint[key] for key in ("num_processes", "num_threads")}
-        require_same(own, parts[0].fingerprint)
+        said = what_is_not_exact(self.fingerprint(), parts[0].fingerprint)
+        is_same_number = parts[0].fingerprint["num_processes"] == self.ranks.count
         state = parts[0] if is_same_number else shared_out(parts, self.masters)
         self.masters.load_state_dict(state.masters, state.log_scales)
         self.optimizer.load_state_dict(state.optimizer_tensors)
         if self.adaptive:
             self.adaptive.load_state_dict(state.adaptive_weight)
-        said = ""
         if is_same_number:
             self.loader.load_state_dict(state.sampler[f"{self.ranks.index}"])
             restore_rng(state.rng[f"{self.ranks.index}"])
         else:
             self.loader.load_state_dict(min(state.sampler.values(), key=lambda at: (at["epoch"], at["cursor"])))
-            said = f", which {saved_by} processes wrote and {self.ranks.count} read: not bit-exact"
         self.notify(f"resumed from {path.name}{said}")
         return state.step
 
@@ -316,7 +314,7 @@ class Run:
     def publish(self) -> None:
         """Write ``final/``, the model folder of the run, by the first process."""
         num_bad = sum(self.ranks.gather(len(self.ledger.faults)))
-        quantized = self.masters.quantized()
+        quantized, elsewhere = self.masters.quantized(), self.masters.freed_leaves()
         if not self.ranks.is_first:
             return
         lines = read_metrics(self.out / "metrics.jsonl")
@@ -328,6 +326,7 @@ class Run:
             self.plan.bf16_names if self.plan.schemes else (),
             model_card(self.recipe, self.plan, lines[-1] if lines else None, num_bad),
             overwrite=True,
+            elsewhere=elsewhere,
         )
 
 

@@ -13,8 +13,9 @@ accumulator is then the master's gradient itself: a copy would be 7 GB for Qwen3
 FP64 models (tests) accumulate in FP64. On a CPU leaves are FP32 tensors that hold BF16 values.
 
 Of several processes each has its share of the rows of every master, scale and moment (``Ranks.share_of``; a group lies
-in one row, so grids do not notice), and the whole model and its gradient sums: sums are added up into the shares, and
-leaves are gathered from them. What has no rows to share out, a norm or a bias, every process has.
+in one row, so grids do not notice). The model and its gradient sums are whole: sums are added up into the shares, and
+leaves are gathered from them; of the decoder's layers they may be shared out too (``shards.py``). What has no rows to
+share out, a norm or a bias, every process has.
 
 A frozen weight with a grid (the vision tower under ``quant.tower``) is rounded to nearest once, at the start: it is
 what is stored, and the student learns around it.
@@ -23,7 +24,7 @@ what is stored, and the student learns around it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,67 +36,22 @@ from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+from grace_vlm.train.config import Gather, Sharding
+from grace_vlm.train.gather_codes import gather_codes_
 from grace_vlm.train.grids import Grids, GridWeight
 from grace_vlm.train.ranks import Ranks
+from grace_vlm.train.shards import LayerShards, Matrix, cut_loose
+from grace_vlm.train.sums import GradientSum, LeafSums
 
 
-@dataclass
-class _GradientSum:
-    """dL/dleaf over the micro-batches of a step. Holds no leaf: a tensor whose hook holds it is never freed.
-
-    While ``is_empty`` its values are those of the step before and the first gradient replaces them: filling 5.6 GB of
-    zeros and reading them again would take 4 ms of a step of Qwen3-VL-2B.
-    """
-
-    total: torch.Tensor
-    is_empty: bool = True
-    is_shared: bool = False
-    """Others add to ``total`` too, so it is zeros when it is empty."""
-
-    def clear(self) -> None:
-        self.is_empty = not self.is_shared
-        if self.is_shared:
-            self.total.zero_()
-
-    def add(self, gradient: torch.Tensor) -> None:
-        if self.is_empty:
-            self.total.copy_(gradient)
-        else:
-            self.total.add_(gradient)
-        self.is_empty = False
-
-    def settled(self) -> torch.Tensor:
-        """The sum, 0 if nothing came."""
-        if self.is_empty:
-            self.total.zero_()
-        self.is_empty = False
-        return self.total
+def _rows(of: torch.Tensor, share: slice | None) -> torch.Tensor:
+    """A view; of all rows where they are not shared out."""
+    return of if share is None else of[share]
 
 
 def _count(of: torch.Tensor) -> torch.Tensor:
     """Its elements, as an FP64 scalar beside it."""
     return torch.full((), of.numel(), dtype=torch.float64, device=of.device)
-
-
-class LeafSums:
-    """The gradient sums of some leaves, for whoever makes gradients without autograd's hooks (``models.graphs``)."""
-
-    def __init__(self, sums: dict[nn.Parameter, _GradientSum]) -> None:
-        self._sums = sums
-
-    def are_empty(self) -> bool:
-        """Whether nothing was added since the step began; of some of them only is an error."""
-        empty = {total.is_empty for total in self._sums.values()}
-        assert len(empty) == 1, "some leaves have a gradient of this micro-batch and some have not"
-        return empty.pop()
-
-    def add(self, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
-        self._sums[leaf].add(gradient)
-
-    def mark_filled(self) -> None:
-        """Something has been added behind our back."""
-        for total in self._sums.values():
-            total.is_empty = False
 
 
 @dataclass
@@ -104,16 +60,22 @@ class _Tracked:
 
     leaf: nn.Parameter
     master: nn.Parameter
-    gradient: _GradientSum
+    gradient: GradientSum
     on_grid: bool
     share: slice | None
     """Rows of the leaf that the master is of; None: all."""
+    own: torch.Tensor
+    """Those rows of the leaf, where they stay."""
+    is_scattered: bool
+    """Whether the gradient sum is of those rows only, and over processes (``shards.py``)."""
+    is_freed: bool
+    """Whether the leaf comes and goes; ``own`` is then memory of its own."""
 
     @property
     def summed(self) -> torch.Tensor:
         """dL/dleaf of the master's rows, over micro-batches and, once they are added up, processes."""
         total = self.gradient.settled()
-        return total if self.share is None else total[self.share]
+        return total if self.share is None or self.is_scattered else total[self.share]
 
 
 class Masters:
@@ -122,6 +84,8 @@ class Masters:
     Args:
         model: its parameters with ``requires_grad`` are trained; their values are the masters' start.
         plan: which linears have a grid. ranks: the processes that share them; None: this one alone.
+        sharding: what else they share of ``layers``, which then run over ``shards``.
+        gather: what of the leaves on a grid goes between processes.
     """
 
     def __init__(
@@ -133,7 +97,11 @@ class Masters:
         clip_mask: ClipMask = "official",
         scale_gradient: ScaleGradient = "none",
         ranks: Ranks | None = None,
+        sharding: Sharding = "optimizer",
+        layers: Sequence[nn.Module] = (),
+        gather: Gather = "weights",
     ) -> None:
+        self.gather = gather
         self.clip_mask, self.scale_gradient = clip_mask, scale_gradient
         self._device = next(model.parameters()).device
         self.ranks = Ranks(self._device) if ranks is None else ranks
@@ -141,23 +109,32 @@ class Masters:
         self._rounded: dict[str, QuantizedTensor] = {}
         schemes = {f"{name}.weight": scheme for name, scheme in plan.schemes.items()}
         weights: dict[tuple[QuantScheme, bool], list[GridWeight]] = {}
+        number_of = {leaf: number for number, layer in enumerate(layers) for leaf in layer.parameters()}
+        matrices: list[list[Matrix]] = [[] for _ in layers]
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
                 if name in schemes:
                     self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
                 continue
             share = self.ranks.share_of(leaf)
-            rows = slice(None) if share is None else share
-            own = leaf.detach()[rows] if leaf.ndim else leaf.detach()
+            number = number_of.get(leaf) if share is not None and sharding != "optimizer" else None
+            is_freed = number is not None and sharding == "parameters"
+            own = cut_loose(leaf, share) if is_freed and share is not None else _rows(leaf.detach(), share)
             master = nn.Parameter(own.to(compute_dtype(leaf), copy=True))
-            gradient = _GradientSum(torch.zeros_like(leaf, dtype=master.dtype))
-            scheme = schemes.get(name)
-            if scheme is not None:
-                start = init_scale(master.detach(), scheme, scale_init)
-                weight = GridWeight(name, own, master.detach(), gradient.total[rows], start)
-                weights.setdefault((scheme, share is not None), []).append(weight)
-            self._tracked[name] = _Tracked(leaf, master, gradient, scheme is not None, share)
-            leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
+            whole = torch.zeros_like(master if number is not None else leaf, dtype=master.dtype, requires_grad=False)
+            gradient = GradientSum(whole)
+            tracked = _Tracked(leaf, master, gradient, name in schemes, share, own, number is not None, is_freed)
+            if name in schemes:
+                start = init_scale(master.detach(), schemes[name], scale_init)
+                of_rows = whole if tracked.is_scattered else _rows(whole, share)
+                weight = GridWeight(name, own, master.detach(), of_rows, start)
+                weights.setdefault((schemes[name], share is not None), []).append(weight)
+            self._tracked[name] = tracked
+            if number is not None and share is not None:
+                matrices[number].append(Matrix(leaf, share, own if is_freed else None, gradient))
+            else:
+                leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
+        self.shards = LayerShards(matrices, self.ranks) if any(matrices) else None
         self._grids = [(Grids(scheme, members), shared) for (scheme, shared), members in weights.items()]
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
@@ -169,7 +146,7 @@ class Masters:
         leaf.copy_(bake(self._rounded[name]))
 
     @staticmethod
-    def _add_to(total: _GradientSum) -> Any:
+    def _add_to(total: GradientSum) -> Any:
         def hook(leaf: torch.Tensor) -> None:
             if leaf.grad is None:  # an untied head, whose gradient the loss has added itself
                 return
@@ -201,15 +178,19 @@ class Masters:
                 # A BF16 leaf rounds as it copies: a rounded table of words beside it would be the peak of a step. FP64
                 # models (tests) keep the master's value: they check gradients, not rounding.
                 rounds = tracked.leaf.dtype == torch.float32
-                own = tracked.leaf if tracked.share is None else tracked.leaf[tracked.share]
-                own.copy_(tracked.master.to(torch.bfloat16) if rounds else tracked.master)
+                tracked.own.copy_(tracked.master.to(torch.bfloat16) if rounds else tracked.master)
         flipped = torch.zeros(2, dtype=torch.int64, device=self._device)
         for grids, shared in self._grids:
             found = grids.write_leaves(count_flips)
             if found is not None:
                 flipped[int(shared)] += found
+        as_codes = self.gather == "codes" and self.ranks.count > 1
+        for grids, shared in self._grids if as_codes else ():
+            if shared:
+                gather_codes_(grids, lambda name: self._tracked[name].leaf.detach(), self.ranks)
         for tracked in self._tracked.values():
-            self.ranks.gather_shares_(tracked.leaf.detach())
+            if not tracked.is_freed and not (as_codes and tracked.on_grid):
+                self.ranks.gather_shares_(tracked.leaf.detach())
         if count_flips:
             self.ranks.sum_(flipped[1])
         return flipped.sum()
@@ -218,9 +199,11 @@ class Masters:
     def collect(self) -> None:
         """Add the gradients up over processes, and turn them into ``.grad`` of masters and log-scales, until
         ``materialize``."""
+        if self.shards is not None:
+            self.shards.finish()
         self.ranks.sum_together_([t.gradient.settled() for t in self._tracked.values() if t.share is None])
         for tracked in self._tracked.values():
-            if tracked.share is not None:
+            if tracked.share is not None and not tracked.is_scattered:
                 self.ranks.sum_share_(tracked.gradient.settled(), tracked.share)
             tracked.master.grad = tracked.summed
         for grids, _ in self._grids:
@@ -286,25 +269,38 @@ class Masters:
 
     @torch.no_grad()
     def quantized(self) -> dict[str, QuantizedTensor]:
-        """(codes, scale) by module name: what is saved, whole on every process. Computed with the scale that is
-        stored."""
+        """(codes, scale) by module name: what is saved, computed with the scale that is stored.
+
+        Of several processes the first has them whole, on the host; the others, which give their rows, only those that
+        are not shared out.
+        """
         found = {**self._rounded}
         for grids, shared in self._grids:
             for name, tensor in grids.quantized().items():
                 if shared:
-                    tensor = dataclasses.replace(
-                        tensor, codes=self._whole(name, tensor.codes), scale=self._whole(name, tensor.scale)
-                    )
+                    codes, scale = self._whole(name, tensor.codes), self._whole(name, tensor.scale)
+                    if codes is None or scale is None:
+                        continue
+                    tensor = dataclasses.replace(tensor, codes=codes, scale=scale)
                 found[name.removesuffix(".weight")] = tensor
         return found
 
-    def _whole(self, name: str, own: torch.Tensor) -> torch.Tensor:
-        """All rows, of what this process has the share of leaf ``name`` of."""
+    @torch.no_grad()
+    def freed_leaves(self) -> dict[str, torch.Tensor]:
+        """The leaves that come and go and have no grid, by name, whole, as ``quantized`` has its own."""
+        freed = ((name, tracked) for name, tracked in self._tracked.items() if tracked.is_freed and not tracked.on_grid)
+        wholes = ((name, self._whole(name, tracked.own)) for name, tracked in freed)
+        return {name: whole for name, whole in wholes if whole is not None}
+
+    def _whole(self, name: str, own: torch.Tensor) -> torch.Tensor | None:
+        """All rows, of what this process has the share of leaf ``name`` of, one at a time on the device; None but on
+        the first process."""
         leaf, share = self._tracked[name].leaf, self._tracked[name].share
         assert share is not None
         whole = own.new_empty(leaf.shape[0], *own.shape[1:])
         whole[share] = own
-        return self.ranks.gather_shares_(whole)
+        self.ranks.gather_shares_(whole)
+        return whole.cpu() if self.ranks.is_first else None
 
     @torch.no_grad()
     def load_state_dict(self, masters: dict[str, torch.Tensor], log_scales: dict[str, torch.Tensor]) -> None:

@@ -18,8 +18,8 @@ from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.models.adapter import Adapter, plan_model
-from grace_vlm.models.fp8 import to_fp8
 from grace_vlm.models.load import (
+    Cut,
     LoadedModel,
     describe_config,
     describe_model,
@@ -29,6 +29,7 @@ from grace_vlm.models.load import (
     load_processor,
     meta_model,
     pick_device,
+    placed,
 )
 from grace_vlm.models.prune import PREFIX as PRUNED
 from grace_vlm.models.prune import kept_layers, parse_pruned, prune, pruned_config
@@ -227,16 +228,17 @@ def open_preparer(
     return Preparer(rows, encoder, pictures, data.max_tokens, data.samples_kept, keeps)
 
 
-def open_teacher(recipe: Recipe, student: LoadedModel) -> LoadedModel | None:
-    """The teacher's model, if the method needs one; ``ConfigError`` if its tokens are not the student's."""
+def open_teacher(recipe: Recipe, student: LoadedModel, cut: Cut | None = None) -> LoadedModel | None:
+    """The teacher's model, if the method needs one, ``cut`` on its way to its device; ``ConfigError`` if its tokens are
+    not the student's."""
     name = recipe.model.teacher
     if name is None or not recipe.objective().needs_teacher:
         return None
     device = pick_teacher_device(recipe)
     if name.startswith((TOY, RANDOM)):
-        teacher = _random_teacher(recipe, name, student, device)
+        teacher = _random_teacher(recipe, name, student, device, cut)
     else:
-        teacher = load_model(name, str(device), precision=recipe.model.teacher_precision)
+        teacher = load_model(name, str(device), precision=recipe.model.teacher_precision, cut=cut)
     require_same_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
     if teacher.adapter.model_type != student.adapter.model_type:
         raise ConfigError(
@@ -257,7 +259,9 @@ def pick_teacher_device(recipe: Recipe) -> torch.device:
     return device
 
 
-def _random_teacher(recipe: Recipe, name: str, student: LoadedModel, device: torch.device) -> LoadedModel:
+def _random_teacher(
+    recipe: Recipe, name: str, student: LoadedModel, device: torch.device, cut: Cut | None
+) -> LoadedModel:
     """A teacher that knows nothing, over the student's tokenizer: for trying a set-up."""
     seed = recipe.runtime.seed + 1
     if name.startswith(TOY):
@@ -265,9 +269,7 @@ def _random_teacher(recipe: Recipe, name: str, student: LoadedModel, device: tor
     else:
         model = build_random_model(random_config(name), student.processor.tokenizer, device, seed)
     adapter = adapter_for(model.config.model_type)
-    if recipe.model.teacher_precision == "fp8":
-        to_fp8(model, adapter)
-    return LoadedModel(model.to(device).eval(), student.processor, adapter, name)
+    return LoadedModel(placed(model, device, recipe.model.teacher_precision, cut), student.processor, adapter, name)
 
 
 def plan_for(recipe: Recipe, student: tuple[Any, Adapter]) -> QuantPlan:

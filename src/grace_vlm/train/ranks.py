@@ -11,6 +11,7 @@ end with one reason. One that is killed says nothing; it is missed when its coun
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -24,11 +25,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import distributed
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from grace_vlm.errors import ConfigError, GraceError, OtherProcessError
 from grace_vlm.models.load import use_device
+from grace_vlm.train.launcher import plain_accelerator
 
 # Renamed in torch 2.14; 2.11 has the old names only.
 _reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
@@ -45,15 +47,34 @@ class LostProcessError(Exception):
     """A sum could not be made; why is not known here."""
 
 
+class Going:
+    """An exchange that goes on while the device computes.
+
+    Args:
+        works: what is waited for. kept: what must live until then.
+    """
+
+    def __init__(self, ranks: Ranks, works: Sequence[Any], kept: Sequence[torch.Tensor] = ()) -> None:
+        self._ranks, self._works, self._kept = ranks, works, kept
+
+    def wait(self) -> None:
+        """On a GPU what is queued next waits, and the host does not."""
+        with self._ranks.exchange():
+            for work in self._works:
+                work.wait()
+        self._kept = ()
+
+
 class Ranks:
     """This process among those of a run, as a context: inside it a failure of one ends all.
 
     Attributes:
         index, count: 0-based, and how many there are. device: where this one computes.
+        sent_bytes: of tensors out of this process so far, as rings send them: a sum twice the others' shares.
     """
 
     def __init__(self, device: torch.device, index: int = 0, count: int = 1) -> None:
-        self.device, self.index, self.count = device, index, count
+        self.device, self.index, self.count, self.sent_bytes = device, index, count, 0
         self._watch = _Watch(index, count) if count > 1 else None
 
     @classmethod
@@ -61,18 +82,12 @@ class Ranks:
         """Those that the launcher started; ``device`` as in ``runtime.device``.
 
         Raises:
-            ConfigError: several processes and one GPU named for all of them; a launcher that asks for shards.
+            ConfigError: several processes and one GPU named for all of them.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.startswith("cuda:"):
             raise ConfigError(f"runtime.device is {device} for several processes; leave it out, each takes its own GPU")
-        for asked in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true":
-                raise ConfigError(
-                    f"the launcher asks for {asked}; expected plain data parallelism, which shares out masters and "
-                    "moments by itself (recipes/accelerate/, docs/scaling.md)"
-                )
         chosen = use_device(device)
-        accelerator = Accelerator(cpu=chosen.type == "cpu")
+        accelerator = plain_accelerator(is_cpu=chosen.type == "cpu")
         return cls(accelerator.device, accelerator.process_index, accelerator.num_processes)
 
     @property
@@ -81,7 +96,8 @@ class Ranks:
         return self.index == 0
 
     @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def exchange(self) -> Iterator[None]:
+        """What fails inside, another process is missing in."""
         try:
             yield
         except RuntimeError as error:
@@ -91,8 +107,9 @@ class Ranks:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over processes, written into ``tensor``, the same bits everywhere."""
         if self.count > 1:
-            with self._exchange():
+            with self.exchange():
                 distributed.all_reduce(tensor)
+            self.sent_bytes += 2 * self._others(tensor)
         return tensor
 
     def share_of(self, tensor: torch.Tensor) -> slice | None:
@@ -114,8 +131,9 @@ class Ranks:
         if self.device.type == "cpu":  # gloo adds up whole tensors
             self.sum_(tensor)
             return
-        with self._exchange():
+        with self.exchange():
             _reduce_scatter(tensor[own], tensor)
+        self.sent_bytes += self._others(tensor)
 
     def gather_shares_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every process's share of ``tensor``'s rows, written into it."""
@@ -123,14 +141,45 @@ class Ranks:
         if own is not None:
             # NCCL writes in place; gloo must not read where it writes.
             mine = tensor[own].clone() if self.device.type == "cpu" else tensor[own]
-            with self._exchange():
+            with self.exchange():
                 _all_gather(tensor, mine)
+            self.sent_bytes += self._others(tensor)
         return tensor
+
+    def start_gather(self, wholes: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> Going:
+        """Begin to write every process's rows into each of ``wholes``; ``shares``: this one's, in other memory. One
+        exchange for all; what is queued on the GPU goes on beside it."""
+        with self.exchange(), _coalescing_manager(async_ops=True) as going:
+            for whole, share in zip(wholes, shares, strict=True):
+                _all_gather(whole, share)
+                self.sent_bytes += self._others(whole)
+        return Going(self, [going])
+
+    def start_sum_shares(
+        self, wholes: Sequence[torch.Tensor], owns: Sequence[slice]
+    ) -> tuple[Going, list[torch.Tensor]]:
+        """Begin to add up each of ``wholes`` over processes; returns this one's rows of the sums, which are there when
+        it is waited for. ``wholes`` are then anything."""
+        if self.device.type == "cpu":  # gloo adds up whole tensors, in the order of ``sum_share_``
+            with self.exchange():
+                works = [distributed.all_reduce(whole, async_op=True) for whole in wholes]
+            self.sent_bytes += sum(2 * self._others(whole) for whole in wholes)
+            return Going(self, works, wholes), [whole[own] for whole, own in zip(wholes, owns, strict=True)]
+        shares = [torch.empty_like(whole[own]) for whole, own in zip(wholes, owns, strict=True)]
+        with self.exchange(), _coalescing_manager(async_ops=True) as going:
+            for whole, share in zip(wholes, shares, strict=True):
+                _reduce_scatter(share, whole)
+                self.sent_bytes += self._others(whole)
+        return Going(self, [going], wholes), shares
+
+    def _others(self, tensor: torch.Tensor) -> int:
+        """Bytes of the other processes' shares of a tensor: what gathering or scattering it sends out of each."""
+        return tensor.numel() * tensor.element_size() * (self.count - 1) // self.count
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.count > 1:
-            with self._exchange():
+            with self.exchange():
                 distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, value: Any) -> list[Any]:
@@ -138,7 +187,7 @@ class Ranks:
         found: list[Any] = [value]
         if self.count > 1:
             found = [None] * self.count
-            with self._exchange():
+            with self.exchange():
                 distributed.all_gather_object(found, value)
         return found
 
@@ -160,13 +209,28 @@ class Ranks:
             if error is None:
                 self.wait()
                 self._watch.stop()
+                _leave_at_exit()
                 return
         except LostProcessError as lost:
             error = lost
+        atexit.unregister(_leave)
         is_known_here = not isinstance(error, LostProcessError | OtherProcessError)
         failure = self._watch.tell(error) if is_known_here else self._watch.await_failure()
         if failure is not None and str(failure) != str(error):
             raise failure from error
+
+
+def _leave_at_exit() -> None:
+    """Take the exchange's threads down while the interpreter still stands: one that lets go of a tensor after that
+    aborts the process (pytorch/pytorch#179291). Not while another run may follow, nor where one has failed: there it
+    could wait for a process that is gone."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class _Watch:

@@ -59,6 +59,8 @@ class OnlineTeacher:
         relational_layer: the tapped index of ``hidden_states``.
         tower_cache_bytes: memory for outputs of its vision tower.
         where: the student's device; None: the teacher's own.
+        together: so many batches share a forward pass, where other processes must make as many passes; None: as many
+            as have room in one.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class OnlineTeacher:
         relational_layer: int,
         tower_cache_bytes: int,
         where: torch.device | None = None,
+        together: int | None = None,
     ) -> None:
         self.adapter, self.model, self.objective = loaded.adapter, loaded.model, objective
         self.relational_layer = relational_layer
@@ -76,6 +79,7 @@ class OnlineTeacher:
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.where = self.device if where is None else where
+        self.together = together
         self._own_head = plain_head(loaded.adapter.head(loaded.model), "teacher")
         self.head = self._own_head.detach().to(self.where)
 
@@ -97,7 +101,10 @@ class OnlineTeacher:
         Neighbours share a forward pass of up to ``max_tokens``: the student's small micro-batches would leave a GPU
         waiting for its host 36 layers long.
         """
-        groups = grouped(batches, max_tokens)
+        if self.together is None:
+            groups = grouped(batches, max_tokens)
+        else:
+            groups = [list(batches[at : at + self.together]) for at in range(0, len(batches), self.together)]
         # All of them before the first leaves: a copy to the student's GPU waits for what is queued there.
         said = [self.signal(merge(group)) for group in groups]
         parts = [split_signal(self._sent(signal), group) for signal, group in zip(said, groups, strict=True)]
