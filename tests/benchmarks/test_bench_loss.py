@@ -352,7 +352,7 @@ def test_arguments_and_exit_code_are_passed_on(tmp_path: Path, monkeypatch: pyte
 def test_an_unknown_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace: Any) -> None:
     scripts(tmp_path / "b", monkeypatch, loss="", pack="")
     assert grace("bench", "los") == (2, "", "error: there is no benchmark 'los'; there are loss, pack\n")
-    assert grace("bench", "--los") == (2, "", "error: No such option: --los; see grace --help\n")
+    assert grace("bench", "--los") == (2, "", "error: No such option: --los; see grace bench --help\n")
 
 
 @pytest.mark.parametrize(("args", "name"), [(("loss", "--out", "x"), "loss"), ((), "NAME")])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.cli.main import main
@@ -88,6 +91,20 @@ def test_verify_names_the_first_difference(world: Path, grace: Any, document: An
     assert code == 1
     assert out.startswith("different: ")
     assert "model.language_model.layers.0." in out
+
+
+def test_verify_of_two_without_a_grid_says_so(world: Path, grace: Any) -> None:
+    shutil.copytree(world / "student", world / "twin")
+    said = r"equal by value, but neither has a grid \(no codes, no scales\): 63 tensors \([1-9][0-9,]+ values\)\n"
+    code, out = grace("verify", world / "student", world / "twin")
+    assert re.fullmatch(said, out)
+    assert code == 0
+    weights = load_file(world / "twin" / "model.safetensors")
+    next(tensor for name, tensor in sorted(weights.items()) if name.endswith("norm.weight"))[3] += 1
+    save_file(weights, world / "twin" / "model.safetensors", {"format": "pt"})
+    code, out = grace("verify", world / "student", world / "twin")
+    assert code == 1
+    assert out.startswith("different: 1 tensors or settings; the first is model.language_model.")
 
 
 def test_plan_lists_every_linear(world: Path, grace: Any, document: Any) -> None:

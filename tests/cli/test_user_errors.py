@@ -219,7 +219,18 @@ def test_disk_that_fills_up(
 
 def test_usage_errors_are_lines_too(world: Path, fails: Any) -> None:
     fails(2, "No such command 'nosuch'; see grace --help", "nosuch")
-    fails(2, "Missing argument 'src'; see grace --help", "pack")
+    fails(2, "Missing argument 'src'; see grace pack --help", "pack")
+    fails(2, "Missing argument 'file'; see grace data check --help", "data", "check")
+    fails(2, "No such command 'nosuch'; see grace data --help", "data", "nosuch")
+
+
+def test_parts_that_there_are_none_of(world: Path, fails: Any) -> None:
+    suite = ("eval", world / "student", "--data", world, "--suite", "card", "--out", world / "scored")
+    fails(2, "--part is 5/4, part 5 of 4; parts of 4 have numbers from 1 to 4", *suite, "--part", "5/4")
+    fails(2, "--part is 0/4, part 0 of 4; parts of 4 have numbers from 1 to 4", *suite, "--part", "0/4")
+    fails(2, "--part is 2/0, of 0 parts; expected a number of so many, for example 2/4", *suite, "--part", "2/0")
+    fails(2, "--part is 2; expected a number of so many, for example 2/4", *suite, "--part", "2")
+    assert not (world / "scored").exists()
 
 
 def test_pack_refuses_what_has_no_grid(world: Path, fails: Any) -> None:

@@ -42,10 +42,14 @@ def test_generate_and_what_was_interrupted_goes_on(world: Path, grace: Any, tmp_
     args = ("generate", world / "model", "--data", prompts, "--out", out, "--max-new-tokens", 6, "--device", "cpu")
     code, _, err = grace(*args)
     assert code == 7
-    assert err.splitlines()[-1] == (f"error: 1 of 5 prompts have no answer; {out} says why, --resume asks them again")
+    missing = f"{world}/nowhere.png: no such file; image paths start from the folder {world}, --root names another"
+    assert err.splitlines()[-1] == (
+        f"error: 1 of 5 prompts have no answer, the first because {missing}; "
+        f"{out} says why of each, --resume asks them again"
+    )
     rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert set(rows) == {"a", "2", "c", "bad", "e"}
-    assert rows["bad"]["error"] == f"{world}/nowhere.png: no such file"
+    assert rows["bad"]["error"] == missing
     llm = LLM(str(world / "model"), "cpu")
     assert rows["a"]["text"] == llm.generate("what is this?", world / "0.png", SamplingParams(max_tokens=6))[0].text
     assert rows["2"]["answer_tokens"] <= 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -108,4 +109,7 @@ if __name__ == "__main__":
         compute_in_fp64()
     plant(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     sys.argv = ["grace", *sys.argv[4:]]
-    main()
+    try:
+        main()
+    finally:
+        print(f"threads at the end: {[thread.name for thread in threading.enumerate()]}", flush=True)

@@ -22,7 +22,7 @@ def analyze(
     teacher: str = typer.Option(None, "--teacher", help="Its teacher: entropy, gate and CKA."),
     before: str = typer.Option(None, "--before", help="The student before it was quantized: effects, CKA before."),
     root: Path = typer.Option(None, "--root", help="Folder that image paths start from; default: the file's."),
-    limit: int = typer.Option(512, "--limit", help="Rows to look at, drawn by --seed."),
+    limit: int = typer.Option(512, "--limit", help="Rows to look at, drawn by --seed; the binned R2 wants 2400."),
     seed: int = typer.Option(0, "--seed", help="Of the draw."),
     max_pixels: int = typer.Option(
         None, "--max-pixels", help="Area that larger pictures are shrunk to; default: 200704, as in training."

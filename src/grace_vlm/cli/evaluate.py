@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from grace_vlm.cli.output import ProgressBar, emit_json, print_table
+from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
 from grace_vlm.cli.suite import Asked, By, run_suite
 from grace_vlm.errors import ConfigError
 
@@ -48,7 +48,9 @@ def evaluate(
     api_key: str = typer.Option(None, "--api-key", envvar="OPENAI_API_KEY", help="For --endpoint."),
     stock: bool = typer.Option(False, "--transformers", help="By Transformers' generate instead of the engine."),
     root: Path = typer.Option(None, "--root", help="Folder that image paths start from; default: the file's."),
-    limit: int = typer.Option(None, "--limit", min=1, help="Only the first N rows, of each benchmark."),
+    limit: int = typer.Option(
+        None, "--limit", min=1, help="Only the first N rows of the file as they stand, or of each benchmark."
+    ),
     answers: Path = typer.Option(None, "--answers", help="Where to write every answer of a file, JSONL."),
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions that run together."),
     cache_tokens: int = typer.Option(16_384, "--cache-tokens", help="Tokens of them all that fit in memory."),
@@ -121,6 +123,11 @@ def _file(
     loaded, codes = open_model(model, device)
     with ProgressBar("answering") as bar:
         questions = QuestionFile(data, loaded, root, limit)
+        if left_out := questions.kinds_left_out():
+            say(
+                f"the first {questions.num_total} rows (--limit) have none of the kinds {', '.join(left_out)}, which "
+                f"{data} has further on"
+            )
         engine = open_engine(loaded, codes, questions, options, max_new_tokens)
         found = answer_all(engine, questions, max_new_tokens=max_new_tokens, progress=bar.update)
     result = score(found, questions.num_total)

@@ -45,6 +45,7 @@ def generate(
     from grace_vlm.engine.llm import LLM
     from grace_vlm.engine.prompt_file import (
         answer_line,
+        explained,
         kept_answers,
         read_prompts,
         read_text,
@@ -61,7 +62,8 @@ def generate(
         raise ConfigError(f"{out} is there already; pass --resume to go on with it, or another --out")
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
-    asked = read_prompts(data, root or data.parent, sampling)
+    start = root or data.parent
+    asked = read_prompts(data, start, sampling)
     kept = {
         "kv_cache": kv_cache,
         "int8_head": int8_head,
@@ -75,25 +77,29 @@ def generate(
     llm = LLM(model, device, options, max_pixels=max_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_note(out, stated)
-    failed, count = 0, len(done)
+    count, failures = len(done), []
     with ProgressBar("answering") as bar, out.open("a", encoding="utf-8") as file:
         bar.update(count, len(asked))
         try:
             for one, answer in llm.answers(remaining(asked, done)):
-                file.write(answer_line(one, answer))
+                said = explained(one, answer, start) if isinstance(answer, RequestError) else answer
+                file.write(answer_line(one, said))
                 file.flush()
-                failed += isinstance(answer, RequestError)
+                failures += [str(said)] if isinstance(said, RequestError) else []  # an error itself keeps its pictures
                 count += 1
                 bar.update(count, len(asked))
         except KeyboardInterrupt:
-            fail(f"interrupted; {count - failed} answers kept in {out}, continue with --resume", 130)
+            fail(f"interrupted; {count - len(failures)} answers kept in {out}, continue with --resume", 130)
     drafter = llm.engine.drafter
     if as_json:
         drafted = {"proposed": drafter.num_proposed, "accepted": drafter.num_accepted} if draft_tokens else {}
-        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": failed, **drafted})
+        emit_json({"out": str(out), "prompts": len(asked), "kept": len(done), "failed": len(failures), **drafted})
     else:
         say(f"{len(asked)} prompts, {len(done)} of them answered before, answers in {out}")
         if draft_tokens:
             say(f"{drafter.num_accepted} of {drafter.num_proposed} proposed tokens were accepted")
-    if failed:
-        raise RequestError(f"{failed} of {len(asked)} prompts have no answer; {out} says why, --resume asks them again")
+    if failures:
+        raise RequestError(
+            f"{len(failures)} of {len(asked)} prompts have no answer, the first because {failures[0]}; "
+            f"{out} says why of each, --resume asks them again"
+        )

@@ -88,6 +88,16 @@ def _register() -> None:
 _register()
 
 
+def _command_of(error: Exception) -> str:
+    """The command that a usage error is of, ``grace data check``; of its own words, however it was started."""
+    words: list[str] = []
+    context = getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:
+        words.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(["grace", *words])
+
+
 def main() -> None:
     """Entry point: user errors are one line on standard error and an exit code; bugs keep their traceback."""
     try:
@@ -105,7 +115,7 @@ def main() -> None:
         if not message.strip() or "Usage:" in message:
             print(message)  # no arguments: the help text
             sys.exit(2)
-        fail(f"{message.rstrip('.')}; see grace --help", 2)
+        fail(f"{message.rstrip('.')}; see {_command_of(error)} --help", 2)
     if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt and says nothing
         fail("interrupted; run the same command with --resume to go on where that is offered", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from grace_vlm.errors import printable
+
+LINE_SECONDS = 30.0
+"""Between two lines about how far a command is, where no bar can be shown."""
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
@@ -44,7 +48,8 @@ def show(line: str) -> None:
 
 
 class ProgressBar:
-    """A Rich bar on standard error; silent where that is no terminal, or it is not to be shown."""
+    """How far a command is, on standard error: a Rich bar, or a line now and then where that is no terminal; nothing
+    where it is not to be shown."""
 
     def __init__(self, description: str, is_shown: bool = True) -> None:
         from rich.console import Console
@@ -60,6 +65,7 @@ class ProgressBar:
             disable=not (is_shown and console.is_terminal),
         )
         self._task = self._progress.add_task(description, total=None)
+        self._lines = _Lines(description) if is_shown and not console.is_terminal else None
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -70,5 +76,35 @@ class ProgressBar:
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Move to ``done`` of ``total``."""
+        if self._lines is not None:
+            self._lines.update(done, total, note)
         fields = {"description": note} if note else {}
         self._progress.update(self._task, completed=done, total=total, **fields)  # type: ignore[arg-type]
+
+
+class _Lines:
+    """``answering 1,280 of 6,000, 4 min left``, at most every ``LINE_SECONDS`` and not before."""
+
+    def __init__(self, description: str) -> None:
+        self._description, self._said_at = description, time.monotonic()
+        self._first: tuple[float, int] | None = None
+        """When the first number came, and which: a job that goes on does not begin at 0."""
+
+    def update(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = (now, done)
+        if now - self._said_at < LINE_SECONDS or done >= total:
+            return
+        self._said_at = now
+        since, before = self._first
+        rest = [f"{_span((total - done) * (now - since) / (done - before))} left"] if done > before else []
+        say(", ".join([f"{self._description} {done:,} of {total:,}", *rest, *([note] if note else [])]))
+
+
+def _span(seconds: float) -> str:
+    """``40 s``, ``4 min`` or ``2 h 10 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

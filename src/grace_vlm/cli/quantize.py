@@ -41,7 +41,7 @@ def quantize_model(
     from grace_vlm.ptq.calibration import Calibration
     from grace_vlm.ptq.quantize import quantize_folder
 
-    with ProgressBar("quantizing layers") as bar:
+    with ProgressBar("quantizing") as bar:
         plan = quantize_folder(
             model,
             dst,

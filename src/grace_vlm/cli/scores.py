@@ -36,9 +36,10 @@ def scores(
 
     if profile not in PROFILES:
         raise ConfigError(f"--profile is {profile}; expected one of {', '.join(PROFILES)}")
-    named = [_named(run) for run in runs]
+    named, shown = [_named(run) for run in runs], [_named(run) for run in reference]
+    _require_own_names([*named, *shown])
     lines = [read_line(folder, label, profile, by=by) for label, folder in named]
-    lines += [read_line(folder, label, profile, is_reference=True, by=by) for label, folder in map(_named, reference)]
+    lines += [read_line(folder, label, profile, is_reference=True, by=by) for label, folder in shown]
     said = {label: line.label for (label, _), line in zip(named, lines, strict=False)}
     compared = {} if baseline is None else _compared(named, baseline, profile)
     if as_json:
@@ -90,6 +91,13 @@ def _named(text: str) -> tuple[str, Path]:
     return (label, Path(folder)) if equals else (Path(text).name, Path(text))
 
 
+def _require_own_names(runs: list[tuple[str, Path]]) -> None:
+    """``ConfigError`` for two runs of one name."""
+    for label, _ in runs:
+        if len(same := [str(folder) for other, folder in runs if other == label]) > 1:
+            raise ConfigError(f"{len(same)} runs are named {label} ({', '.join(same)}); give each its own, NAME=FOLDER")
+
+
 def _compared(named: list[tuple[str, Path]], baseline: str, profile: str) -> dict[str, list[dict[str, Any]]]:
     """Differences of every other evaluation to the baseline, by name."""
     from dataclasses import asdict
@@ -98,10 +106,6 @@ def _compared(named: list[tuple[str, Path]], baseline: str, profile: str) -> dic
     from grace_vlm.evals.suite.paired import difference, read_records, require_same_data
 
     folders = dict(named)
-    if len(folders) < len(named):
-        raise ConfigError(
-            f"two runs have one name ({', '.join(label for label, _ in named)}); give each as NAME=FOLDER"
-        )
     if len(folders) < 2:
         raise ConfigError("--baseline compares several runs and one was given; give another as NAME=FOLDER")
     if baseline not in folders:

@@ -116,8 +116,13 @@ def _part(text: str) -> Part:
     from grace_vlm.evals.suite.run import Part
 
     number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise ConfigError(f"--part is {text}; expected a number of so many, for example 2/4")
+    wanted = "expected a number of so many, for example 2/4"
+    if not (number.isdecimal() and of.isdecimal()):
+        raise ConfigError(f"--part is {text}; {wanted}")
+    if int(of) == 0:
+        raise ConfigError(f"--part is {text}, of 0 parts; {wanted}")
+    if not 1 <= int(number) <= int(of):
+        raise ConfigError(f"--part is {text}, part {number} of {of}; parts of {of} have numbers from 1 to {of}")
     return Part(int(number) - 1, int(of))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from grace_vlm.formats.verify import VerifyReport
     from grace_vlm.quant.scheme import QuantizedTensor
 
-HELP = """Prove that two quantized folders hold the same model: codes, scales, bf16(q*s), and the rest by value.
+HELP = """Prove that two folders hold the same model: codes, scales, bf16(q*s), and the rest by value.
 
 B may be a certificate file; without B, A is checked against the certificate that lies in it.
 Exits 0 only when they are equal. Example: grace verify runs/demo/grace_w4 runs/demo/grace_w4_packed"""
@@ -35,6 +35,11 @@ def verify_models(
         report = _compared(a, b, bar.update)
     if as_json:
         emit_json({**asdict(report), "equal": report.equal})
+    elif report.equal and report.num_linears == 0:
+        print(
+            f"equal by value, but neither has a grid (no codes, no scales): {report.num_tensors} tensors "
+            f"({report.num_values:,} values)"
+        )
     elif report.equal:
         print(
             f"equal: {report.num_linears} linears ({report.num_codes:,} codes, {report.num_scales:,} scales, every "

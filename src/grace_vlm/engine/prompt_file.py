@@ -84,6 +84,13 @@ def _asked(line: str, number: int, root: Path, defaults: SamplingParams) -> Aske
     return Asked(str(row.get("id", number)), texts, [root / one for one in images], sampling)
 
 
+def explained(one: Asked, error: RequestError, root: Path) -> RequestError:
+    """The error of a request with what helps where one of its pictures is not there: from where paths start."""
+    if not any(isinstance(image, Path) and image.is_relative_to(root) and not image.exists() for image in one.images):
+        return error
+    return RequestError(f"{error}; image paths start from the folder {root}, --root names another")
+
+
 def note_of(out: Path) -> Path:
     """Where it stands what the answers of a file have in common."""
     return out.with_name(f"{out.name}.run.json")

@@ -88,6 +88,7 @@ class QuestionFile:
         patchify = patchify_of(loaded.adapter, config, loaded.processor)
         store = PictureStore(patchify, PIXEL_BYTES, with_digests=True)
         self.tokenizer = encoder.tokenizer
+        self._rows = rows
         self.num_total = len(rows) if limit is None else min(limit, len(rows))
         # Grids are all that encoding needs of a picture.
         self._preparer = Preparer(rows, encoder, store, max_tokens=1 << 20, keeps_features=lambda name: True)
@@ -97,6 +98,12 @@ class QuestionFile:
             indices = range(start, min(start + _READ_ROWS, self.num_total))
             self.entries += [(row, sample) for row, sample, _ in reader.read_many(indices, as_prompt=True)]
         self._preparer.keeps_features = None
+
+    def kinds_left_out(self) -> list[str]:
+        """Kinds of rows that the file has and the first ``limit`` have none of, sorted; reads the rest of the file."""
+        kinds = {row.meta.get("kind", "") for row, _ in self.entries}
+        rest = itertools.islice(self._rows, self.num_total, None)
+        return sorted({row.meta["kind"] for row in rest if isinstance(row, Row) and "kind" in row.meta} - kinds)
 
     def prompt(self, number: int) -> Prompt:
         """Of entry ``number``, with the pixels of its pictures."""

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.hub import CONFIG, PROCESSOR, WEIGHTS, require_on_hub
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -229,6 +230,7 @@ def _open_tower(folder: Path, name: str, inside: bool, dtype: torch.dtype) -> tu
     if inside and source == "openai/clip-vit-large-patch14-336":
         return LlavaConfig().vision_config, {}, source  # LLaVA's default is this very tower: no need to ask a hub
     try:
+        require_on_hub(source, CONFIG if inside else WEIGHTS)
         config = CLIPVisionConfig.from_pretrained(source)
         if inside:
             return config, {}, source
@@ -236,7 +238,7 @@ def _open_tower(folder: Path, name: str, inside: bool, dtype: torch.dtype) -> tu
         opened: Any = CLIPVisionModel.from_pretrained(
             source, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ConfigError, OSError, ValueError, RuntimeError) as error:
         wanted = f"{folder} needs the vision tower {name!r}, which is no CLIP model in a folder or on the hub"
         raise ConfigError(f"{wanted}; give one as vision_tower=FOLDER") from error
     tower, report = opened
@@ -303,8 +305,13 @@ def _processor(tokenizer: Any, config: Any, source: str, pad: bool) -> LlavaProc
 
     side = config.vision_config.image_size
     try:
+        require_on_hub(source, PROCESSOR)
         image_processor: Any = LlavaImageProcessor.from_pretrained(source, do_pad=pad)
-    except OSError:  # it brings none: CLIP's published values, which are the class's own but for the size
+    except (
+        ConfigError,
+        OSError,
+    ):
+        # It brings none: CLIP's published values, which are the class's own but for the size.
         image_processor = LlavaImageProcessor(size=side, crop_size={"height": side, "width": side}, do_pad=pad)
     return LlavaProcessor(
         image_processor=image_processor,

@@ -19,6 +19,7 @@ import torch
 from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import Adapter
 from grace_vlm.models.fp8 import to_fp8
+from grace_vlm.models.hub import CONFIG, PROCESSOR, WEIGHTS, require_on_hub
 from grace_vlm.models.known import CLIP_L_336, KNOWN
 from grace_vlm.models.llava_layout import convert_config, is_original_llava, open_original_llava
 from grace_vlm.models.registry import adapter_for
@@ -88,6 +89,7 @@ def _read_config(source: str) -> dict[str, Any]:
     """config.json of a folder or a hub id as it stands: Transformers need not know its model type."""
     from transformers import PreTrainedConfig
 
+    require_on_hub(source, CONFIG)
     try:
         content: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
@@ -146,6 +148,7 @@ def load_processor(path: str) -> Any:
     from transformers import AutoProcessor
 
     source = resolve_source(path)
+    require_on_hub(source, PROCESSOR)
     try:
         return AutoProcessor.from_pretrained(source)
     except OSError as error:
@@ -184,6 +187,7 @@ def load_model(
     if is_original_llava(_read_config(source)):
         converted, processor = open_original_llava(_local_folder(source), torch.bfloat16, vision_tower)
         return LoadedModel(placed(converted, target, precision, cut), processor, adapter_for("llava"), source)
+    require_on_hub(source, WEIGHTS)
     try:
         config = AutoConfig.from_pretrained(source)
         adapter = adapter_for(config.model_type)

@@ -22,7 +22,7 @@ from grace_vlm.quant.scale_init import ScaleRule, minmax_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 Progress = Callable[[int, int], None]
-"""Called with the layers that are done and how many there are."""
+"""Called with the layers or linears that are done and how many there are."""
 FOLD_TOLERANCE = 1e-3
 """Of what a layer adds to its input: far above FP32's rounding, far below what a fold in the wrong place does."""
 

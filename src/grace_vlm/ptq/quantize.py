@@ -34,7 +34,7 @@ def quantize_folder(
 
     Args:
         calibration: for awq and gptq, which compute in FP32 on its device; rtn has none and stays on the CPU.
-        progress: of awq and gptq, layer by layer.
+        progress: of awq and gptq layer by layer, of rtn linear by linear.
 
     Raises:
         ConfigError: ``scheme`` is bf16, does not fit a layer, ``src`` is no model, or rows and method do not agree.
@@ -52,7 +52,7 @@ def quantize_folder(
             raise ConfigError("method rtn takes no --calibration; leave it out")
         loaded = load_model(src, "cpu")
         plan = plan_model(loaded.model, loaded.adapter, scheme)
-        quantized = round_to_nearest(loaded.model, plan, scale)
+        quantized = round_to_nearest(loaded.model, plan, scale, progress)
         how = f"Rounded to nearest ({scale} scales)"
     else:
         if calibration is None:

@@ -216,6 +216,7 @@ class Ranks:
         atexit.unregister(_leave)
         is_known_here = not isinstance(error, LostProcessError | OtherProcessError)
         failure = self._watch.tell(error) if is_known_here else self._watch.await_failure()
+        self._watch.leave()
         if failure is not None and str(failure) != str(error):
             raise failure from error
 
@@ -258,10 +259,15 @@ class _Watch:
     def start(self) -> None:
         self._thread.start()
 
+    def leave(self) -> None:
+        """Fall silent. A thread that is in the store's C++ when Python ends takes the process down with SIGABRT, and
+        its exit code is not ours."""
+        self._ended.set()
+        self._thread.join(SILENCE_SECONDS)
+
     def stop(self) -> None:
         """Fall silent: this process is done."""
-        self._ended.set()
-        self._thread.join()
+        self.leave()
         with contextlib.suppress(RuntimeError):
             self._store.set(f"{self._prefix}/done/{self.index}", "1")
 

@@ -99,9 +99,11 @@ def test_the_command(
     code, _, err = grace("scores", *runs, "--baseline", "w8")
     assert code == 2
     assert err == "error: --baseline is w8; expected one of base, w4\n"
-    code, _, err = grace("scores", f"w4={folders['base']}", f"w4={folders['w4']}", "--baseline", "w4")
-    assert code == 2
-    assert err == "error: two runs have one name (w4, w4); give each as NAME=FOLDER\n"
+    twice = f"error: 2 runs are named w4 ({folders['base']}, {folders['w4']}); give each its own, NAME=FOLDER\n"
+    given = f"w4={folders['base']}", f"w4={folders['w4']}"
+    assert grace("scores", *given, "--baseline", "w4") == (2, "", twice)
+    assert grace("scores", *given) == (2, "", twice)
+    assert grace("scores", given[0], "--reference", given[1]) == (2, "", twice)
     code, _, err = grace("scores", f"a={folders['base']}", "--baseline", "a")
     assert code == 2
     assert "compares several runs and one was given" in err
