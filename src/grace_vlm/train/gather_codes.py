@@ -2,7 +2,7 @@
 
 Every process reads the codes of its rows off its leaf, which is bf16(q s) and holds them exactly, packs two of up to
 four bits into a byte, and gathers one buffer of codes and one of scales for all weights of a scheme; the others' rows
-are then baked as their owner baked them. For Qwen3-VL-2B in W4 the leaves' 3.5 GB become 1.3 (words and norms stay in
+are then baked as their owner baked them. For Qwen3-VL-2B in W4 the leaves' 3.5 GB become 1.4 (words and norms stay in
 BF16), at the price of some ten passes over the weights: for cards between machines, not for NVLink (docs/scaling.md).
 """
 
