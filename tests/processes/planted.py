@@ -7,12 +7,14 @@ The fault strikes process RANK where it launches step STEP. ``none`` strikes nob
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +106,15 @@ def compute_in_fp64() -> None:
     loop.open_student, loop.open_teacher = student, teacher  # type: ignore[assignment]
 
 
+def tell_threads() -> None:
+    """Of gloo, which must be gone before the interpreter is: they could abort it."""
+    names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+    if left := [name for name in names if "gloo" in name]:
+        print(f"{len(left)} threads of gloo are left", flush=True)
+
+
 if __name__ == "__main__":
+    atexit.register(tell_threads)  # the first to be registered is the last that is called
     if os.environ.get("PLANTED_FP64"):
         compute_in_fp64()
     plant(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -25,6 +25,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
+# Not used here: it has the group of all processes as default arguments. Imported when there is one (by Transformers),
+# they would keep it, and with it gloo's threads, beyond the interpreter's end.
+import torch.distributed.nn.functional
 from torch import distributed
 from torch.distributed.distributed_c10d import _coalescing_manager
 
@@ -204,6 +208,8 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._watch is None:
+            if error is None:
+                _leave_at_exit()
             return
         try:
             if error is None:
