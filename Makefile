@@ -43,13 +43,14 @@ runs/text/manifest.json: | runs/.smollm2-packages
 	$(BIN)/grace data prepare text runs/text
 
 # scikit-learn is read as files, beside the environment: with it Transformers imports SciPy everywhere.
-runs/npm/.stamp: .venv/.stamp
+runs/npm/.stamp: | .venv/.stamp
+	@command -v npm > /dev/null || { echo "error: npm is needed, for the packages of emoji and flags (docs/world.md)"; exit 1; }
 	@mkdir -p $(@D)
 	cd $(@D) && npm pack --silent emoji-datasource-google@16.0.0 flag-icons@7.5.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/site scikit-learn==1.9.1
 	@touch $@
 
-runs/world/manifest.json: runs/npm/.stamp | runs/.smollm2-packages
+runs/world/manifest.json: | runs/npm/.stamp runs/.smollm2-packages
 	PYTHONPATH=runs/npm/site $(BIN)/grace data prepare world runs/world --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
 
 runs/toy-suite/manifest.json: | .venv/.stamp

@@ -16,7 +16,7 @@ Micro-batches of 8 rows, two of them a step, shared out to the processes; rows a
 Impl ``gpus2``: so many processes, a GPU each. Metrics: ``ms`` of a whole step of the first process, which waits for
 the others in every one; ``tokens_per_second``; ``peak_gib``, the most of any process; ``sent_gb`` out of a process a
 step, by what rings send (``Ranks.sent_bytes``); and, where the file has ``ddp`` on one GPU of that name,
-``efficiency``: its ms over (processes x ms). Compare rows of one machine only.
+``efficiency``: its ms over (GPUs x ms). Compare rows of one machine only.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def main() -> None:
     made.add_argument("--out", type=Path)
     args = made.parse_args()
     with Ranks.started("cpu" if args.toy else "cuda") as ranks, tempfile.TemporaryDirectory() as temporary:
-        names = (
-            args.cases or [name for name in SAME_WORK if name != "ddp_teacher_gpu"][: 2 if ranks.count == 1 else None]
-        )
+        names = args.cases or (ALONE if ranks.count == 1 else SHARED)
         place = place_of(ranks.device)
         path = args.out or results_file("scaling", ranks.device)
         # The same on every process.
@@ -92,8 +90,9 @@ def keep(path: Path, name: str, count: int, found: list[Measured], place: Row) -
     if first.teacher_peak_gib is not None:
         values["teacher_peak_gib"] = ([first.teacher_peak_gib], "GiB")
     alone = alone_ms(path, place)
-    if name in SAME_WORK and alone is not None:
-        values["efficiency"] = ([alone / (count * ms) for ms in first.milliseconds], "1")
+    gpus = count + (name == "ddp_teacher_gpu")
+    if name in SAME_WORK and alone is not None and gpus > 1:
+        values["efficiency"] = ([alone / (gpus * ms) for ms in first.milliseconds], "1")
     rows = [row_of("scaling", name, impl, metric, samples, unit, place) for metric, (samples, unit) in values.items()]
     print(name, impl, *(f"{row['metric']} {row['p50']}" for row in rows), flush=True)
     write_csv(path, rows)

@@ -82,14 +82,20 @@ MEASURES: dict[str, Measure] = {"toy suite %": suite, "questions %": test_right,
 
 
 def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
-    """Rows of the student that the newest row belongs to; of a key that stands twice the newest."""
+    """Rows of the student that the last row of the last file belongs to.
+
+    A method has one rate: rows of another one, from before a search was made anew, are an error.
+    """
     rows = [row for path in paths for row in read_rows(path)]
     if not rows:
         return {}, []
     own = [row for row in rows if row["student"] == rows[-1]["student"]]
     runs: Runs = {}
     for row in own:
-        runs.setdefault((row["name"], row["scheme"]), {})[row["seed"]] = row
+        seeds = runs.setdefault((row["name"], row["scheme"]), {})
+        if row["seed"] in seeds or any(other["rate"] != row["rate"] for other in seeds.values()):
+            sys.exit(f"{row['name']} {row['scheme']} has two rates or a seed twice; remove the older rows")
+        seeds[row["seed"]] = row
     return runs, own
 
 

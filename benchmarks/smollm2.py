@@ -2,7 +2,7 @@
 
     python benchmarks/smollm2.py data             # runs/world and runs/text as one file to train on
     python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_*.yaml
-    python benchmarks/smollm2.py student          # recipes/smollm2/student_*.yaml
+    python benchmarks/smollm2.py student          # recipes/smollm2/student.yaml
     python benchmarks/smollm2.py search           # a learning rate for each trained method
     python benchmarks/smollm2.py headline         # every method at W4 g64, five seeds
     python benchmarks/smollm2.py others           # W8, W3, W4 g32; GRACE without each part
@@ -127,17 +127,28 @@ class Clock:
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """Inside, training gets what a scheduler would send it."""
+        """Inside, training gets what a scheduler would send it, and stops with a checkpoint; while a run is opened or
+        published it is ``StoppedError`` at once, and what is on the disk stays as it is."""
         if self.end is None:
             yield
             return
-        before = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGUSR1))
+        before = {
+            signal.SIGALRM: signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGUSR1)),
+            signal.SIGUSR1: signal.signal(signal.SIGUSR1, _stop_at_once),
+        }
         signal.setitimer(signal.ITIMER_REAL, max(0.1, self.end - time.monotonic()))
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _stop_at_once(number: int, frame: Any) -> None:
+    from grace_vlm.errors import StoppedError
+
+    raise StoppedError("the time was up while the run was opened or published", number)
 
 
 def join_rows(out: Path) -> int:
@@ -389,20 +400,22 @@ def search_jobs() -> list[Job]:
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of each searched method the rate with the most right answers on the validation half of the questions."""
+    """Of each searched method the rate with the most right answers on the validation half of the questions; the search
+    must be complete, or later rows would have another rate than earlier ones."""
     best: dict[str, tuple[float, float]] = {}
+    found = {_key(row) for row in rows}
+    if left := [job for job in search_jobs() if job.key not in found]:
+        names = ", ".join(sorted({job.name for job in left}))
+        sys.exit(f"{len(left)} rows of the search are missing ({names}); run: python benchmarks/smollm2.py search")
     for row in rows:
         score = validation_score(row)
         if row["name"] not in best or score > best[row["name"]][0]:
             best[row["name"]] = (score, row["rate"])
-    missing = [name for name in SEARCHED if name not in best]
-    if missing:
-        sys.exit(f"no learning rate of {', '.join(missing)}; run: python benchmarks/smollm2.py search")
     return {name: rate for name, (_, rate) in best.items()}
 
 
 def validation_score(row: dict[str, Any]) -> float:
-    """Share of right answers on the even tenths of the questions; the report tests on the others."""
+    """Share of right answers on every second hundred of the questions; the report tests on the others."""
     bits = row["questions"]["correct"]
     own = [bit == "1" for number, bit in enumerate(bits) if is_validation(number)]
     return sum(own) / len(own)
@@ -486,9 +499,14 @@ def main() -> None:
         overrides = [*SMALL, f"model.student={write_language()}", f"model.teacher={write_language()}", *overrides]
         exam = replace(exam, suite=None, questions=None, limit=args.limit or SMALL_WINDOWS)
     else:
-        searched = read_rows(args.out / "search.jsonl")
-        jobs = search_jobs() if args.command == "search" else JOBS[args.command](best_rates(searched))
-    sys.exit(0 if Table(path, overrides, exam, calibration_rows).make(jobs, clock) else LEFT_OVER)
+        jobs = []
+    table = Table(path, overrides, exam, calibration_rows)
+    if args.command == "search":
+        jobs = search_jobs()
+    elif args.command in JOBS:
+        searched = [row for row in read_rows(args.out / "search.jsonl") if row["student"] == table.student]
+        jobs = JOBS[args.command](best_rates(searched))
+    sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
 
 
 if __name__ == "__main__":

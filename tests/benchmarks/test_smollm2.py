@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
 from smollm2_measure import Exam  # noqa: E402
 
+from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
 from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
 from grace_vlm.models.load import load_model  # noqa: E402
@@ -165,9 +168,32 @@ def test_validation_and_test_halves_are_apart() -> None:
     one = row("qat", 0, 40, 1.0)
     assert bench.validation_score(one) == 1.0
     assert report.test_right(one) == 40
-    assert bench.best_rates([{**row(n, 0, 1, 1.0), "rate": 1e-4} for n in bench.SEARCHED])["kd"] == 1e-4
-    with pytest.raises(SystemExit, match="no learning rate of grace"):
-        bench.best_rates([row(name, 0, 1, 1.0) for name in bench.SEARCHED[:-1]])
+    searched = [
+        {**row(job.name, job.seed, 40, 1.0), "scheme": job.scheme, "rate": job.rate} for job in bench.search_jobs()
+    ]
+    searched[-2]["questions"] = {"correct": "0" * 200, "kinds": {}}
+    assert bench.best_rates(searched[::-1])["grace"] == searched[-1]["rate"]
+    with pytest.raises(SystemExit, match=r"2 rows of the search are missing \(grace, sft\)"):
+        bench.best_rates(searched[1:-1])
+
+
+def test_a_method_of_two_rates_is_no_method(tmp_path: Path) -> None:
+    write(tmp_path / "headline.jsonl", [row("qat", 0, 1, 1.0), {**row("qat", 1, 1, 1.0), "rate": 1e-3}])
+    with pytest.raises(SystemExit, match="qat w4g64 has two rates or a seed twice"):
+        report.pages(tmp_path)
+
+
+def test_the_clock_stops_a_run_wherever_it_is() -> None:
+    """Training takes the signal for itself and writes a checkpoint; what takes none is stopped all the same."""
+    clock = bench.Clock(0.0)
+    with pytest.raises(StoppedError, match="the time was up"), clock.stopping():
+        time.sleep(5)
+    noted = []
+    with clock.stopping():
+        signal.signal(signal.SIGUSR1, lambda number, frame: noted.append(number))
+        time.sleep(0.5)
+    assert noted == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_nothing_yet(tmp_path: Path) -> None:

@@ -332,6 +332,13 @@ def test_the_estimate_of_several_processes_counts_what_they_share_out(grace: Any
     shared = memory("--processes", "8", "model.teacher_sharding=parameters")["memory_bytes"]
     theirs = 36 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 12288 * 4096)
     assert shared["teacher weights"] == of_one["teacher weights"] - 2 * theirs * 7 // 8
+    # A language model that is not trained is whole everywhere, and has no gradients.
+    vision = ("--processes", "8", "model.train=vision", "scheme=bf16")
+    alone = memory("model.train=vision", "scheme=bf16")["memory_bytes"]
+    for sharding in ("gradients", "parameters"):
+        parts = memory(*vision, f"runtime.sharding={sharding}")["memory_bytes"]
+        assert parts["gradients"] == alone["gradients"]
+        assert parts["student weights"] == alone["student weights"]
     assert grace("train", recipe, "--dry-run", "--processes", "7")[1].startswith("data.accumulation is 256 micro-")
     text = grace("train", recipe, "--dry-run", "--processes", "8")[0]
     assert "memory of each of 8 GPUs" in text
@@ -346,6 +353,8 @@ def test_fit_shares_layers_out_before_what_is_learned_changes(grace: Any) -> Non
     assert "fp8" not in found[1]
     assert "8bit" not in found[1]
     assert document(found)["peak_bytes"] + (2 << 30) <= 24 << 30
+    codes = grace("train", recipe, "--dry-run", "--fit", "24GB", "--processes", "4", "runtime.gather=codes")
+    assert "come and go in every pass (runtime.gather=weights with it)" in codes[1]
     # What the launcher or a card asks for and graphs would record is refused before anything is opened.
     refused = grace("train", recipe, "--dry-run", "runtime.sharding=gradients")[1]
     assert refused == (

@@ -19,7 +19,7 @@ import pytest
 import torch
 from environments import REPOSITORY, environment, format_tests, record, run_script
 from questions import as_vector, easy_vqa_rows, inputs_of, random_rows, read_questions, write_questions
-from smollm2 import write_smollm2
+from smollm2_folder import write_smollm2
 
 from grace_vlm.formats.lazy import Lazy
 from grace_vlm.formats.pack import pack

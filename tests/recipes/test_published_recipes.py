@@ -108,5 +108,5 @@ def test_a_recipe_that_goes_on_from_a_run_says_what_to_do_without_it(
     # The advice leads on: with the base as student the hub is asked, not this sentence repeated.
     advised = load_recipe(RECIPES / "qwen3_vl_2b_grace_w4g128.yaml", ["model.student=Qwen/Qwen3-VL-2B-Instruct"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="Qwen/Qwen3-VL-2B-Instruct cannot be opened as a model"):
+    with pytest.raises(ConfigError, match="Qwen/Qwen3-VL-2B-Instruct is no folder here"):
         open_student(advised, RowFile(tmp_path / "a.jsonl"))

@@ -40,6 +40,8 @@ def test_what_is_asked_for(environment: dict[str, str], sharding: str | None) ->
         ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP version 1, which is not there; set fsdp_version: 2"),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "asks for fsdp_offload_params: true, which is not there"),
         ({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "asks for fsdp_reshard_after_forward: false, which is not"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set runtime.gradient_checkpointing=true"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism configuration"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "4"}, "ZeRO stage '4'; expected 0, 1, 2 or 3"),
         (
             {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
@@ -58,6 +60,11 @@ def test_deepspeeds_own_file_is_read_for_its_stage(tmp_path: Path) -> None:
     file.write_text('{"zero_optimization": {"stage": 1}}')
     asked = asked_for({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
     assert asked == Asked("optimizer", "DeepSpeed ZeRO stage 1")
+    file.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "fp16": {}}')
+    assert asked_for({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}) is not None
+    file.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    with pytest.raises(ConfigError, match="asks for offload_optimizer, which is not there: nothing is offloaded"):
+        asked_for({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
 
 
 def test_a_recipe_that_contradicts_the_launcher_is_refused() -> None:

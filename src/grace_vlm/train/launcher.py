@@ -51,6 +51,11 @@ def asked_for(environment: Mapping[str, str]) -> Asked | None:
         raise ConfigError(
             "the launcher asks for Megatron-LM; expected DDP, FSDP version 2 or DeepSpeed ZeRO (recipes/cluster)"
         )
+    if _is(environment, f"{_ASKS}PARALLELISM_CONFIG"):
+        raise ConfigError(
+            "the launcher asks for a parallelism configuration (tensor, context or sequence parallelism); expected "
+            "DDP, FSDP version 2 or DeepSpeed ZeRO (recipes/cluster)"
+        )
     if _is(environment, f"{_ASKS}FSDP"):
         return _fsdp(environment)
     if _is(environment, f"{_ASKS}DEEPSPEED"):
@@ -64,6 +69,11 @@ def _fsdp(environment: Mapping[str, str]) -> Asked:
         raise ConfigError(
             f"the launcher asks for FSDP version {version}, which is not there; set fsdp_version: 2 in its file "
             "(recipes/cluster/fsdp2.yaml)"
+        )
+    if _is(environment, "FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "the launcher asks for fsdp_activation_checkpointing, which the recipe says here; leave it out and set "
+            "runtime.gradient_checkpointing=true"
         )
     for name, refused in (("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_RESHARD_AFTER_FORWARD", "false")):
         if environment.get(name, "").lower() == refused:
@@ -90,14 +100,19 @@ def _deepspeed(environment: Mapping[str, str]) -> Asked:
 
 
 def _stage_of(path: Path) -> str:
-    """The stage that DeepSpeed's own file names; all else in it is the recipe's to say."""
+    """The stage that DeepSpeed's own file names. Precision, batch and optimizer in it are the recipe's to say here."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+        stage = str(zero["stage"])
+        offloads = [key for key, value in zero.items() if key.startswith("offload") and value.get("device") != "none"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the launcher names DeepSpeed's file {path}, which has no zero_optimization.stage; "
             "give accelerate's own keys instead (recipes/cluster/zero2.yaml)"
         ) from error
+    if offloads:
+        raise ConfigError(f"{path} asks for {offloads[0]}, which is not there: nothing is offloaded; leave it out")
+    return stage
 
 
 def resolved(chosen: Sharding | None, asked: Asked | None) -> Sharding:

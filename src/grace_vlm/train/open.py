@@ -129,7 +129,7 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
         model = model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16).eval()
         return LoadedModel(model, processor, adapter_for("llava"), name)
     if name.startswith(PRUNED):
-        whole = load_model(parse_pruned(name)[0], recipe.runtime.device)
+        whole = load_model(parse_pruned(name)[0], recipe.runtime.device, recipe.model.vision_tower)
         prune(whole.model, kept_layers(name, whole.model.config.text_config.num_hidden_layers))
         return LoadedModel(whole.model, whole.processor, whole.adapter, name)
     return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
@@ -146,7 +146,7 @@ def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
         side = getattr(config.vision_config, "image_size", 112)
         processor = _open_processor(recipe, rows, config.model_type, side)
         take_ids(config, processor.tokenizer)
-    elif name.startswith((TOY, SMOLLM2)) or (not name.startswith(PRUNED) and is_original(name)):
+    elif name.startswith((TOY, SMOLLM2)) or is_original(parse_pruned(name)[0] if name.startswith(PRUNED) else name):
         runtime = recipe.runtime.model_copy(update={"device": "cpu"})
         return open_student(recipe.model_copy(update={"runtime": runtime}), rows)
     elif name.startswith(PRUNED):

@@ -340,7 +340,8 @@ class Stepper:
             image_lengths=batch.image_lengths,
             head_gradient=self.head_gradient,
         )
-        terms.total.backward()
+        if terms.total.requires_grad:  # rows without a picture teach nothing to a tower alone (model.train=vision)
+            terms.total.backward()
         return _row(terms, own[1])
 
     def _advance_weight(self, sums: torch.Tensor, whole: torch.Tensor) -> None:

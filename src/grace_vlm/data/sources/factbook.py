@@ -26,7 +26,6 @@ REGIONS = (
     "middle-east", "north-america", "south-america", "south-asia",
 )  # fmt: skip
 MAX_ANSWER_WORDS = 6
-NUM_QUESTIONS = 24
 _FIELDS: dict[str, tuple[str, ...]] = {
     "name": ("Government", "Country name", "conventional short form"),
     "capital": ("Government", "Capital", "name"),
