@@ -164,7 +164,8 @@ def test_where_there_are_no_graphs(world: Path) -> None:
         ),
         (
             {"data__packing": True, "model__train": "all"},
-            "runtime.cuda_graphs trains the decoder and no vision tower; set model.train=default or runtime.cuda_graphs=false",
+            "runtime.cuda_graphs trains the decoder and no vision tower; set model.train=default or "
+            "runtime.cuda_graphs=false",
         ),
     ):
         with pytest.raises(ConfigError) as caught:
