@@ -496,7 +496,8 @@ def main() -> None:
     exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit)
     if args.command == "small":
         jobs, calibration_rows = small_jobs(), SMALL_CALIBRATION_ROWS
-        overrides = [*SMALL, f"model.student={write_language()}", f"model.teacher={write_language()}", *overrides]
+        language = write_language()
+        overrides = [*SMALL, f"model.student={language}", f"model.teacher={language}", *overrides]
         exam = replace(exam, suite=None, questions=None, limit=args.limit or SMALL_WINDOWS)
     else:
         jobs = []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.toy import chat_template
 
 PREFIX = "smollm2:"
 NUM_LAYERS = 30
@@ -36,26 +37,7 @@ _TOWER = {
 _MEAN = _STD = [0.5] * 3
 
 # SmolLM2's own, but no system turn of its own accord: a picture's question needs none, and a row is 25 tokens shorter.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' -}}
-{%- if message.content is string -%}
-{{- message.content -}}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-{{- '<image>\\n' -}}
-{%- elif part.type == 'text' -%}
-{{- part.text -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = chat_template("<image>\\n")
 
 
 def parse_smollm2(name: str) -> int:

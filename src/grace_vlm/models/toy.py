@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-CHAT_TEMPLATE = """\
+_CHATML = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{{- 'IMAGE' -}}
 {%- elif part.type == 'text' -%}
 {{- part.text -}}
 {%- endif -%}
@@ -48,6 +48,14 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+def chat_template(image: str) -> str:
+    """ChatML without a system turn of its own accord; ``image``: what stands for a picture, escaped as in Jinja."""
+    return _CHATML.replace("IMAGE", image)
+
+
+CHAT_TEMPLATE = chat_template("<|vision_start|><|image_pad|><|vision_end|>")
 
 
 @dataclass(frozen=True)

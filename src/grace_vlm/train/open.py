@@ -98,9 +98,13 @@ def describe(name: str) -> tuple[Any, Adapter]:
         model = build_smollm2(name, build_smollm2_processor())
         return model.to("meta"), adapter_for("llava")
     if name.startswith(PRUNED):
-        config = describe_config(parse_pruned(name)[0])
-        return meta_model(pruned_config(config, kept_layers(name, config.text_config.num_hidden_layers)))
+        return meta_model(_config_of_pruned(name))
     return meta_model(random_config(name)) if name.startswith(RANDOM) else describe_model(name)
+
+
+def _config_of_pruned(name: str) -> Any:
+    config = describe_config(parse_pruned(name)[0])
+    return pruned_config(config, kept_layers(name, config.text_config.num_hidden_layers))
 
 
 def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
@@ -150,9 +154,7 @@ def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
         runtime = recipe.runtime.model_copy(update={"device": "cpu"})
         return open_student(recipe.model_copy(update={"runtime": runtime}), rows)
     elif name.startswith(PRUNED):
-        source = parse_pruned(name)[0]
-        config, processor = describe_config(source), load_processor(source)
-        config = pruned_config(config, kept_layers(name, config.text_config.num_hidden_layers))
+        config, processor = _config_of_pruned(name), load_processor(parse_pruned(name)[0])
     else:
         config, processor = describe_config(name), load_processor(name)
     return LoadedModel(meta_model(config)[0], processor, adapter_for(config.model_type), name)
