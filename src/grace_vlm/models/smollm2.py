@@ -90,14 +90,14 @@ def build_smollm2_processor() -> Any:
     )
 
 
-def smollm2_config(name: str, text: dict[str, Any], tokenizer: Any) -> Any:
-    """LLaVA's configuration of ``smollm2:N``.
+def smollm2_config(name: str, tokenizer: Any) -> Any:
+    """LLaVA's configuration of ``smollm2:N``; ``tokenizer`` has ``IMAGE_TOKEN``. No weight is read."""
+    from transformers import AutoConfig, LlavaConfig
 
-    Args:
-        text: the language model's own. tokenizer: with ``IMAGE_TOKEN``.
-    """
-    from transformers import LlavaConfig
-
+    gguf = find_gguf()
+    own = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
+    other = ("architectures", "quantization_config", "_name_or_path", "bos_token_id")
+    text = {key: value for key, value in own.items() if key not in other}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = {"num_hidden_layers": parse_smollm2(name), "vocab_size": -(-len(tokenizer) // 64) * 64}
     text = {**text, **ids, **sizes, "model_type": "llama", "tie_word_embeddings": True}
@@ -123,12 +123,7 @@ def build_smollm2(name: str, processor: Any, seed: int = 0) -> Any:
     transformers_logging.disable_progress_bar()
     gguf = find_gguf()
     language: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    stated = {
-        key: value
-        for key, value in language.config.to_dict().items()
-        if key not in ("architectures", "quantization_config", "_name_or_path", "bos_token_id")
-    }
-    config = smollm2_config(name, stated, processor.tokenizer)
+    config = smollm2_config(name, processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).float()

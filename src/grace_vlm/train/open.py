@@ -37,7 +37,7 @@ from grace_vlm.models.random_start import PREFIX as RANDOM
 from grace_vlm.models.random_start import build_random_model, random_config, take_ids
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.smollm2 import PREFIX as SMOLLM2
-from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor
+from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor, smollm2_config
 from grace_vlm.models.tokenizers import require_same_tokens
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 from grace_vlm.quant.plan import QuantPlan
@@ -95,8 +95,7 @@ def describe(name: str) -> tuple[Any, Adapter]:
     if name.startswith(TOY):
         raise ConfigError(f"{name} has no size before its tokenizer is trained on the rows; --dry-run needs a model")
     if name.startswith(SMOLLM2):
-        model = build_smollm2(name, build_smollm2_processor())
-        return model.to("meta"), adapter_for("llava")
+        return meta_model(smollm2_config(name, build_smollm2_processor().tokenizer))
     if name.startswith(PRUNED):
         return meta_model(_config_of_pruned(name))
     return meta_model(random_config(name)) if name.startswith(RANDOM) else describe_model(name)
@@ -150,7 +149,10 @@ def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
         side = getattr(config.vision_config, "image_size", 112)
         processor = _open_processor(recipe, rows, config.model_type, side)
         take_ids(config, processor.tokenizer)
-    elif name.startswith((TOY, SMOLLM2)) or is_original(parse_pruned(name)[0] if name.startswith(PRUNED) else name):
+    elif name.startswith(SMOLLM2):
+        processor = build_smollm2_processor()
+        config = smollm2_config(name, processor.tokenizer)
+    elif name.startswith(TOY) or is_original(parse_pruned(name)[0] if name.startswith(PRUNED) else name):
         runtime = recipe.runtime.model_copy(update={"device": "cpu"})
         return open_student(recipe.model_copy(update={"runtime": runtime}), rows)
     elif name.startswith(PRUNED):
