@@ -42,6 +42,7 @@ from grace_vlm.train.cache_build import build_cache
 from grace_vlm.train.config import Recipe
 from grace_vlm.train.estimate import GIB
 from grace_vlm.train.fit import fit, gpu_bytes
+from grace_vlm.train.heap import WARM_STEPS, freeze_heap, thaw_heap
 from grace_vlm.train.loop import Run
 from grace_vlm.train.open import open_loader, open_rows, open_student, open_teacher
 from grace_vlm.train.ranks import Ranks
@@ -173,6 +174,8 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
             sent = run.ranks.sent_bytes
             queued = run.stepper.launch(step, batches)
             sent = run.ranks.sent_bytes - sent
+            if step == WARM_STEPS:
+                freeze_heap()
             if pending is not None:
                 report = pending.resolve()
                 now = time.perf_counter()
@@ -189,6 +192,7 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
         assert pending is not None
         pending.resolve()
     finally:
+        thaw_heap()
         run.loader.close()
     peak_gib = [peak_bytes(gpu) / GIB for gpu in gpus]
     return Measured(milliseconds, tokens, peak_gib[0], *peak_gib[1:], sent_gb=sent / GB)

@@ -101,6 +101,7 @@ def take(name: str, rows: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
             assert run.restore() == 2
         losses += [run.stepper.run(step, [run.loader.next() for _ in range(run.num_micro_batches)]).loss]
     sent = ranks.sent_bytes - before
+    run.masters.settle()
     state = {**dict(run.masters.masters()), **{f"{n}.log_scale": s for n, s in run.masters.log_scales()}}
     sums = sum(t.numel() for t in run.masters.accumulators())
     return {

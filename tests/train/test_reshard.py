@@ -16,7 +16,7 @@ from grace_vlm.quant.scheme import QuantScheme
 from grace_vlm.train.config import OptimConfig
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.optim import Optimizer
-from grace_vlm.train.ranks import Ranks
+from grace_vlm.train.ranks import Going, Ranks
 from grace_vlm.train.reshard import shared_out
 
 
@@ -26,8 +26,9 @@ def one_of(monkeypatch: pytest.MonkeyPatch, index: int, count: int, moments: str
     model = nn.ModuleDict({"proj": nn.Linear(128, rows, bias=False), "norm": nn.LayerNorm(6)})
     ranks = Ranks(torch.device("cpu"))
     ranks.index, ranks.count = index, count
-    for exchange in ("sum_", "gather_shares_"):  # nothing is exchanged: each writes the leaves of its own rows
-        monkeypatch.setattr(ranks, exchange, lambda tensor: tensor)
+    # Nothing is exchanged: each writes the leaves of its own rows.
+    monkeypatch.setattr(ranks, "sum_", lambda tensor: tensor)
+    monkeypatch.setattr(ranks, "start_gather", lambda wholes, shares: Going(ranks, ()))
     plan = QuantPlan((PlanEntry("proj", rows, 128, QuantScheme(4, 32)),))
     masters = Masters(model, plan, ranks=ranks)
     return masters, Optimizer(masters, OptimConfig(num_steps=9, moments=moments))  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, Sharding, dump_recipe
+from grace_vlm.train.heap import WARM_STEPS, freeze_heap, thaw_heap
 from grace_vlm.train.launcher import asked_for, resolved
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import (
@@ -274,6 +275,8 @@ class Run:
             batches = [self.loader.next() for _ in range(self.num_micro_batches)]
             num_bad = len(self.ledger.faults)
             queued = self.stepper.launch(step, batches, self._is_recorded(step), self.requests.number != 0, num_bad)
+            if step - first == WARM_STEPS:
+                freeze_heap()
             if pending is not None:
                 read(pending)
             pending, done = queued, step + 1
@@ -314,6 +317,7 @@ class Run:
     def publish(self) -> None:
         """Write ``final/``, the model folder of the run, by the first process."""
         num_bad = sum(self.ranks.gather(len(self.ledger.faults)))
+        self.masters.settle()
         quantized, elsewhere = self.masters.quantized(), self.masters.freed_leaves()
         if not self.ranks.is_first:
             return
@@ -412,6 +416,7 @@ def _run(run: Run, resume: bool, progress: Progress) -> Path:
         advice = "--fit 48GB (the size of your GPU) changes the set-up, --dry-run estimates it"
         raise ConfigError(f"{where}{said}; {advice}") from error
     finally:
+        thaw_heap()
         if recorder is not None:
             recorder.close()
         run.loader.close()

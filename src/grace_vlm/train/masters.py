@@ -39,7 +39,7 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 from grace_vlm.train.config import Gather, Sharding
 from grace_vlm.train.gather_codes import gather_codes_
 from grace_vlm.train.grids import Grids, GridWeight
-from grace_vlm.train.ranks import Ranks
+from grace_vlm.train.ranks import Going, Ranks
 from grace_vlm.train.shards import LayerShards, Matrix, cut_loose
 from grace_vlm.train.sums import GradientSum, LeafSums
 
@@ -135,6 +135,7 @@ class Masters:
             else:
                 leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
         self.shards = LayerShards(matrices, self.ranks) if any(matrices) else None
+        self._coming: Going | None = None
         self._grids = [(Grids(scheme, members), shared) for (scheme, shared), members in weights.items()]
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
@@ -165,7 +166,8 @@ class Masters:
 
     @torch.no_grad()
     def materialize(self, count_flips: bool = False) -> torch.Tensor:
-        """Write every leaf from its master; gradient sums start again.
+        """Write every leaf from its master; gradient sums start again. Other processes' rows are on their way until
+        ``settle``.
 
         Returns:
             how many codes changed since the last call, an int64 scalar on the device; 0 if they are not counted. The
@@ -188,12 +190,25 @@ class Masters:
         for grids, shared in self._grids if as_codes else ():
             if shared:
                 gather_codes_(grids, lambda name: self._tracked[name].leaf.detach(), self.ranks)
-        for tracked in self._tracked.values():
-            if not tracked.is_freed and not (as_codes and tracked.on_grid):
-                self.ranks.gather_shares_(tracked.leaf.detach())
+        self._start_gather([t for t in self._tracked.values() if not (t.is_freed or (as_codes and t.on_grid))])
         if count_flips:
             self.ranks.sum_(flipped[1])
         return flipped.sum()
+
+    def _start_gather(self, tracked: Sequence[_Tracked]) -> None:
+        """Begin to write every process's rows into these leaves: the next step's teacher computes beside it."""
+        self.settle()
+        shared = [t for t in tracked if t.share is not None]
+        if shared:
+            # NCCL writes in place; gloo must not read where it writes.
+            own = [t.own.clone() if self._device.type == "cpu" else t.own for t in shared]
+            self._coming = self.ranks.start_gather([t.leaf.detach() for t in shared], own)
+
+    def settle(self) -> None:
+        """Wait for the leaves that ``materialize`` wrote: before anyone reads them."""
+        if self._coming is not None:
+            self._coming.wait()
+            self._coming = None
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -202,9 +217,14 @@ class Masters:
         if self.shards is not None:
             self.shards.finish()
         self.ranks.sum_together_([t.gradient.settled() for t in self._tracked.values() if t.share is None])
+        whole = [
+            (t.gradient.settled(), t.share)
+            for t in self._tracked.values()
+            if t.share is not None and not t.is_scattered
+        ]
+        if whole:
+            self.ranks.sum_shares_(*zip(*whole, strict=True))
         for tracked in self._tracked.values():
-            if tracked.share is not None and not tracked.is_scattered:
-                self.ranks.sum_share_(tracked.gradient.settled(), tracked.share)
             tracked.master.grad = tracked.summed
         for grids, _ in self._grids:
             grids.backward(self.clip_mask, self.scale_gradient)

@@ -130,14 +130,17 @@ class Ranks:
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def sum_share_(self, tensor: torch.Tensor, own: slice) -> None:
-        """The sum over processes in this one's share of ``tensor``'s rows; the other rows are then anything."""
+    def sum_shares_(self, wholes: Sequence[torch.Tensor], owns: Sequence[slice]) -> None:
+        """The sums over processes in this one's rows of each of ``wholes``; the other rows are then anything. One
+        exchange for all, since a hundred small ones wait for one another."""
         if self.device.type == "cpu":  # gloo adds up whole tensors
-            self.sum_(tensor)
+            for whole in wholes:
+                self.sum_(whole)
             return
-        with self.exchange():
-            _reduce_scatter(tensor[own], tensor)
-        self.sent_bytes += self._others(tensor)
+        with self.exchange(), _coalescing_manager():
+            for whole, own in zip(wholes, owns, strict=True):
+                _reduce_scatter(whole[own], whole)
+                self.sent_bytes += self._others(whole)
 
     def gather_shares_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every process's share of ``tensor``'s rows, written into it."""
@@ -151,20 +154,20 @@ class Ranks:
         return tensor
 
     def start_gather(self, wholes: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> Going:
-        """Begin to write every process's rows into each of ``wholes``; ``shares``: this one's, in other memory. One
-        exchange for all; what is queued on the GPU goes on beside it."""
+        """Begin to write every process's rows into each of ``wholes``; ``shares``: this one's, in other memory or, on
+        a GPU, where they stand in it. One exchange for all; what is queued on the GPU goes on beside it."""
         with self.exchange(), _coalescing_manager(async_ops=True) as going:
             for whole, share in zip(wholes, shares, strict=True):
                 _all_gather(whole, share)
                 self.sent_bytes += self._others(whole)
-        return Going(self, [going])
+        return Going(self, [going], shares)
 
     def start_sum_shares(
         self, wholes: Sequence[torch.Tensor], owns: Sequence[slice]
     ) -> tuple[Going, list[torch.Tensor]]:
         """Begin to add up each of ``wholes`` over processes; returns this one's rows of the sums, which are there when
         it is waited for. ``wholes`` are then anything."""
-        if self.device.type == "cpu":  # gloo adds up whole tensors, in the order of ``sum_share_``
+        if self.device.type == "cpu":  # gloo adds up whole tensors, in the order of ``sum_shares_``
             with self.exchange():
                 works = [distributed.all_reduce(whole, async_op=True) for whole in wholes]
             self.sent_bytes += sum(2 * self._others(whole) for whole in wholes)

@@ -241,6 +241,7 @@ class Stepper:
         told = [sum(batch.num_tokens for batch in batches), int(stop_asked), num_bad]
         told_here = torch.stack([self._scalar(float(number)) for number in told])
         whole = self.ranks.sum_(torch.cat([torch.stack(counts).sum(dim=0), told_here]))
+        self.masters.settle()
         rows, at = [], 0
         for group in grouped(local, max_tokens):
             for batch, vision in zip(group, self._vision(group), strict=True):
