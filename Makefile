@@ -89,7 +89,7 @@ interop: .venv/.stamp  ## clean environments with other people's programs
 	$(BIN)/python -m pytest -m interop
 
 gpu-test:  ## kernels on a CUDA GPU, GPU_PYTHON=python3 needs torch, pytest, pytest-timeout, hypothesis; GPU_PYTEST="-n 8" with pytest-xdist
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest $(GPU_PYTEST) tests/kernels tests/losses tests/engine tests/models/test_grids_gpu.py tests/train/test_step_gpu.py
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest $(GPU_PYTEST) tests/kernels tests/losses tests/engine tests/models/test_grids_gpu.py tests/train/test_step_gpu.py tests/processes/test_nccl_gpu.py
 
 lint: .venv/.stamp  ## ruff
 	$(BIN)/ruff check src tests benchmarks docs

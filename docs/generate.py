@@ -83,6 +83,35 @@ def training() -> str:
     return _filled(text, {"memory": _memory_table()})
 
 
+def scaling() -> str:
+    """docs/scaling.md with what was measured on several GPUs."""
+    return _filled((HERE / "scaling.md").read_text(encoding="utf-8"), {"scaling": _scaling_table()})
+
+
+def _scaling_table() -> str:
+    """Cases and numbers of processes down, in the order in which they were measured."""
+    rows = [row for path in sorted(RESULTS.glob("scaling*.csv")) for row in _plots().read_rows(path)]
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["impl"]), {})[row["metric"]] = row
+    lines = []
+    for (case, impl), cells in found.items():
+        value = {metric: float(row["p50"]) for metric, row in cells.items()}
+        spread = f"{float(cells['ms']['p20']):.0f} to {float(cells['ms']['p80']):.0f}"
+        efficiency = f"{value['efficiency']:.3f}" if "efficiency" in value else ""
+        peak = f"{value['peak_gib']:.1f}"
+        if "teacher_peak_gib" in value:
+            peak += f" and {value['teacher_peak_gib']:.1f}"
+        lines.append(
+            f"| `{case}` | {impl.removeprefix('gpus')} | {value['ms']:.1f} | {spread} | {efficiency} | "
+            f"{value['tokens_per_second']:,.0f} | {peak} | {value['sent_gb']:.1f} |"
+        )
+    return (
+        "| case | processes | ms | 20th to 80th percentile | efficiency | tokens/s | GiB of a GPU | GB out of it |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + f"\n\n{_places(rows)}\n"
+    )
+
+
 def _filled(text: str, tables: dict[str, str]) -> str:
     """A page with each table between the marks of its name."""
     for name, table in tables.items():
@@ -353,19 +382,20 @@ def _lmms_table() -> str:
 
 
 def _suite_table() -> str:
-    """Implementations down, cases across in samples a second of one core, then what ``suite`` is faster by."""
+    """Cases and implementations down, in samples a second: of one core's time, or by the clock on a GPU; then what
+    ``suite`` is faster by."""
     rows = _plots().read_rows(RESULTS / "eval_suite.csv")
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        if row["metric"] == "samples_cpu_s":
+        if row["metric"] == ("samples_s" if row["case"].endswith("_gpu") else "samples_cpu_s"):
             found.setdefault((row["case"], row["device"]), {})[row["impl"]] = float(row["p50"])
     lines = "".join(
         f"| {case} | `{impl}` | {value:.1f} | {cells['suite'] / value:.2f} |\n"
         for (case, _), cells in found.items()
         for impl, value in cells.items()
     )
-    head = "| case | | samples a second of processor time | `suite` is faster by |\n|---|---|---|---|\n"
-    where = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
+    head = "| case | | samples a second of processor time; `_gpu`: by the clock | `suite` is faster by |\n|---|---|---|---|\n"
+    where = "; ".join(sorted({"{device}, torch {torch}, commit {commit}, {date}".format(**row) for row in rows}))
     return f"{head}{lines}\n{where}; `benchmarks/bench_eval_suite.py` says what each is.\n"
 
 
@@ -462,6 +492,7 @@ def _plots() -> Any:
 def main() -> None:
     """Write all."""
     (HERE / "training.md").write_text(training(), encoding="utf-8")
+    (HERE / "scaling.md").write_text(scaling(), encoding="utf-8")
     (HERE / "performance.md").write_text(performance(), encoding="utf-8")
     (HERE / "numerics.md").write_text(numerics(), encoding="utf-8")
     (HERE / "kernels.md").write_text(kernels(), encoding="utf-8")
