@@ -394,7 +394,7 @@ def _suite_table() -> str:
         for (case, _), cells in found.items()
         for impl, value in cells.items()
     )
-    head = "| case | | samples a second of processor time; `_gpu`: by the clock | `suite` is faster by |\n|---|---|---|---|\n"
+    head = "| case | | samples/s of processor time; `_gpu`: by the clock | `suite` is faster by |\n|---|---|---|---|\n"
     where = "; ".join(sorted({"{device}, torch {torch}, commit {commit}, {date}".format(**row) for row in rows}))
     return f"{head}{lines}\n{where}; `benchmarks/bench_eval_suite.py` says what each is.\n"
 
