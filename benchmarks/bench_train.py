@@ -42,7 +42,7 @@ from grace_vlm.train.cache_build import build_cache
 from grace_vlm.train.config import Recipe
 from grace_vlm.train.estimate import GIB
 from grace_vlm.train.fit import fit, gpu_bytes
-from grace_vlm.train.heap import WARM_STEPS, freeze_heap, thaw_heap
+from grace_vlm.train.heap import quiet_heap
 from grace_vlm.train.loop import Run
 from grace_vlm.train.open import open_loader, open_rows, open_student, open_teacher
 from grace_vlm.train.ranks import Ranks
@@ -168,14 +168,13 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
     milliseconds, tokens = [], []
     pending: PendingStep | None = None
     read_at, sent = 0.0, 0
-    try:
+    with quiet_heap() as step_queued, contextlib.closing(run.loader):
         for step in range(num_steps + warmup + 1):
             batches = [run.loader.next() for _ in range(run.num_micro_batches)]
             sent = run.ranks.sent_bytes
             queued = run.stepper.launch(step, batches)
             sent = run.ranks.sent_bytes - sent
-            if step == WARM_STEPS:
-                freeze_heap()
+            step_queued()
             if pending is not None:
                 report = pending.resolve()
                 now = time.perf_counter()
@@ -191,9 +190,6 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
             pending = queued
         assert pending is not None
         pending.resolve()
-    finally:
-        thaw_heap()
-        run.loader.close()
     peak_gib = [peak_bytes(gpu) / GIB for gpu in gpus]
     return Measured(milliseconds, tokens, peak_gib[0], *peak_gib[1:], sent_gb=sent / GB)
 

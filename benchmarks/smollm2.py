@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -97,6 +98,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "from_w8": ("model.student=FROM_W8",),
     "self_first": ("model.student=FROM_SELF",),
 }
+TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "from_w8": ("w8g64", ()),
+    "self_first": ("bf16", ("model.teacher=STUDENT",)),
+}
+"""Variants that go on from a run of their own: its scheme, and what it changes."""
 SEARCHED = ("sft", "qat", "kd", "grace")
 RATES = (2e-5, 5e-5, 1e-4, 2e-4)
 SCALE_RATE = 20
@@ -339,20 +345,19 @@ class Table:
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
+        if job.name in TWO_STAGES:
+            shutil.rmtree(before(job, job.name))
         return loaded, diary
 
     def _before(self, job: Job) -> None:
         """The run that a variant of two stages goes on from, of the same student, seed and rate."""
         from grace_vlm.train.loop import train
 
-        stages = {
-            "from_w8": ("from_w8", "w8g64", ()),
-            "self_first": ("self_first", "bf16", (f"model.teacher={self.student_name}",)),
-        }
-        if job.name in stages:
-            name, scheme, changes = stages[job.name]
+        if job.name in TWO_STAGES:
+            scheme, changes = TWO_STAGES[job.name]
             first = replace(job, name="grace", scheme=scheme)
-            train(recipe_of(first, (*self.overrides, *changes)), before(job, name), overwrite=True)
+            stated = [change.replace("STUDENT", self.student_name) for change in changes]
+            train(recipe_of(first, (*self.overrides, *stated)), before(job, job.name), overwrite=True)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -370,13 +375,16 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """A line, in one piece and on the disk; several processes may write to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row, separators=(",", ":")) + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if os.write(file, line) != len(line):
-            raise OSError(f"{path}: a row was not written whole; is the disk full?")
-        os.fsync(file)
-    finally:
-        os.close(file)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
 
 
 def mean_of_suite(row: dict[str, Any]) -> float | None:
@@ -494,19 +502,33 @@ def share_of(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An error for GPUs that are not there, and for a command that has no rows to share."""
+    import torch
+
+    if args.command not in ("search", *JOBS):
+        made.error(f"--gpus is for search, {', '.join(JOBS)}; {args.command} runs on one")
+    if not 1 <= args.gpus <= torch.cuda.device_count():
+        made.error(f"--gpus is {args.gpus} and {torch.cuda.device_count()} GPUs are here")
+
+
 def on_gpus(count: int, arguments: Sequence[str]) -> int:
     """The same command on so many GPUs, each with its share of the rows; the exit code of all together."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if given is None else given.split(",")[:count]
     with contextlib.ExitStack() as running:
         started = [
             running.enter_context(
                 subprocess.Popen(
                     [sys.executable, __file__, *arguments, "--gpus=1", f"--share={index}/{count}"],
-                    env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index)},
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": name},
                 )
             )
-            for index in range(count)
+            for index, name in enumerate(names)
         ]
+        before = signal.signal(signal.SIGTERM, lambda number, frame: [one.terminate() for one in started])
         codes = [one.wait() for one in started]
+        signal.signal(signal.SIGTERM, before)
     faults = [code for code in codes if code not in (0, LEFT_OVER)]
     return faults[0] if faults else max(codes)
 
@@ -517,7 +539,7 @@ def main() -> None:
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
-    made.add_argument("--gpus", type=int, default=1, help="that make rows at once; a stage trains on one")
+    made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
     made.add_argument("--share", type=share_of, default=(0, 1), help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
@@ -525,7 +547,8 @@ def main() -> None:
         print(f"{join_rows(ROWS):,} rows in {ROWS}")
         return
     clock = Clock(args.minutes)
-    if args.gpus > 1 and args.command not in STAGES:
+    if args.gpus != 1:
+        require_gpus(made, args)
         sys.exit(on_gpus(args.gpus, sys.argv[1:]))
     if args.command in STAGES:
         sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)

@@ -91,19 +91,20 @@ def scaling() -> str:
 def _scaling_table() -> str:
     """Cases and numbers of processes down, in the order in which they were measured."""
     rows = [row for path in sorted(RESULTS.glob("scaling*.csv")) for row in _plots().read_rows(path)]
-    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
-        found.setdefault((row["case"], row["impl"]), {})[row["metric"]] = row
+        found.setdefault((row["case"], row["impl"], row["device"]), {})[row["metric"]] = row
     lines = []
-    for (case, impl), cells in found.items():
+    for (case, impl, device), cells in found.items():
         value = {metric: float(row["p50"]) for metric, row in cells.items()}
         spread = f"{float(cells['ms']['p20']):.0f} to {float(cells['ms']['p80']):.0f}"
+        where = f"{impl.removeprefix('gpus')} {device.removeprefix('NVIDIA ')}"
         efficiency = f"{value['efficiency']:.3f}" if "efficiency" in value else ""
         peak = f"{value['peak_gib']:.1f}"
         if "teacher_peak_gib" in value:
             peak += f" and {value['teacher_peak_gib']:.1f}"
         lines.append(
-            f"| `{case}` | {impl.removeprefix('gpus')} | {value['ms']:.1f} | {spread} | {efficiency} | "
+            f"| `{case}` | {where} | {value['ms']:.1f} | {spread} | {efficiency} | "
             f"{value['tokens_per_second']:,.0f} | {peak} | {value['sent_gb']:.1f} |"
         )
     return (

@@ -87,10 +87,14 @@ def test_a_variant_of_two_stages_starts_from_its_first(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
-    assert table.make([bench.Job("from_w8", seed=0, rate=1e-4)], bench.Clock(None))
-    first = load_model(str(tmp_path / "runs" / "smollm2" / "from_w8_0"), "cpu")
+    job = bench.Job("from_w8", seed=0, rate=1e-4)
+    table._before(job)
+    folder = tmp_path / "runs" / "smollm2" / "from_w8_0"
+    first = load_model(str(folder), "cpu")
     grid = Path(first.path) / "grid" / "plan.json"
     assert "w8g64" in grid.read_text()
+    assert table.make([job], bench.Clock(None))
+    assert not folder.exists(), "what a row went on from goes with it"
     (row,) = bench.read_rows(tmp_path / "v.jsonl")
     assert row["scheme"] == "w4g64"
     assert row["suite"] == {}
@@ -205,14 +209,25 @@ def test_each_gpu_has_its_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], whole: int
 ) -> None:
     script = tmp_path / "command.py"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
     script.write_text(
-        "import os, sys; index = int(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "import os, sys; index = int(os.environ['CUDA_VISIBLE_DEVICES']) - 5\n"
         f"open({str(tmp_path)!r} + f'/{{index}}.txt', 'w').write(' '.join(sys.argv[1:])); sys.exit({codes}[index])\n"
     )
     monkeypatch.setattr(bench, "__file__", str(script))
     assert bench.on_gpus(2, ["headline", "--gpus", "2", "--minutes", "9"]) == whole
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert said == [f"headline --gpus 2 --minutes 9 --gpus=1 --share={index}/2" for index in range(2)]
-    jobs = bench.search_jobs()
-    shares = [jobs[first::count] for first, count in map(bench.share_of, ("0/2", "1/2"))]
-    assert sorted(job.key for share in shares for job in share) == sorted(job.key for job in jobs)
+    assert [bench.share_of(text) for text in ("0/2", "1/2")] == [(0, 2), (1, 2)]
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for words, said in (
+        (["search", "--gpus", "9"], "--gpus is 9 and"),
+        (["search", "--gpus", "0"], "--gpus is 0 and"),
+        (["small", "--gpus", "2"], "--gpus is for search, headline, others, variants; small runs on one"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", *words])
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert said in capsys.readouterr().err

@@ -372,3 +372,10 @@ def test_the_launcher_has_its_say_in_an_estimate(grace: Any, monkeypatch: pytest
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert document(grace(*ask))["memory_bytes"] == expected != plain
     assert "the recipe has runtime.sharding=gradients; leave one" in grace(*ask, "runtime.sharding=gradients")[1]
+    # A launcher of ZeRO-1 would refuse a run that shares more out.
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    fitting = grace("train", recipe, "--dry-run", "--fit", "24GB", "--processes", "4", "runtime.cuda_graphs=false")
+    assert "runtime.sharding" not in fitting[1]
+    assert "model.teacher_sharding=parameters" in fitting[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,10 +188,8 @@ def test_streams_at_once_do_not_take_each_others_tokens() -> None:
 
 
 @on_a_cpu
-@pytest.mark.parametrize("prompt_threads", [0, 1, 3])
-def test_answers_of_a_long_list_come_as_they_end(paths: list[Path], prompt_threads: int) -> None:
-    options = EngineOptions(max_running=2, cache_tokens=1024)
-    llm = LLM(loaded_toy("tiny"), options=options, prompt_threads=prompt_threads)
+def test_answers_of_a_long_list_come_as_they_end(paths: list[Path]) -> None:
+    llm = LLM(loaded_toy("tiny"), options=EngineOptions(max_running=2, cache_tokens=1024))
     taken = []
 
     def asked() -> Iterator[Asked]:
@@ -204,27 +201,11 @@ def test_answers_of_a_long_list_come_as_they_end(paths: list[Path], prompt_threa
     found = {}
     for one, answer in llm.answers(asked()):
         found[one.id] = answer
-        assert len(taken) - len(found) <= (5 if prompt_threads == 0 else 7)
+        assert len(taken) - len(found) <= 5
     assert len(found) == 30
     assert str(found.pop("n8")) == "nowhere.png: no such file"
     expected = llm.generate(["yes", "yes"], [None, paths[0]], SamplingParams(max_tokens=3, ignore_eos=True))
     assert all(answer == expected[int(name[1:]) % 2] for name, answer in found.items())
-
-
-@on_a_cpu
-def test_prompt_threads_end_with_the_answers(paths: list[Path]) -> None:
-    llm = LLM(loaded_toy("tiny"), options=EngineOptions(max_running=2, cache_tokens=1024), prompt_threads=2)
-    asked = [Asked(str(n), "yes", [paths[0]], SamplingParams(max_tokens=3, ignore_eos=True)) for n in range(9)]
-    answers = llm.answers(asked)
-    next(answers)
-    answers.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("grace-prompt")]
-    assert not llm.engine.has_work
-    # Not a fault of a request, so nobody's answer: it comes out where the list is read.
-    with pytest.raises(TypeError):
-        list(llm.answers([Asked("n", "yes", [3])]))  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match="prompt_threads is -1"):
-        LLM(loaded_toy("tiny"), prompt_threads=-1)
 
 
 def test_a_stop_text_ends_an_answer() -> None:

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher": {"model__teacher_sharding": "parameters"},
     "everything": {"runtime__sharding": "parameters", "model__teacher_sharding": "parameters"},
     "codes": {"runtime__gather": "codes"},
+    "restored": {},
     **{
         f"{scheme} {how}": {
             "scheme": scheme,
@@ -78,10 +79,23 @@ def open_run(name: str, rows: str, folder: Path, ranks: Ranks) -> Run:
     return run
 
 
+def writes_what_was_restored(run: Run) -> bool:
+    """Whether masters that are restored while the leaves of the start are on their way are the ones that arrive."""
+    masters, model = run.masters, run.student.model
+    own = {name: 1.5 * master.detach() for name, master in masters.masters()}
+    masters.load_state_dict(own, {name: scale.detach().clone() for name, scale in masters.log_scales()})
+    masters.settle()
+    found = digest_of(dict(model.named_parameters()))
+    masters.materialize()
+    masters.settle()
+    return found == digest_of(dict(model.named_parameters()))
+
+
 def take(name: str, rows: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Three steps of a case; ``resumed`` makes the last one as another run, from a checkpoint."""
     run = open_run(name, rows, folder, ranks)
     model = run.student.model
+    restored = name != "restored" or writes_what_was_restored(run)
     most = 0
     if run.masters.shards is not None:
         ask = run.masters.shards._ask
@@ -101,7 +115,6 @@ def take(name: str, rows: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
             assert run.restore() == 2
         losses += [run.stepper.run(step, [run.loader.next() for _ in range(run.num_micro_batches)]).loss]
     sent = ranks.sent_bytes - before
-    run.masters.settle()
     state = {**dict(run.masters.masters()), **{f"{n}.log_scale": s for n, s in run.masters.log_scales()}}
     sums = sum(t.numel() for t in run.masters.accumulators())
     return {
@@ -111,6 +124,7 @@ def take(name: str, rows: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
         "dtypes": sorted({str(tensor.dtype) for tensor in (*state.values(), *run.optimizer.state_dict().values())}),
         "student here": resident(model),
         "leaves": digest_of(dict(model.named_parameters())),
+        "restored": restored,
         "teacher here": resident(run.teacher.model) if run.teacher is not None else [],
         "most layers": most,
         "sum elements": sums,

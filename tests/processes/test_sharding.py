@@ -44,11 +44,12 @@ whole_soak = pytest.mark.skipif("GRACE_FAULTS" in os.environ, reason="GRACE_FAUL
 
 
 def test_one_micro_batch_a_process_gives_the_same_bits_and_layers_come_and_go(world: Path, tmp_path: Path) -> None:
-    cases = ("optimizer", "gradients", "everything", "kept", "resumed", "two", "two gradients", "codes")
+    cases = ("optimizer", "gradients", "everything", "kept", "resumed", "two", "two gradients", "codes", "restored")
     both = taken(world, tmp_path, *cases)
     for case in ("gradients", "everything", "kept"):
         require_same_bits(both, case, "optimizer")
     for of_process in both:
+        assert of_process["restored"]["restored"]
         require_codes(of_process, "codes", "optimizer")
         # Words and norms stay; of the layers' 3.1 MB of FP32 leaves (BF16 on a GPU) codes are an eighth.
         saved = of_process["optimizer"]["sent bytes"] - of_process["codes"]["sent bytes"]

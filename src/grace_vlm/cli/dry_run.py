@@ -56,12 +56,12 @@ def teacher_of(recipe: Recipe) -> Teacher:
     return TeacherHead(text.vocab_size, text.hidden_size)
 
 
-def fitted(recipe: Recipe, described: Described, size: str) -> Recipe:
-    """The recipe changed to fit a GPU; what was changed is said."""
+def fitted(recipe: Recipe, described: Described, size: str, may_shard: bool) -> Recipe:
+    """The recipe changed to fit a GPU; what was changed is said. ``may_shard``: as ``fit`` has it."""
     from grace_vlm.train.estimate import GIB
     from grace_vlm.train.fit import RESERVED_BYTES, fit, gpu_bytes
 
-    chosen, changes = fit(recipe, gpu_bytes(size), described.estimate, described.num_processes)
+    chosen, changes = fit(recipe, gpu_bytes(size), described.estimate, described.num_processes, may_shard)
     peak_gib = described.estimate(chosen).largest_bytes / GIB
     say(f"fits {size}: {peak_gib:.1f} GiB of tensors and {RESERVED_BYTES / GIB:.0f} GiB reserved")
     for change in changes or ["the recipe as it is"]:

@@ -49,13 +49,13 @@ def train_model(
         return
     if dry_run or fit is not None:
         from grace_vlm.cli.dry_run import Described, check_gpu, fitted, print_dry_run
-        from grace_vlm.train.launcher import as_asked
+        from grace_vlm.train.launcher import as_asked, asked_for
 
         check_gpu(gpu)
         loaded = as_asked(loaded, os.environ)
         count = processes or int(os.environ.get("WORLD_SIZE", "1"))
         described = Described(loaded, row_tokens, visual_tokens, supervised_share, count)
-        loaded = loaded if fit is None else fitted(loaded, described, fit)
+        loaded = loaded if fit is None else fitted(loaded, described, fit, asked_for(os.environ) is None)
         if dry_run:
             print_dry_run(loaded, described, gpu, as_json)
             return

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +34,6 @@ from grace_vlm.quant.scheme import QuantizedTensor
 CPU_PIXELS = 448 * 448
 """A picture's area on a CPU if nothing else is asked: the first token waits for the tower, which takes time by
 area (docs/engine.md), and a model's own largest area is some sixteen million pixels."""
-PROMPT_THREADS = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Picture = ImageSource
 TextOrTurns = str | Sequence[str]
@@ -91,12 +87,9 @@ class LLM:
             engine. quantized: codes of an open model, by module name; of others they are read.
         max_pixels: area that larger pictures are shrunk to. None: the processor's own, on a CPU at most ``CPU_PIXELS``,
             which is said once when a picture is larger.
-        prompt_threads: threads in which ``answers`` makes prompts while the model runs: pictures decoded, resized and
-            hashed. None: up to ``PROMPT_THREADS`` beside a GPU, 0 on a CPU, whose cores the model has.
 
     Raises:
-        ConfigError: ``max_pixels`` for a processor of fixed size, or less than a picture can have; ``prompt_threads``
-            below 0.
+        ConfigError: ``max_pixels`` for a processor of fixed size, or less than a picture can have.
     """
 
     def __init__(
@@ -106,10 +99,7 @@ class LLM:
         options: EngineOptions | None = None,
         quantized: Mapping[str, QuantizedTensor] | None = None,
         max_pixels: int | None = None,
-        prompt_threads: int | None = None,
     ) -> None:
-        if prompt_threads is not None and prompt_threads < 0:
-            raise ConfigError(f"prompt_threads is {prompt_threads}; expected 0 or more")
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(f"max_pixels is {max_pixels}; expected at least 1, for example {CPU_PIXELS}")
         loaded, codes = (model, quantized) if isinstance(model, LoadedModel) else open_model(model, device)
@@ -123,8 +113,6 @@ class LLM:
         self._says_shrunk = on_cpu and max_pixels is None and own is not None and own > CPU_PIXELS
         limit = CPU_PIXELS if self._says_shrunk else max_pixels
         self._patchify = patchify_of(loaded.adapter, config, loaded.processor, max_pixels=limit)
-        beside_gpu = min(PROMPT_THREADS, max(1, (os.cpu_count() or 1) // 2))
-        self._prompt_threads = prompt_threads if prompt_threads is not None else 0 if on_cpu else beside_gpu
         self._names = (f"r{number}" for number in itertools.count())
         self._open: dict[str, _Open] = {}
 
@@ -165,20 +153,17 @@ class LLM:
         Requests are taken from ``asked`` a few more at a time than run together, so that a million of them, or their
         pictures, need not be in memory.
         """
-        source, waiting = self._prepared(asked), True
+        source, waiting = iter(asked), True
         under_way: list[tuple[Asked, _Open]] = []
         try:
             while waiting or under_way:
                 while waiting and len(under_way) < 2 * self.engine.options.max_running:
-                    entry = next(source, None)
-                    if entry is None:
+                    one = next(source, None)
+                    if one is None:
                         waiting = False
                         break
-                    one, prompt = entry
                     try:
-                        if isinstance(prompt, RequestError):
-                            raise prompt
-                        under_way.append((one, self._start(prompt, one.sampling)))
+                        under_way.append((one, self._start(self.prompt(one.prompt, one.images), one.sampling)))
                     except RequestError as error:
                         yield one, error
                 self._turn()
@@ -188,33 +173,7 @@ class LLM:
                     assert own.answer is not None
                     yield one, own.answer
         finally:
-            source.close()
             self._forget([own for _, own in under_way])
-
-    def _prepared(self, asked: Iterable[Asked]) -> Generator[tuple[Asked, Prompt | RequestError]]:
-        """Each request, in order, with its prompt or why there is none; as many as run together are made ahead."""
-
-        def made(one: Asked) -> Prompt | RequestError:
-            try:
-                return self.prompt(one.prompt, one.images)
-            except RequestError as error:
-                return error
-
-        if not self._prompt_threads:
-            yield from ((one, made(one)) for one in asked)
-            return
-        source, ahead = iter(asked), deque[tuple[Asked, Future[Prompt | RequestError]]]()
-        pool = ThreadPoolExecutor(self._prompt_threads, "grace-prompt")
-        try:
-            while True:
-                for one in itertools.islice(source, self.engine.options.max_running - len(ahead)):
-                    ahead.append((one, pool.submit(made, one)))
-                if not ahead:
-                    return
-                one, prompt = ahead.popleft()
-                yield one, prompt.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _start(self, prompt: Prompt, params: SamplingParams) -> _Open:
         """Queue a request."""
@@ -274,7 +233,7 @@ class LLM:
         return Prompt(sample.input_ids, sample.positions, sample.visual, made)
 
     def _pictures(self, images: Sequence[Picture]) -> list[EngineImage]:
-        store, made = PictureStore(self._patchify, with_digests=True), []
+        store, made = PictureStore(self._patchify), []
         for number, (name, image) in enumerate(zip(_names(images), images, strict=True)):
             try:
                 loaded = take_image(image)
@@ -283,7 +242,7 @@ class LLM:
             except ImageFault as fault:
                 raise RequestError(f"{name}: {fault.reason}") from None
             assert picture.pixels is not None
-            made.append(EngineImage(picture.grid, picture.pixels, picture.digest))
+            made.append(EngineImage(picture.grid, picture.pixels))
         return made
 
     def _say_if_shrunk(self, name: str, size: tuple[int, int]) -> None:

@@ -33,7 +33,7 @@ def gpu_bytes(text: str) -> int:
     return int(match[1]) * GIB
 
 
-def _setups(recipe: Recipe, num_processes: int) -> Iterator[tuple[Recipe, list[str]]]:
+def _setups(recipe: Recipe, num_processes: int, may_shard: bool) -> Iterator[tuple[Recipe, list[str]]]:
     """Set-ups from the recipe's own on, each with what it changes."""
     tree = recipe.model_dump(mode="json")
     changes: list[str] = []
@@ -74,7 +74,7 @@ def _setups(recipe: Recipe, num_processes: int) -> Iterator[tuple[Recipe, list[s
         tree["runtime"]["cuda_graphs"] = False
         changes.append("runtime.cuda_graphs=false: layers kernel by kernel, at the pace of the host")
         yield now()
-    if num_processes > 1 and recipe.runtime.sharding != "parameters":
+    if num_processes > 1 and may_shard and recipe.runtime.sharding != "parameters":
         tree["runtime"]["sharding"] = "parameters"
         changes.append("runtime.sharding=parameters: decoder layers are shared out, and come and go in every pass")
         if recipe.runtime.gather != "weights":
@@ -130,19 +130,24 @@ def _without_idle(
 
 
 def fit(
-    recipe: Recipe, num_bytes: int, estimate: Callable[[Recipe], Estimate], num_processes: int = 1
+    recipe: Recipe,
+    num_bytes: int,
+    estimate: Callable[[Recipe], Estimate],
+    num_processes: int = 1,
+    may_shard: bool = True,
 ) -> tuple[Recipe, list[str]]:
     """The first set-up whose estimate fits, and what it changes.
 
     Args:
         num_bytes: of the card; ``RESERVED_BYTES`` of them are not counted on.
-        estimate: of a recipe, on each of ``num_processes``.
+        estimate: of a recipe, on each of ``num_processes``. may_shard: whether ``runtime.sharding`` may be changed;
+            not where a launcher has asked for one.
 
     Raises:
         ConfigError: none fits; it says what the smallest needs and for what.
     """
     smallest: Estimate | None = None
-    for candidate, changes in _setups(recipe, num_processes):
+    for candidate, changes in _setups(recipe, num_processes, may_shard):
         smallest = estimate(candidate)
         if smallest.largest_bytes + RESERVED_BYTES <= num_bytes:
             return _without_idle(recipe, candidate, changes, num_bytes, estimate)

@@ -7,17 +7,30 @@ not look at it again.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Callable, Iterator
 
 WARM_STEPS = 3
-"""After which all is there: layers are compiled and graphs recorded by the first steps."""
+"""After so many all is there: the first ones compile layers and record graphs."""
 
 
-def freeze_heap() -> None:
-    """What is there now is not looked at again until ``thaw_heap``."""
-    gc.collect()
-    gc.freeze()
+@contextlib.contextmanager
+def quiet_heap() -> Iterator[Callable[[], None]]:
+    """Gives what is called when a step has been queued; from ``WARM_STEPS`` on nothing that is there then is looked at,
+    until the end. A program that has frozen its own keeps it so, and nothing is done here."""
+    num_queued, is_ours = 0, False
 
+    def queued() -> None:
+        nonlocal num_queued, is_ours
+        num_queued += 1
+        if num_queued == WARM_STEPS and not gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
+            is_ours = True
 
-def thaw_heap() -> None:
-    gc.unfreeze()
+    try:
+        yield queued
+    finally:
+        if is_ours:
+            gc.unfreeze()

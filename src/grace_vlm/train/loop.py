@@ -46,7 +46,7 @@ from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, Sharding, dump_recipe
-from grace_vlm.train.heap import WARM_STEPS, freeze_heap, thaw_heap
+from grace_vlm.train.heap import quiet_heap
 from grace_vlm.train.launcher import asked_for, resolved
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import (
@@ -270,25 +270,25 @@ class Run:
             progress(report, num_steps)
 
         pending: PendingStep | None = None
-        for step in range(first, num_steps):
-            began[step] = time.perf_counter()
-            batches = [self.loader.next() for _ in range(self.num_micro_batches)]
-            num_bad = len(self.ledger.faults)
-            queued = self.stepper.launch(step, batches, self._is_recorded(step), self.requests.number != 0, num_bad)
-            if step - first == WARM_STEPS:
-                freeze_heap()
-            if pending is not None:
-                read(pending)
-            pending, done = queued, step + 1
-            is_due = runtime.checkpoint_every_steps > 0 and done % runtime.checkpoint_every_steps == 0
-            if (is_due or is_asked) and done < num_steps:
-                read(pending)
-                pending = None
-                saved = self.save(done)
-                if is_asked:
-                    number = max(self.ranks.gather(self.requests.number))
-                    name = signal.Signals(number).name
-                    raise StoppedError(f"stopped by {name}; {saved} is written: go on with --resume", number)
+        with quiet_heap() as step_queued:
+            for step in range(first, num_steps):
+                began[step] = time.perf_counter()
+                batches = [self.loader.next() for _ in range(self.num_micro_batches)]
+                num_bad = len(self.ledger.faults)
+                queued = self.stepper.launch(step, batches, self._is_recorded(step), self.requests.number != 0, num_bad)
+                step_queued()
+                if pending is not None:
+                    read(pending)
+                pending, done = queued, step + 1
+                is_due = runtime.checkpoint_every_steps > 0 and done % runtime.checkpoint_every_steps == 0
+                if (is_due or is_asked) and done < num_steps:
+                    read(pending)
+                    pending = None
+                    saved = self.save(done)
+                    if is_asked:
+                        number = max(self.ranks.gather(self.requests.number))
+                        name = signal.Signals(number).name
+                        raise StoppedError(f"stopped by {name}; {saved} is written: go on with --resume", number)
         if pending is not None:
             read(pending)
 
@@ -416,7 +416,6 @@ def _run(run: Run, resume: bool, progress: Progress) -> Path:
         advice = "--fit 48GB (the size of your GPU) changes the set-up, --dry-run estimates it"
         raise ConfigError(f"{where}{said}; {advice}") from error
     finally:
-        thaw_heap()
         if recorder is not None:
             recorder.close()
         run.loader.close()

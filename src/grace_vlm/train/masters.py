@@ -173,6 +173,7 @@ class Masters:
             how many codes changed since the last call, an int64 scalar on the device; 0 if they are not counted. The
             old codes are read off the leaf, which holds bf16(q s): keeping them would cost a byte a weight.
         """
+        self.settle()
         for tracked in self._tracked.values():
             tracked.gradient.clear()
             tracked.master.grad = None
@@ -190,14 +191,13 @@ class Masters:
         for grids, shared in self._grids if as_codes else ():
             if shared:
                 gather_codes_(grids, lambda name: self._tracked[name].leaf.detach(), self.ranks)
-        self._start_gather([t for t in self._tracked.values() if not (t.is_freed or (as_codes and t.on_grid))])
-        if count_flips:
+        if count_flips:  # before the gather, which every later sum would wait for
             self.ranks.sum_(flipped[1])
+        self._start_gather([t for t in self._tracked.values() if not (t.is_freed or (as_codes and t.on_grid))])
         return flipped.sum()
 
     def _start_gather(self, tracked: Sequence[_Tracked]) -> None:
         """Begin to write every process's rows into these leaves: the next step's teacher computes beside it."""
-        self.settle()
         shared = [t for t in tracked if t.share is not None]
         if shared:
             # NCCL writes in place; gloo must not read where it writes.

@@ -4,7 +4,8 @@
     2. student forward and backward, each       -> dL/dleaf, accumulated in FP32
     3. one straight-through backward            -> gradients of masters and log-scales; clip
     4. optimizer, unless a number was not finite, now or before: then every weight stays as it is
-    5. the leaves are written once from the masters; all measurements start on their way to the host
+    5. the leaves are written once from the masters, of several processes each its rows, which are gathered until the
+       next step's student needs them; all measurements start on their way to the host
 
 Everything that is normalised over the step is summed first and reduced over ranks, unconditionally, once.
 
@@ -222,7 +223,9 @@ class Stepper:
 
     def run(self, step: int, batches: list[Batch], count_flips: bool = False) -> StepReport:
         """One optimizer step (0-based ``step``), waited for; ``NonFiniteError`` leaves every weight as it was."""
-        return self.launch(step, batches, count_flips).resolve()
+        report = self.launch(step, batches, count_flips).resolve()
+        self.masters.settle()
+        return report
 
     def launch(
         self, step: int, batches: list[Batch], count_flips: bool = False, stop_asked: bool = False, num_bad: int = 0
@@ -255,10 +258,11 @@ class Stepper:
         is_finite = sums.isfinite().all() & norm.isfinite() & scales_finite
         self._stopped.clamp_(min=(~is_finite).float())
         rate = self.optimizer.step(step)
-        flipped = self.masters.materialize(count_flips)
         weight = self.distillation_weight()
         self._advance_weight(sums, whole)
+        # A sum, so before the leaves begin to be gathered: what comes after them waits for them.
         drift = self.masters.scale_drift() if count_flips else self._scalar(0.0)
+        flipped = self.masters.materialize(count_flips)
         last = torch.stack([*whole, weight, norm, flipped.double(), drift.double(), scales_finite.double()])
         return PendingStep(
             self.recipe,
