@@ -80,10 +80,12 @@ def open_run(name: str, rows: str, folder: Path, ranks: Ranks) -> Run:
 
 
 def writes_what_was_restored(run: Run) -> bool:
-    """Whether masters that are restored while the leaves of the start are on their way are the ones that arrive."""
+    """Whether masters that are restored while others' leaves are on their way are the ones that arrive."""
     masters, model = run.masters, run.student.model
     own = {name: 1.5 * master.detach() for name, master in masters.masters()}
-    masters.load_state_dict(own, {name: scale.detach().clone() for name, scale in masters.log_scales()})
+    scales = {name: scale.detach().clone() for name, scale in masters.log_scales()}
+    masters.materialize()
+    masters.load_state_dict(own, scales)
     masters.settle()
     found = digest_of(dict(model.named_parameters()))
     masters.materialize()
