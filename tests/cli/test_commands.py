@@ -168,7 +168,9 @@ def test_data_prepare_and_check(world: Path, grace: Any, document: Any) -> None:
     (world / "bad.jsonl").write_text((world / "rows.jsonl").read_text() + "{\n")
     code, out = grace("data", "check", world / "bad.jsonl", "--root", world)
     assert code == 3
-    assert "bad_json" in out
+    assert out.startswith("row 24 (''): bad_json: ")
+    (world / "bad.jsonl").write_text("{\n" * 25)
+    assert "... and 5 more; --ledger FILE has all\n" in grace("data", "check", world / "bad.jsonl")[1]
 
 
 def test_chat(world: Path, grace: Any, document: Any) -> None:

@@ -158,7 +158,9 @@ def test_fit_changes_the_least_and_refuses_what_cannot_be(grace: Any) -> None:
     assert moments[1] / moments[0] == pytest.approx(2.03125 / 8)
     refused = grace("train", recipe, "--dry-run", "--fit", "24GB")[1]
     assert refused.startswith("no set-up of this recipe fits 24 GiB: the smallest needs 34.")
-    assert refused.endswith("use a larger GPU or smaller models")
+    assert refused.endswith(
+        "use a larger GPU, smaller models or a cached teacher (model.teacher_cache, docs/training.md)"
+    )
     assert grace("train", recipe, "--dry-run", "--fit", "big")[1] == (
         "--fit 'big' is no size of a GPU; expected for example 24GB, 40GB, 48GB or 80GB"
     )

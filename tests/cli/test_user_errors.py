@@ -53,7 +53,8 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_unknown_recipe_key(world: Path, fails: Any) -> None:
     where = world / "recipe.yaml"
-    line = f"unknown key optim.learning_rat in {where}; see docs/recipes.md for the keys there are"
+    guess = "did you mean optim.learning_rate? see docs/recipes.md for the keys there are"
+    line = f"unknown key optim.learning_rat on the command line; {guess}"
     fails(2, line, "train", where, "optim.learning_rat=1", "--out", world / "x")
     assert not (world / "x").exists()
 
@@ -73,9 +74,8 @@ def test_missing_field(world: Path, fails: Any) -> None:
 
 
 def test_wrong_value(world: Path, fails: Any) -> None:
-    where = world / "recipe.yaml"
-    line = f"optim.num_steps in {where} is 0: input should be greater than or equal to 1"
-    fails(2, line, "train", where, "optim.num_steps=0", "--out", world / "x")
+    line = "optim.num_steps on the command line is 0: input should be greater than or equal to 1"
+    fails(2, line, "train", world / "recipe.yaml", "optim.num_steps=0", "--out", world / "x")
 
 
 def test_wrong_model_path(world: Path, fails: Any) -> None:

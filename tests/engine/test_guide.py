@@ -64,4 +64,4 @@ def test_what_is_no_schema_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError) as caught:
         llm.generate("yes", sampling=SamplingParams(json_schema=SCHEMA))
-    assert str(caught.value) == "json_schema needs llguidance; pip install 'grace-vlm[serve]'"
+    assert str(caught.value) == "json_schema needs llguidance; pip install llguidance"

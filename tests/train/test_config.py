@@ -81,10 +81,13 @@ def test_the_last_override_wins_and_the_file_is_left_alone(path: Path) -> None:
 
 
 def test_unknown_keys(path: Path) -> None:
-    end = f"in {path}; see docs/recipes.md for the keys there are"
-    assert refusal(path, "optim.learning_rat=1") == f"unknown key optim.learning_rat {end}"
-    assert refusal(path, "speed=1") == f"unknown key speed {end}"
-    assert refusal(path, "loss.adaptive_weight.tau=1") == f"unknown key loss.adaptive_weight.tau {end}"
+    at, end = "on the command line;", "see docs/recipes.md for the keys there are"
+    guess = "did you mean optim.learning_rate?"
+    assert refusal(path, "optim.learning_rat=1") == f"unknown key optim.learning_rat {at} {guess} {end}"
+    assert refusal(path, "speed=1") == f"unknown key speed {at} {end}"
+    assert refusal(path, "loss.adaptive_weight.tau=1") == f"unknown key loss.adaptive_weight.tau {at} {end}"
+    path.write_text(path.read_text() + "sceme: w4g128\n")
+    assert refusal(path) == f"unknown key sceme in {path}; did you mean scheme? {end}"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_an_override_that_is_no_yaml(path: Path) -> None:
 
 
 def test_values_that_do_not_fit_name_the_key_and_the_value(path: Path) -> None:
-    where = f"in {path} is"
+    where = "on the command line is"
     assert refusal(path, "optim.num_steps=0") == (
         f"optim.num_steps {where} 0: input should be greater than or equal to 1"
     )
@@ -128,6 +131,8 @@ def test_values_that_do_not_fit_name_the_key_and_the_value(path: Path) -> None:
     assert refusal(path, "method=magic") == f"method {where} 'magic': input should be 'sft', 'qat', 'kd' or 'grace'"
     assert refusal(path, "quant.clip_mask=none").startswith(f"quant.clip_mask {where} 'none': ")
     assert refusal(path, "loss.min_tokens=1").endswith("is 1: input should be greater than or equal to 2")
+    path.write_text(path.read_text() + "runtime: {seed: many}\n")
+    assert refusal(path).startswith(f"runtime.seed in {path} is 'many': input should be a valid integer")
 
 
 @pytest.mark.parametrize("scheme", ["w4g128", "w2g64"])

@@ -13,11 +13,14 @@ HELP = """Read every row and decode every picture; list what is bad, convert not
 
 Example: grace data check runs/data/easy-vqa/train.jsonl"""
 
+LISTED = 20
+"""Bad rows that are printed."""
+
 
 def check_data(
     file: Path = typer.Argument(..., help="Rows: JSON array or JSONL."),
     root: Path = typer.Option(None, "--root", help="Folder that image paths start from; default: the file's."),
-    ledger: Path = typer.Option(None, "--ledger", help="Where to write ledger.jsonl; default: nowhere."),
+    ledger: Path = typer.Option(None, "--ledger", help="Where to write all bad rows, a line of JSON each."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
     from grace_vlm.data.check import check_file
@@ -27,6 +30,10 @@ def check_data(
     if as_json:
         emit_json(asdict(report))
     else:
+        for fault in report.faults[:LISTED]:
+            print(f"row {fault.row} ({fault.id!r}): {fault.kind}: {fault.reason}")
+        if len(report.faults) > LISTED:
+            print(f"... and {len(report.faults) - LISTED} more; --ledger FILE has all")
         rows = [(kind, str(count)) for kind, count in sorted(report.counts.items())]
         print_table(("kind", "rows"), [*rows, ("good", str(report.num_good)), ("total", str(report.num_rows))])
         for name, count in sorted(report.conversions.items()):

@@ -9,7 +9,7 @@ import typer
 
 from grace_vlm.cli.output import ProgressBar, emit_json, print_table
 
-HELP = """Say what a folder is: its model, its grid, its bytes; or the fields of a recipe.
+HELP = """Say what a folder is: its model, its grid, its bytes.
 
 Example: grace inspect runs/demo/grace_w4"""
 

@@ -52,7 +52,7 @@ class Guides:
             import llguidance
             import llguidance.hf
         except ImportError:
-            raise ConfigError("json_schema needs llguidance; pip install 'grace-vlm[serve]'") from None
+            raise ConfigError("json_schema needs llguidance; pip install llguidance") from None
         if self._known is None:
             self._known = llguidance.hf.from_tokenizer(self._tokenizer, self._num_words, self._end_ids)
         try:

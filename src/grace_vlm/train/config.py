@@ -20,6 +20,7 @@ from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import Part
 from grace_vlm.quant.scale_init import ScaleRule
 from grace_vlm.quant.scheme import ScaleRounding, parse_scheme
+from grace_vlm.train.keys import nearest_key, parse_value, set_key
 
 Sharding = Literal["optimizer", "gradients", "parameters"]
 """What several processes share out (``shards.py``)."""
@@ -370,28 +371,6 @@ def _numbered(device: str) -> str:
     return "cuda:0" if device in ("auto", "cuda") else device
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {dotted}: {name} is a value, not a section")
-    tree[last] = value
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override value {text!r} is not YAML") from error
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-5 as a string
-        except ValueError:
-            return value
-    return value
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe; every fault is one ``ConfigError`` line that names the key."""
     if not path.is_file():
@@ -403,27 +382,31 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} is not YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} is not a mapping of sections")
+    given = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not key=value, for example optim.num_steps=100")
-        _set(tree, key, _parse_value(value))
-    return recipe_from(tree, str(path))
+        set_key(tree, key, parse_value(value))
+        given.append(key)
+    return recipe_from(tree, str(path), given)
 
 
-def recipe_from(tree: dict[str, Any], where: str) -> Recipe:
-    """Validate a mapping; ``where`` names it in errors."""
+def recipe_from(tree: dict[str, Any], where: str, overridden: Sequence[str] = ()) -> Recipe:
+    """Validate a mapping; ``where`` names it in errors, but for keys that are ``overridden``."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        at = "on the command line" if key in overridden else f"in {where}"
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown key {key} in {where}; see docs/recipes.md for the keys there are") from None
+            guess = f"did you mean {near}? " if (near := nearest_key(Recipe, key)) else ""
+            raise ConfigError(f"unknown key {key} {at}; {guess}see docs/recipes.md for the keys there are") from None
         if first["type"] == "missing":
             raise ConfigError(f"{where} lacks the key {key}; add it or pass {key}=VALUE") from None
         given = first.get("input")
-        raise ConfigError(f"{key} in {where} is {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        raise ConfigError(f"{key} {at} is {given!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

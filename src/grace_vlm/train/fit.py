@@ -129,6 +129,13 @@ def _without_idle(
     return candidate, kept
 
 
+def _way_out(recipe: Recipe) -> str:
+    """Of a recipe that fits nowhere."""
+    if recipe.objective().needs_teacher and recipe.model.teacher_cache is None:
+        return "use a larger GPU, smaller models or a cached teacher (model.teacher_cache, docs/training.md)"
+    return "use a larger GPU or smaller models"
+
+
 def fit(
     recipe: Recipe,
     num_bytes: int,
@@ -158,5 +165,5 @@ def fit(
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     raise ConfigError(
         f"no set-up of this recipe fits {num_bytes / GIB:.0f} GiB: the smallest needs "
-        f"{(smallest.largest_bytes + RESERVED_BYTES) / GIB:.1f} GiB ({parts}, ...); use a larger GPU or smaller models"
+        f"{(smallest.largest_bytes + RESERVED_BYTES) / GIB:.1f} GiB ({parts}, ...); {_way_out(recipe)}"
     )

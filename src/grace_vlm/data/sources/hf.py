@@ -93,7 +93,7 @@ def _import() -> ModuleType:
         import datasets
     except ImportError:
         raise ConfigError(
-            'the source hf needs the package datasets, which is not installed; pip install "grace-vlm[hf]"'
+            "the source hf needs the package datasets, which is not installed; pip install datasets"
         ) from None
     return datasets
 

@@ -210,7 +210,7 @@ def _parquet() -> tuple[ModuleType, ModuleType]:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(
-            'Parquet files need the package pyarrow, which is not installed; pip install "grace-vlm[eval]"'
+            "Parquet files need the package pyarrow, which is not installed; pip install pyarrow"
         ) from None
     return pyarrow, pyarrow.parquet
 
