@@ -256,7 +256,7 @@ def test_devices_are_read_where_the_recipe_is(grace: Any) -> None:
     recipe = RECIPES / "qwen3_vl_2b_grace_w4g128.yaml"
     for override in ("model.teacher_device=banana", "model.teacher_device=auto", "runtime.device=gpu"):
         said = grace("train", recipe, "--dry-run", override)[1]
-        assert said.startswith(f"{override.split('=')[0]} in ")
+        assert said.startswith(f"{override.split('=')[0]} on the command line is ")
         assert "should match pattern" in said
     same = ("runtime.device=cuda:0", "model.teacher_device=cuda")
     assert "teacher_memory_bytes" not in document(grace("train", recipe, "--dry-run", "--json", *same))
