@@ -53,17 +53,18 @@ def test_each_process_keeps_and_writes_its_share(world: Path, tmp_path: Path) ->
     assert (folder / "masters-00001-of-00004.safetensors").stat().st_size < 0.3 * whole
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
-    """One process of two is told by a scheduler; both stop with one step and go on, each from its place in the rows."""
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(world: Path, tmp_path: Path, count: int) -> None:
+    """One process is told by a scheduler; all stop with one step and go on, each from its place in the rows."""
     settings: dict[str, Any] = {"optim__num_steps": 10, "runtime__checkpoint_every_steps": 4}
     settings |= {"data__packing": True, "data__max_batch_tokens": 120, "data__max_tokens": 120}
     recipe = recipe_of(world, tmp_path, **settings)
-    assert launch(2, recipe, tmp_path / "whole").code == 0
-    stopped = launch(2, recipe, tmp_path / "run", plant=("usr1", 1, 4))
+    assert launch(count, recipe, tmp_path / "whole").code == 0
+    stopped = launch(count, recipe, tmp_path / "run", plant=("usr1", 1, 4))
     assert stopped.reasons, stopped.said
     saved = tmp_path / "run" / "checkpoints" / "step-000007"  # asked in step 4, told with 5, known when 6 is queued
     assert set(stopped.reasons) == {f"error: stopped by SIGUSR1; {saved} is written: go on with --resume"}
-    resumed = launch(2, recipe, tmp_path / "run", "--resume")
+    resumed = launch(count, recipe, tmp_path / "run", "--resume")
     assert resumed.code == 0, resumed.said
     assert resumed.said.count("resumed from step-000007") == 1
     assert contents(tmp_path / "run" / "final") == contents(tmp_path / "whole" / "final")
