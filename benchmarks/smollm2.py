@@ -95,8 +95,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "minmax_start": ("quant.scale_init=minmax",),
     "frozen_scales": ("optim.scale_learning_rate=0",),
     "twice_as_long": ("optim.num_steps=DOUBLE",),
-    "from_w8": ("model.student=FROM_W8",),
-    "self_first": ("model.student=FROM_SELF",),
+    "from_w8": ("model.student=FIRST",),
+    "self_first": ("model.student=FIRST",),
 }
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),
@@ -217,8 +217,7 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
 
     changes = METHODS.get(job.name) or VARIANTS.get(job.name, ())
     steps = load_recipe(RECIPES / "comparison.yaml", overrides).optim.num_steps
-    words = {"DOUBLE": str(2 * steps)}
-    words |= {word: str(before(job, name)) for word, name in (("FROM_W8", "from_w8"), ("FROM_SELF", "self_first"))}
+    words = {"DOUBLE": str(2 * steps), "FIRST": str(first_stage(job))}
     stated = [change.partition("=") for change in changes]
     return load_recipe(
         RECIPES / "comparison.yaml",
@@ -233,9 +232,9 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
     )
 
 
-def before(job: Job, name: str) -> Path:
+def first_stage(job: Job) -> Path:
     """The run that a variant of two stages goes on from; one for each seed, which several GPUs may have at once."""
-    return RUNS / f"{name}_{job.seed}"
+    return RUNS / f"{job.name}_{job.seed}"
 
 
 class Table:
@@ -346,7 +345,7 @@ class Table:
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
         if job.name in TWO_STAGES:
-            shutil.rmtree(before(job, job.name))
+            shutil.rmtree(first_stage(job))
         return loaded, diary
 
     def _before(self, job: Job) -> None:
@@ -357,7 +356,7 @@ class Table:
             scheme, changes = TWO_STAGES[job.name]
             first = replace(job, name="grace", scheme=scheme)
             stated = [change.replace("STUDENT", self.student_name) for change in changes]
-            train(recipe_of(first, (*self.overrides, *stated)), before(job, job.name), overwrite=True)
+            train(recipe_of(first, (*self.overrides, *stated)), first_stage(job), overwrite=True)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

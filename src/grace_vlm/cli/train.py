@@ -52,10 +52,11 @@ def train_model(
         from grace_vlm.train.launcher import as_asked, asked_for
 
         check_gpu(gpu)
-        loaded = as_asked(loaded, os.environ)
+        asked = asked_for(os.environ)
+        loaded = as_asked(loaded, asked)
         count = processes or int(os.environ.get("WORLD_SIZE", "1"))
         described = Described(loaded, row_tokens, visual_tokens, supervised_share, count)
-        loaded = loaded if fit is None else fitted(loaded, described, fit, asked_for(os.environ) is None)
+        loaded = loaded if fit is None else fitted(loaded, described, fit, may_shard=asked is None)
         if dry_run:
             print_dry_run(loaded, described, gpu, as_json)
             return

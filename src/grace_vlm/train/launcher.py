@@ -127,9 +127,8 @@ def resolved(chosen: Sharding | None, asked: Asked | None) -> Sharding:
     return asked.sharding
 
 
-def as_asked(recipe: Recipe, environment: Mapping[str, str]) -> Recipe:
+def as_asked(recipe: Recipe, asked: Asked | None) -> Recipe:
     """The recipe with the sharding that a run under this launcher would have; ``ConfigError`` as it would say."""
-    asked = asked_for(environment)
     if asked is None:
         return recipe
     sharding = resolved(recipe.runtime.sharding, asked)

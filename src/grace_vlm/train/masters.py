@@ -198,11 +198,8 @@ class Masters:
 
     def _start_gather(self, tracked: Sequence[_Tracked]) -> None:
         """Begin to write every process's rows into these leaves: the next step's teacher computes beside it."""
-        shared = [t for t in tracked if t.share is not None]
-        if shared:
-            # NCCL writes in place; gloo must not read where it writes.
-            own = [t.own.clone() if self._device.type == "cpu" else t.own for t in shared]
-            self._coming = self.ranks.start_gather([t.leaf.detach() for t in shared], own)
+        if shared := [t.leaf.detach() for t in tracked if t.share is not None]:
+            self._coming = self.ranks.start_gather_shares(shared)
 
     def settle(self) -> None:
         """Wait for the leaves that ``materialize`` wrote: before anyone reads them."""

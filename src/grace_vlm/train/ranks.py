@@ -146,12 +146,21 @@ class Ranks:
         """Every process's share of ``tensor``'s rows, written into it."""
         own = self.share_of(tensor)
         if own is not None:
-            # NCCL writes in place; gloo must not read where it writes.
-            mine = tensor[own].clone() if self.device.type == "cpu" else tensor[own]
             with self.exchange():
-                _all_gather(tensor, mine)
+                _all_gather(tensor, self._mine(tensor, own))
             self.sent_bytes += self._others(tensor)
         return tensor
+
+    def start_gather_shares(self, tensors: Sequence[torch.Tensor]) -> Going:
+        """Begin ``gather_shares_`` of many in one exchange; all have rows of this process's own."""
+        owns = [self.share_of(tensor) for tensor in tensors]
+        pairs = zip(tensors, owns, strict=True)
+        return self.start_gather(tensors, [self._mine(tensor, own) for tensor, own in pairs if own is not None])
+
+    def _mine(self, tensor: torch.Tensor, own: slice) -> torch.Tensor:
+        """This process's rows, to be gathered into ``tensor``: NCCL writes in place; gloo must not read where it
+        writes."""
+        return tensor[own].clone() if self.device.type == "cpu" else tensor[own]
 
     def start_gather(self, wholes: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> Going:
         """Begin to write every process's rows into each of ``wholes``; ``shares``: this one's, in other memory or, on
