@@ -42,7 +42,7 @@ class Exam:
     Args:
         suite: folder of ``grace data prepare toy-suite``, None to leave it out. questions: a file of rows, None too.
         texts: name -> file. window: its tokens. limit: of questions of each benchmark, of the file, and windows of each
-            text; None for all.
+            text; None for all. is_asked: which questions of the file, by number; None for all.
     """
 
     suite: Path | None
@@ -50,6 +50,7 @@ class Exam:
     texts: dict[str, Path]
     window: int = 512
     limit: int | None = None
+    is_asked: Callable[[int], bool] | None = None
 
 
 class Examination:
@@ -72,11 +73,13 @@ class Examination:
                 for one in self.benchmarks
                 for question in questions_of([one], [profile_of(one)])
             ]
-        self.rows: list[tuple[Row, Prompt]] = []
+        self.rows: dict[int, tuple[Row, Prompt]] = {}
+        self.num_rows = 0
         if exam.questions is not None:
             file = QuestionFile(exam.questions, loaded, limit=exam.limit)
-            self.rows = [(file.entries[number][0], file.prompt(number)) for number in file.order()]
-            self.rows.sort(key=lambda entry: entry[0].index)
+            self.num_rows = len(file.entries)
+            chosen = [number for number in file.order() if exam.is_asked is None or exam.is_asked(number)]
+            self.rows = dict(sorted((number, (file.entries[number][0], file.prompt(number))) for number in chosen))
         self.windows = {
             name: read_windows(path, self.tokenizer, exam.window, exam.limit) for name, path in exam.texts.items()
         }
@@ -91,10 +94,10 @@ class Examination:
         suite: dict[str, Any] = {}
         rows: dict[str, Any] = {}
         if self.asked or self.rows:
-            prompts = [prompt for _, prompt in (*self.asked, *self.rows)]
+            prompts = [prompt for _, prompt in (*self.asked, *self.rows.values())]
             answers = self._answers(loaded, prompts)
             suite = self._suite(answers[: len(self.asked)])
-            rows = _questions(self.rows, answers[len(self.asked) :])
+            rows = self._questions(answers[len(self.asked) :])
         return {"suite": suite, "questions": rows, "texts": texts}
 
     def _answers(self, loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[str]:
@@ -135,6 +138,18 @@ class Examination:
             }
         return found
 
+    def _questions(self, answers: Sequence[str]) -> dict[str, Any]:
+        """Right or wrong, a character a row in the order of the file (``-`` where it was not asked), and right answers
+        by kind."""
+        marks, kinds = ["-"] * self.num_rows, dict[str, list[int]]()
+        for (number, (row, _)), text in zip(self.rows.items(), answers, strict=True):
+            flag = is_correct(text, row.turns[-1].text)
+            marks[number] = "01"[flag]
+            tally = kinds.setdefault(row.meta.get("kind", ""), [0, 0])
+            tally[0] += flag
+            tally[1] += 1
+        return {"correct": "".join(marks), "kinds": kinds}
+
 
 def profile_of(benchmark: Benchmark) -> Profile:
     """How a benchmark is asked here."""
@@ -166,14 +181,3 @@ def _next(source: Iterator[tuple[int, Prompt]], count: int) -> Iterator[tuple[in
         if one is None:
             return
         yield one
-
-
-def _questions(rows: Sequence[tuple[Row, Prompt]], answers: Sequence[str]) -> dict[str, Any]:
-    """Right or wrong, a character a row in the order of the file, and right answers by kind."""
-    correct = [is_correct(text, row.turns[-1].text) for (row, _), text in zip(rows, answers, strict=True)]
-    kinds: dict[str, list[int]] = {}
-    for (row, _), flag in zip(rows, correct, strict=True):
-        tally = kinds.setdefault(row.meta.get("kind", ""), [0, 0])
-        tally[0] += flag
-        tally[1] += 1
-    return {"correct": "".join("01"[flag] for flag in correct), "kinds": kinds}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
-from smollm2_measure import Exam  # noqa: E402
+from smollm2_measure import Exam, Examination  # noqa: E402
 
 from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
@@ -78,6 +79,22 @@ def test_rows_of_every_kind_and_a_second_call_makes_none_again(
     assert table.make(jobs, bench.Clock(None))
     assert path.read_bytes() == before
     assert not list((tmp_path / "runs" / "smollm2" / "rows").iterdir())
+
+
+def test_a_search_asks_the_validation_half_alone(world: tuple[Exam, list[str]]) -> None:
+    """Where it was not asked stands no answer, and every other one is that of the whole."""
+    exam, _ = world
+    halves: list[dict[str, Any]] = []
+    for is_asked in (None, lambda number: number % 2 == 0):
+        loaded = load_model(str(STUDENT), "cpu")
+        own = replace(exam, suite=None, texts={}, is_asked=is_asked)
+        halves.append(Examination(own, loaded).of(loaded))
+    whole, asked = halves[0]["questions"], halves[1]
+    assert asked["suite"] == asked["texts"] == {}
+    marks = asked["questions"]["correct"]
+    assert marks == "".join("-" if number % 2 else bit for number, bit in enumerate(whole["correct"]))
+    assert sum(total for _, total in asked["questions"]["kinds"].values()) == 2
+    assert bench.right_of(asked) == marks.count("1") / 2
 
 
 def test_a_variant_of_two_stages_starts_from_its_first(
@@ -177,7 +194,7 @@ def test_validation_and_test_halves_are_apart() -> None:
     ]
     searched[-2]["questions"] = {"correct": "0" * 200, "kinds": {}}
     assert bench.best_rates(searched[::-1])["grace"] == searched[-1]["rate"]
-    with pytest.raises(SystemExit, match=r"2 rows of the search are missing \(grace, sft\)"):
+    with pytest.raises(SystemExit, match=r"2 rows of the search are missing \(grace, qat\)"):
         bench.best_rates(searched[1:-1])
 
 

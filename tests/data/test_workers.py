@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_loader import BAD, encoder, make_reader, same, write_rows
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
-from grace_vlm.data.workers import _next_results
+from grace_vlm.data.workers import _next_results, modules_of, start_server
 from grace_vlm.errors import ConfigError, DataError
 
 __all__ = ["encoder"]
@@ -52,6 +53,20 @@ def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Enc
 
     with pytest.raises(DataError, match=r"a loader worker died: .*; no row was skipped"):
         go_on()
+
+
+def test_a_worker_is_born_with_what_it_needs(tmp_path: Path, encoder: Encoder) -> None:
+    """Imported in each worker, one after another, a processor's modules are seconds a worker."""
+    preparer = make_reader(write_rows(tmp_path), encoder).preparer
+    needed = modules_of(preparer)
+    assert type(encoder.processor).__module__ in needed
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # of a test before, with another processor
+    said = tmp_path / "said"
+    code = f"import pathlib, sys; pathlib.Path({str(said)!r}).write_text(repr(set({needed}) - set(sys.modules)))"
+    worker = start_server(preparer).Process(target=exec, args=(code,))
+    worker.start()
+    worker.join(60)
+    assert said.read_text() == "set()"
 
 
 def broken_off(error: Exception) -> Iterator[Any]:

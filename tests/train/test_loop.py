@@ -19,6 +19,7 @@ from grace_vlm.quant.affine import bake
 from grace_vlm.train import step as step_module
 from grace_vlm.train.config import Recipe, recipe_from
 from grace_vlm.train.loop import Run, train
+from grace_vlm.train.open import open_rows
 from grace_vlm.train.record import read_metrics
 from grace_vlm.train.step import StepReport
 
@@ -194,3 +195,15 @@ def test_a_resume_names_what_is_another_recipe_and_speeds_are_of_whole_steps(wor
     # Every step is followed by a checkpoint, and read at once.
     assert len(speeds) == 4
     assert max(speeds) < 50 * min(speeds)
+
+
+def test_a_file_of_rows_is_opened_once_until_it_changes(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, num_rows=8)
+    made = recipe(tmp_path)
+    one = open_rows(made)
+    assert open_rows(made) is one
+    assert len(one.text_lengths) == 8
+    assert one.text_lengths[0] == sum(len(turn.text) for turn in one.row(0).turns)  # type: ignore[union-attr]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:5]), encoding="utf-8")
+    assert len(open_rows(made)) == 5

@@ -19,7 +19,7 @@ import torch
 from grace_vlm.data.collate import Batch, Layout, collate
 from grace_vlm.data.reader import Entry, RowReader
 from grace_vlm.data.rows import Fault
-from grace_vlm.data.workers import Position, prepared
+from grace_vlm.data.workers import Position, prepared, start_server
 from grace_vlm.errors import DataError
 
 _PACKED_READ = 8
@@ -58,14 +58,12 @@ class TrainLoader:
         if len(self.rows) < world_size:
             raise DataError(f"{len(self.rows)} rows cannot feed {world_size} processes; add rows or use fewer")
         self.epoch, self.cursor = 0, 0
-        self._lengths = self._text_lengths() if group_by_length else []
+        if num_workers:
+            start_server(reader.preparer)
+        self._lengths = self.rows.text_lengths if group_by_length else ()
         self._order_of: tuple[int, list[int]] | None = None
         self._stream: Iterator[tuple[Position, Entry | Fault]] | None = None
         self._ahead: tuple[Position, Entry] | None = None
-
-    def _text_lengths(self) -> list[int]:
-        """Characters of each row: what rows of one batch should have in common, known without a tokenizer."""
-        return [sum(len(turn.text) for turn in getattr(row, "turns", ())) for row in self.rows]
 
     def _order(self, epoch: int) -> list[int]:
         if self._order_of is None or self._order_of[0] != epoch:

@@ -8,11 +8,15 @@ error within ``POLL_SECONDS``, one that hangs within ``HANG_SECONDS``; none of i
 from __future__ import annotations
 
 import dataclasses
+import io
 import multiprocessing
 import re
 import time
 import warnings
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -87,6 +91,35 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
+class _Modules(ForkingPickler):
+    """Notes the modules of what goes to a worker."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.names: set[str] = set()
+
+    def persistent_id(self, item: Any) -> None:
+        owner = item if hasattr(item, "__qualname__") else type(item)
+        self.names.add(getattr(owner, "__module__", None) or "builtins")
+
+
+def modules_of(item: Any) -> list[str]:
+    """Names of the modules that unpickling it imports."""
+    found = _Modules()
+    found.dump(item)
+    return sorted(found.names - {"builtins", "__main__", "__mp_main__"})
+
+
+def start_server(preparer: Preparer) -> ForkServerContext:
+    """Workers are forked from a process that has no CUDA context and no threads, and that has imported what they need
+    once: they start one after another, and the modules of a processor alone take each of them seconds. It starts here
+    and imports beside its caller; a second call finds it started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules_of(preparer)])
+    ensure_running()
+    return context
+
+
 def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> Iterator[tuple[Position, Entry | Fault]]:
     """Each row of ``chunks`` with its position, in order; prepared by ``num_workers`` processes, or here when 0.
 
@@ -98,9 +131,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
         for chunk in chunks:
             yield from _raised(dataset[chunk])
         return
-    # Forked from a server that has no CUDA context and no threads, and that has imported what the work needs once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = start_server(preparer)
     with warnings.catch_warnings():
         # The number of workers is the recipe's; a machine with fewer cores is slower and not wrong.
         warnings.filterwarnings("ignore", message="This DataLoader will create")

@@ -184,6 +184,11 @@ class RuntimeConfig(_Section):
         description="on a GPU in BF16, ask for all decoder layers of a packed micro-batch at once instead of kernel by "
         "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, take only what adds up in the same order every time, in attention and compiled layers: "
+        "a run then repeats bit for bit, more slowly; a CPU does anyway",
+    )
     sharding: Sharding | None = Field(
         None,
         description="what several processes share out: optimizer (masters, scales, moments; ZeRO-1), gradients (and "

@@ -62,6 +62,7 @@ from grace_vlm.train.open import (
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.ranks import Ranks
 from grace_vlm.train.record import Recorder, read_metrics
+from grace_vlm.train.repeat import repeatable
 from grace_vlm.train.reshard import shared_out
 from grace_vlm.train.resume import fingerprint_of, what_is_not_exact
 from grace_vlm.train.run_folder import (
@@ -376,7 +377,7 @@ def train(
         is_new = not out.exists()
         if ranks.is_first:
             prepare_run_folder(out, resume, overwrite)
-        with opened:
+        with opened, repeatable(recipe.runtime.deterministic and ranks.device.type == "cuda"):
             if ranks.of_first(is_complete(recipe, out, resume, notify) if ranks.is_first else None):
                 notify(f"{out} is complete")
                 return out / "final"

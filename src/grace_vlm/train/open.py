@@ -3,6 +3,7 @@ of something, the rest is read."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,14 @@ def open_rows(recipe: Recipe) -> RowFile:
             f"data.train={recipe.data.train} is no file here{below}; make it with grace data prepare (docs/data.md), "
             "or name a JSON array or JSONL of LLaVA rows"
         )
-    return RowFile(path, recipe.data.images_root)
+    images, found = recipe.data.images_root, path.stat()
+    return _opened(path, images, (Path.cwd(), images.resolve(), found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, root: Path, stamp: tuple[object, ...]) -> RowFile:
+    """Runs of one process, one after another, share what was found out about a file that did not change."""
+    return RowFile(path, root)
 
 
 def describe_student(recipe: Recipe) -> tuple[Any, Adapter]:
