@@ -27,6 +27,9 @@ def analyze(
     max_pixels: int = typer.Option(
         None, "--max-pixels", help="Area that larger pictures are shrunk to; default: 200704, as in training."
     ),
+    linears: bool = typer.Option(
+        False, "--linears", help="Also the effect of each linear alone, a forward each; for RTN and GPTQ."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -37,7 +40,7 @@ def analyze(
 
     sampled = Sampled(data, root, limit, seed, max_pixels)
     with ProgressBar("looking") as bar:
-        result = Analysis(model, teacher, before, sampled, device).run(bar.update)
+        result = Analysis(model, teacher, before, sampled, device, linears).run(bar.update)
     write_analysis(out, result)
     written = write_pictures(out, result)
     for sentence in result["left_out"]:

@@ -28,7 +28,7 @@ def words(world: Path, model: str, out: Path, *more: object) -> tuple[object, ..
 
 def test_every_part(world: Path, grace: Any, tmp_path: Path) -> None:
     models = ("--teacher", world / "teacher", "--before", world / "student")
-    code, out, err = grace(*words(world, "w4", tmp_path, *models, "--limit", 20))
+    code, out, err = grace(*words(world, "w4", tmp_path, *models, "--limit", 20, "--linears"))
     assert (code, err) == (0, "")
     assert f"page: {tmp_path / 'index.html'}" in out
     result = json.loads((tmp_path / "analysis.json").read_text())
@@ -41,12 +41,22 @@ def test_every_part(world: Path, grace: Any, tmp_path: Path) -> None:
     assert (len(result["cka"]["matrix"]), len(result["cka"]["matrix"][0])) == (3, 3)
     assert [layer["layer"] for layer in result["layers"]["layers"]] == [0, 1]
     assert all(layer["kl"] > 0 < layer["output_error"] for layer in result["layers"]["layers"])
+    assert len(result["layers"]["linears"]) == 14
+    assert all(one["kl"] > 0 for one in result["layers"]["linears"])
     codes = result["codes"]["schemes"]["w4g64"]
     assert (
         codes["num_codes"] == sum(codes["counts"]) == sum(o["num_codes"] for o in result["codes"]["linears"].values())
     )
     pictures = {path.name for path in tmp_path.glob("*.svg")}
-    assert pictures >= {"gate.svg", "cka.svg", "cka_states.svg", "layers.svg", "effect.svg", "codes_w4g64.svg"}
+    assert pictures >= {
+        "gate.svg",
+        "cka.svg",
+        "cka_states.svg",
+        "layers.svg",
+        "effect.svg",
+        "linears.svg",
+        "codes_w4g64.svg",
+    }
     page = (tmp_path / "index.html").read_text()
     assert page.count("<figure>") == len(pictures)
     assert not re.search(r"(src|href)=.?(?!data:|#)[a-z]", page), "the page loads something"

@@ -37,9 +37,9 @@ def with_noise(loaded: LoadedModel, layers: tuple[int, ...]) -> LoadedModel:
     return LoadedModel(model, loaded.processor, loaded.adapter, loaded.path)
 
 
-def damage_of(before: LoadedModel, other: LoadedModel, rows: SampledRows) -> dict:  # type: ignore[type-arg]
+def damage_of(before: LoadedModel, other: LoadedModel, rows: SampledRows, linears: bool = False) -> dict:  # type: ignore[type-arg]
     own, its = Watched(before, "before"), Watched(other, "student")
-    damage = Damage(own, its)
+    damage = Damage(own, its, linears)
     for batch in rows.batches():
         vision = own.vision(batch)
         base = own.states(batch, vision, layers=True)
@@ -78,6 +78,43 @@ def test_a_single_layer_is_what_a_model_with_it_says(loaded: tuple[LoadedModel, 
     assert found["num_tokens"] == tokens
     assert found["layers"][0]["kl"] == pytest.approx(kl / tokens, rel=1e-4)
     assert found["layers"][1]["kl"] > 0
+
+
+def rounded(loaded: LoadedModel, names: tuple[str, ...]) -> LoadedModel:
+    """A copy with some linears on a coarse grid."""
+    model = copy.deepcopy(loaded.model)
+    for name in names:
+        weight = model.model.language_model.get_submodule(name).weight
+        weight.data = (weight.data / weight.std() * 2).round() * weight.std() / 2
+    return LoadedModel(model, loaded.processor, loaded.adapter, loaded.path)
+
+
+def test_a_single_linear_is_what_a_model_with_it_says(loaded: tuple[LoadedModel, SampledRows]) -> None:
+    """Two linears are off: each alone has the effect of a model in which it is the only one, the others have none."""
+    model, rows = loaded
+    off = ("layers.0.self_attn.v_proj", "layers.1.mlp.down_proj")
+    found = damage_of(model, rounded(model, off), rows, linears=True)["linears"]
+    assert len(found) == 14
+    effects = {f"layers.{one['layer']}.{one['linear']}": one for one in found}
+    for name, one in effects.items():
+        if name in off:
+            alone = damage_of(model, rounded(model, (name,)), rows)["whole"]
+            assert one["kl"] == pytest.approx(alone["kl"], rel=1e-5)
+            assert one["flips"] == alone["flips"]
+            assert 0.05 < one["weight_error"] < 0.5
+        else:
+            assert (one["kl"], one["flips"], one["weight_error"]) == (0.0, 0.0, 0.0)
+    assert damage_of(model, rounded(model, off), rows)["linears"] is None
+
+
+def test_a_linear_beside_other_norms_is_left_out(loaded: tuple[LoadedModel, SampledRows]) -> None:
+    model, _ = loaded
+    other = rounded(model, ("layers.0.mlp.up_proj",))
+    assert not Damage(Watched(model, "before"), Watched(other, "student"), linears=True).linears_left_out
+    other.model.model.language_model.layers[1].input_layernorm.weight.data.mul_(2)
+    damage = Damage(Watched(model, "before"), Watched(other, "student"), linears=True)
+    assert damage.linears_left_out
+    assert damage.summary()["linears"] is None
 
 
 def test_what_was_swapped_is_put_back(loaded: tuple[LoadedModel, SampledRows]) -> None:

@@ -43,6 +43,11 @@ RESULT: dict[str, Any] = {
         "layers": [{"layer": n, **LAYER} for n in range(3)],
         "whole": {"kl": 2e-3, "flips": 0.02},
         "sum_of_layers": 3e-3,
+        "linears": [
+            {"layer": n, "linear": f"self_attn.{k}_proj", "weight_error": 0.1, "kl": kl, "flips": 0.0}
+            for n, kl in enumerate((1e-3, 0.0, 2e-2))
+            for k in "qv"
+        ],
     },
     "codes": {
         "schemes": {"w2g64": {"first_code": -2, "counts": [1, 2, 3, 2], "bits_used": 1.9, "share_at_ends": 0.375}},
@@ -61,7 +66,7 @@ def test_pictures_say_their_numbers() -> None:
     found = pictures_of(RESULT)
     assert list(found) == [
         "entropy.svg", "entropy_counts.svg", "gate.svg", "cka.svg", "cka_states.svg", "layers.svg", "effect.svg",
-        "codes_w2g64.svg",
+        "linears.svg", "codes_w2g64.svg",
     ]  # fmt: skip
     assert "20 of 100 wrong at mean 0.2 nats" in titles(found["entropy.svg"])
     assert "R² 0.901" in found["entropy.svg"]
@@ -69,6 +74,9 @@ def test_pictures_say_their_numbers() -> None:
     assert "student 1, teacher 0: 0.600" in titles(found["cka_states.svg"])
     assert "student 0, teacher 1" not in titles(found["cka_states.svg"])
     assert "output error, layer 2: 0.2" in titles(found["layers.svg"])
+    assert "layer 2, self_attn.v_proj: KL 0.02 nats" in titles(found["linears.svg"])
+    assert "layer 1" not in titles(found["linears.svg"])
+    assert ">-1.7<" in found["linears.svg"]
     assert "3 times 0" in titles(found["codes_w2g64.svg"])
     assert found == pictures_of(copy.deepcopy(RESULT))
 
@@ -80,6 +88,7 @@ def test_what_has_no_numbers_has_no_picture() -> None:
     empty = copy.deepcopy(RESULT)
     empty["cka"] = {"num_pictures": 0, "matrix": [], "matched": [], "tapped": None}
     empty["layers"]["layers"] = [{"layer": 0, **dict.fromkeys(LAYER, 0.0)}]
+    empty["layers"]["linears"] = [{"layer": 0, "linear": "q", **dict.fromkeys(LAYER, 0.0)}]
     empty["gate"]["counts"] = [0, 0]
     assert set(pictures_of(empty)) == {"entropy.svg", "entropy_counts.svg", "codes_w2g64.svg"}
 
@@ -88,7 +97,7 @@ def test_the_page_holds_every_picture_and_no_markup_of_strangers(tmp_path: Path)
     written = write_pictures(tmp_path, RESULT)
     assert written[-1] == tmp_path / "index.html"
     page = written[-1].read_text()
-    assert page.count("<figure>") == len(written) - 1 == 8
+    assert page.count("<figure>") == len(written) - 1 == 9
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "&lt;b&gt;left out" in page
@@ -100,4 +109,5 @@ def test_the_summary() -> None:
     assert lines["  Pearson r of entropy and error"] == "0.500 [0.400, 0.600]"
     assert lines["  R² over 4 bins of equal widths"] == "0.901"
     assert lines["layer 1: output error, KL"] == "0.2000, 1.00e-03 nats"
+    assert lines["self_attn.q_proj alone, sum of layers"] == "2.10e-02 nats, most in layer 2: 2.00e-02"
     assert lines["w2g64: bits used of its codes"] == "1.900, 37.50 % at the ends"

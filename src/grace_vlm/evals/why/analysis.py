@@ -41,14 +41,22 @@ class Analysis:
     Args:
         model: the student, quantized or not, in any layout. teacher: its teacher, if there is one. before: the
             student before it was quantized, if there is one.
-        sampled: the rows to look at. device: auto, cpu, cuda.
+        sampled: the rows to look at. device: auto, cpu, cuda. linears: also the effect of each linear alone.
 
     Raises:
         ConfigError: models that do not see the same tokens, or not with the same sizes where these are compared.
         DataError: rows that cannot be read.
     """
 
-    def __init__(self, model: str, teacher: str | None, before: str | None, sampled: Sampled, device: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        teacher: str | None,
+        before: str | None,
+        sampled: Sampled,
+        device: str,
+        linears: bool = False,
+    ) -> None:
         self.names = {"model": model, "teacher": teacher, "before": before}
         self.sampled = sampled
         loaded, self.codes = open_model(model, device)
@@ -59,7 +67,7 @@ class Analysis:
         self.certainty = None if self.teacher is None else Certainty(len(self.teacher.head))
         self.relation = None if self.teacher is None else Relation()
         self.relation_before = None if self.teacher is None or self.before is None else Relation()
-        self.damage = None if self.before is None or not self.codes else Damage(self.before, self.student)
+        self.damage = None if self.before is None or not self.codes else Damage(self.before, self.student, linears)
 
     def _other(self, path: str | None, device: str, whose: str) -> Watched | None:
         if path is None:
@@ -117,11 +125,13 @@ class Analysis:
             "cka_before": None if self.relation_before is None else self.relation_before.summary(),
             "layers": None if self.damage is None else self.damage.summary(),
             "codes": code_use(self.codes) if self.codes else None,
-            "left_out": left_out(self.names, self.codes),
+            "left_out": left_out(self.names, self.codes, self.damage is not None and self.damage.linears_left_out),
         }
 
 
-def left_out(names: Mapping[str, str | None], codes: Mapping[str, QuantizedTensor]) -> list[str]:
+def left_out(
+    names: Mapping[str, str | None], codes: Mapping[str, QuantizedTensor], norms_differ: bool = False
+) -> list[str]:
     """A sentence for each part that has no numbers, with what it wants."""
     found = []
     if names["teacher"] is None:
@@ -130,6 +140,11 @@ def left_out(names: Mapping[str, str | None], codes: Mapping[str, QuantizedTenso
         found.append("The effect of each layer, and CKA before, are left out: they need --before.")
     if not codes:
         found.append(f"Codes and the effect of each layer are left out: {names['model']} has no grid.")
+    if norms_differ:
+        found.append(
+            f"The effect of each linear is left out: {names['model']} has other norms than --before (AWQ folds scales "
+            "into them, training moves them)."
+        )
     return found
 
 

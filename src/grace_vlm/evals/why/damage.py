@@ -8,6 +8,9 @@ the layer, f_q its quantized form and x what enters it, the same in both,
     effect         mean KL(p || p_q) at supervised tokens     p of the unquantized model, T = 1, nats
     flips          share of supervised tokens whose likeliest word changes
 
+A single linear's effect and weight error are the same with that linear alone taken from the quantized model; asked for,
+since they cost a forward each, and only where norms are the same in both.
+
 A whole layer, norms and all, because AWQ folds scales from norms into linears: alone, neither is what it was. For the
 same reason a weight error means something only where weights were rounded and nothing else; an output error always
 does. Of a *trained* model all of them hold training and rounding together.
@@ -18,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,14 +90,41 @@ class _Sums:
         return {"kl": self.kl / tokens, "flips": self.flips / tokens}
 
 
+@dataclass
+class _Linear:
+    """One linear of a layer, in both models."""
+
+    layer: int
+    name: str
+    own: nn.Module
+    other: nn.Module
+    sums: _Sums = field(default_factory=_Sums)
+
+    def said(self) -> dict[str, Any]:
+        error = weight_error(self.own, self.other)
+        return {"layer": self.layer, "linear": self.name, "weight_error": error, **self.sums.said()}
+
+
+@torch.no_grad()
+def only_linears_differ(layer: nn.Module, other: nn.Module) -> bool:
+    """Whether everything of two layers but the weights of linears is the same: AWQ folds scales into norms, and
+    training moves them, and then a linear of one in the other is in a place that it was not made for."""
+    linears = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    theirs = dict(other.named_parameters())
+    return all(name in linears or torch.equal(p, theirs[name]) for name, p in layer.named_parameters())
+
+
 class Damage:
     """Layer by layer, of ``quantized`` against ``before``.
+
+    Args:
+        linears: also each linear alone, if both have the same norms.
 
     Raises:
         ConfigError: they do not have the same layers.
     """
 
-    def __init__(self, before: Watched, quantized: Watched) -> None:
+    def __init__(self, before: Watched, quantized: Watched, linears: bool = False) -> None:
         if len(before.layers) != len(quantized.layers):
             raise ConfigError(
                 f"--before has {len(before.layers)} decoder layers and the model {len(quantized.layers)}; give the "
@@ -103,6 +133,14 @@ class Damage:
         self.before, self.quantized = before, quantized
         self._layers = [_Sums() for _ in before.layers]
         self._whole = _Sums()
+        pairs = list(zip(before.layers, quantized.layers, strict=True))
+        self.linears_left_out = linears and not all(only_linears_differ(layer, other) for layer, other in pairs)
+        self._linears = [
+            _Linear(number, name, module, other.get_submodule(name))
+            for number, (layer, other) in enumerate(pairs if linears and not self.linears_left_out else [])
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
 
     @torch.no_grad()
     def add(self, batch: Batch, vision: list[TowerOutput], base: States, own: States) -> None:
@@ -121,10 +159,14 @@ class Damage:
             sums.error += float((found.layers[number][1].double() - left.double()).square().sum())
             sums.added += float((left.double() - entered.double()).square().sum())
             sums.count(*divergence(base.hidden, head, found.hidden, head))
+        for linear in self._linears:
+            with swapped(linear.own, linear.other):
+                hidden = self.before.states(batch, vision).hidden
+            linear.sums.count(*divergence(base.hidden, head, hidden, head))
 
     def summary(self) -> dict[str, Any]:
         """``layers``: in order; ``whole``: the quantized model itself; ``sum_of_layers``: of their effects, which is
-        ``whole`` where layers do not meet."""
+        ``whole`` where layers do not meet; ``linears``: each by layer and name, None if they were not asked for."""
         layers = [
             {
                 "layer": number,
@@ -141,4 +183,5 @@ class Damage:
             "layers": layers,
             "whole": self._whole.said(),
             "sum_of_layers": sum(layer["kl"] for layer in layers),
+            "linears": [one.said() for one in self._linears] or None,
         }

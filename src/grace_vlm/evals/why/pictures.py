@@ -5,7 +5,8 @@ Each is a file of its own, in light and dark; the page has the same texts inside
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -47,6 +48,8 @@ def pictures_of(result: Mapping[str, Any]) -> dict[str, str]:
     if result["layers"]:
         made["layers.svg"] = layers_picture(result["layers"]["layers"])
         made["effect.svg"] = effect_picture(result["layers"]["layers"])
+        if linears := result["layers"].get("linears"):
+            made["linears.svg"] = linears_picture(linears)
     for name, part in (result["codes"] or {"schemes": {}})["schemes"].items():
         made[f"codes_{name}.svg"] = codes_picture(name, part)
     return {name: text for name, text in made.items() if text}
@@ -120,26 +123,64 @@ def states_picture(part: Part) -> str | None:
     matrix = part["matrix"]
     if not matrix:
         return None
-    wide, tall = (RIGHT - LEFT) / len(matrix[0]), (BOTTOM - TOP) / len(matrix)
     values = [value for row in matrix for value in row if value is not None] or [0.0]
     lowest, spread = min(values), (max(values) - min(values)) or 1.0
-    cells: list[Markup] = []
-    for i, row in enumerate(matrix):
-        top = BOTTOM - (i + 1) * tall
-        cells.append(_text(LEFT - 8, top + tall / 2 + 4, str(i), "end"))
-        for j, value in enumerate(row):
-            if value is None:
-                continue
-            title = element("title", f"student {i}, teacher {j}: {value:.3f}")
-            box = {"x": LEFT + j * wide, "y": top, "width": wide, "height": tall}
-            tint = f"{0.06 + 0.5 * (value - lowest) / spread:.3f}"
-            cells.append(element("rect", title, class_="fill c0", fill_opacity=tint, **box))
-            if wide >= 36 and tall >= 16:
-                cells.append(_text(LEFT + (j + 0.5) * wide, top + tall / 2 + 4, f"{value:.2f}", "middle"))
-    stride = max(1, round(24 / wide))
-    cells += [_text(LEFT + (j + 0.5) * wide, BOTTOM + 17, str(j), "middle") for j in range(0, len(matrix[0]), stride)]
+    cells = _grid(
+        [[None if value is None else (value - lowest) / spread for value in row] for row in matrix],
+        [[None if value is None else f"{value:.2f}" for value in row] for row in matrix],
+        lambda i, j: f"student {i}, teacher {j}: {matrix[i][j]:.3f}",
+        [str(i) for i in range(len(matrix))],
+        LEFT,
+    )
     cells.append(_text((LEFT + RIGHT) / 2, HEIGHT - 8, "state of the teacher; up: state of the student", "middle"))
     return _file(f"CKA of all states, mean of {part['num_pictures']:,} pictures", *cells)
+
+
+def linears_picture(linears: Sequence[Part]) -> str | None:
+    """Effect of each linear alone, layers across and kinds up; tints and numbers are powers of ten."""
+    names = list(dict.fromkeys(one["linear"] for one in linears))[::-1]
+    found = {(one["linear"], one["layer"]): one for one in linears}
+    layers = range(1 + max(one["layer"] for one in linears))
+    powers = {place: math.log10(one["kl"]) for place, one in found.items() if one["kl"] > 0}
+    if not powers:
+        return None
+    lowest, spread = min(powers.values()), (max(powers.values()) - min(powers.values())) or 1.0
+    rows = [[powers.get((name, layer)) for layer in layers] for name in names]
+    cells = _grid(
+        [[None if power is None else (power - lowest) / spread for power in row] for row in rows],
+        [[None if power is None else f"{power:.1f}" for power in row] for row in rows],
+        lambda i, j: f"layer {j}, {names[i]}: KL {short(found[names[i], j]['kl'])} nats",
+        [name.rpartition(".")[2] for name in names],
+        LEFT + 36,
+    )
+    cells.append(_text((LEFT + RIGHT) / 2, HEIGHT - 8, "layer", "middle"))
+    return _file("One linear quantized at a time: log10 of KL in nats", *cells)
+
+
+def _grid(
+    tints: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str | None]],
+    said: Callable[[int, int], str],
+    labels: Sequence[str],
+    left: float,
+) -> list[Markup]:
+    """Cells from the bottom up, ``tints`` from 0 to 1, with their numbers where there is room."""
+    wide, tall = (RIGHT - left) / len(tints[0]), (BOTTOM - TOP) / len(tints)
+    cells: list[Markup] = []
+    for i, row in enumerate(tints):
+        top = BOTTOM - (i + 1) * tall
+        cells.append(_text(left - 8, top + tall / 2 + 4, labels[i], "end"))
+        for j, tint in enumerate(row):
+            if tint is None:
+                continue
+            box = {"x": left + j * wide, "y": top, "width": wide, "height": tall}
+            opacity = f"{0.06 + 0.5 * tint:.3f}"
+            cells.append(element("rect", element("title", said(i, j)), class_="fill c0", fill_opacity=opacity, **box))
+            if (text := texts[i][j]) and wide >= 9 * len(text) and tall >= 16:
+                cells.append(_text(left + (j + 0.5) * wide, top + tall / 2 + 4, text, "middle"))
+    stride = max(1, round(24 / wide))
+    cells += [_text(left + (j + 0.5) * wide, BOTTOM + 17, str(j), "middle") for j in range(0, len(tints[0]), stride)]
+    return cells
 
 
 def layers_picture(layers: Sequence[Part]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -32,10 +32,22 @@ def summary_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             said = f"{layer['output_error']:.4f}, {layer['kl']:.2e} nats"
             lines.append((f"layer {layer['layer']}: output error, KL", said))
         whole = result["layers"]["whole"]
+        lines += _kinds_of_linears(result["layers"].get("linears") or [])
         lines.append(("all layers: KL, likeliest words changed", f"{whole['kl']:.2e} nats, {_share(whole['flips'])}"))
     for name, part in (result["codes"] or {"schemes": {}})["schemes"].items():
         used = f"{part['bits_used']:.3f}, {_share(part['share_at_ends'])} at the ends"
         lines.append((f"{name}: bits used of its codes", used))
+    return lines
+
+
+def _kinds_of_linears(linears: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Effects of the linears of one name, each alone, added up over layers, and the layer of the largest."""
+    lines = []
+    for name in dict.fromkeys(one["linear"] for one in linears):
+        own = [one for one in linears if one["linear"] == name]
+        worst = max(own, key=lambda one: one["kl"])
+        said = f"{sum(one['kl'] for one in own):.2e} nats, most in layer {worst['layer']}: {worst['kl']:.2e}"
+        lines.append((f"{name} alone, sum of layers", said))
     return lines
 
 
