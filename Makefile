@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -74,6 +74,10 @@ smollm2-student: smollm2-teacher  ## GPU
 smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
 	$(SMOLLM2) search $(LIMITED) --gpus $(GPUS)
 	$(SMOLLM2) headline $(LIMITED) --gpus $(GPUS)
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
+	$(BIN)/python benchmarks/smollm2_why.py
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants

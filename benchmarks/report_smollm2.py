@@ -10,6 +10,7 @@ perplexity and on right answers, with RTN by min-max scales as the field uses it
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -216,8 +217,8 @@ def section(title: str, *parts: list[str]) -> list[str]:
     return [f"### {title}", "", *(line for part in own for line in (*part, ""))] if own else []
 
 
-def pages(folder: Path) -> list[str]:
-    """Every section whose rows are there."""
+def pages(folder: Path, images: Path) -> list[str]:
+    """Every section whose rows are there; pictures are written into ``images``."""
     runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
     lines: list[str] = []
     names = ("teacher", "student", "sft", *ROUNDED, "qat", "kd", "grace")
@@ -241,6 +242,7 @@ def pages(folder: Path) -> list[str]:
             lines += section(
                 "What might be better", method_table(runs, SCHEME, list(VARIANTS)), pair_table(runs, pairs)
             )
+        lines += section("Why", why_pages(folder, rows[0]["student"], images))
     small, rows = collect([folder / "small.jsonl"])
     if rows:
         table = method_table(small, SCHEME, ("student", *ROUNDED, "qat", "kd", "grace"))
@@ -248,12 +250,43 @@ def pages(folder: Path) -> list[str]:
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
 
+WHY = ("grace/entropy", "grace/gate", "grace/cka", "grace/layers", "rtn_minmax/layers", "rtn_minmax/linears")
+"""Which of whose pictures stand on the page."""
+
+
+def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
+    """Numbers and pictures of ``smollm2_why.py``, if they are of this student; pictures are written into ``images``."""
+    path = folder / "why.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"student": None}
+    if student is None or content["student"] != student:
+        return []
+    from grace_vlm.evals.why.pictures import pictures_of
+    from grace_vlm.evals.why.summary import summary_lines
+
+    lines: list[str] = []
+    for name in ("grace", "rtn_minmax"):
+        numbers = [f"| {what.strip()} | {value} |" for what, value in summary_lines(content[name])]
+        said = f"{LABELS[name]}, {SCHEME.upper()}, {content[name]['data']['num_rows']:,} held-out questions"
+        lines += [f"| {said} | |", "|---|---|", *numbers, ""]
+    for place in WHY:
+        name, _, picture = place.partition("/")
+        if drawn := pictures_of(content[name]).get(f"{picture}.svg"):  # too few rows have no picture
+            file = images / f"smollm2_{name}_{picture}.svg"
+            file.write_text(drawn, encoding="utf-8")
+            lines.append(f"![{picture} of {LABELS[name]}](images/{file.name})")
+    one = content["grace"]
+    where = f"{one['dtype']} on {one['hardware']}, torch {one['versions']['torch']}, commit {content['commit']}"
+    return [*lines, "", f"{where}; `python benchmarks/smollm2_why.py`."]
+
+
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         sys.exit(f"{PAGE} lacks the marks {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(pages(OUT)) + f"{END}{after}", encoding="utf-8")
+    PAGE.write_text(
+        f"{before}{BEGIN}\n" + "\n".join(pages(OUT, PAGE.parent / "images")) + f"{END}{after}", encoding="utf-8"
+    )
     print(f"wrote {PAGE}")
 
 

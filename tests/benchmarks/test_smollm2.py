@@ -17,10 +17,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
+import smollm2_why as why  # noqa: E402
 from smollm2_measure import Exam, Examination  # noqa: E402
 
 from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
+from grace_vlm.evals.suite.run import weights_digest  # noqa: E402
 from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
 from grace_vlm.models.load import load_model  # noqa: E402
 
@@ -166,7 +168,7 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
         *(row("grace", seed, 72 + 2 * seed, 2.1) for seed in range(3)),
     ]
     write(tmp_path / "headline.jsonl", [row("grace", 7, 0, 9.0, "another student"), *rows])
-    text = "\n".join(report.pages(tmp_path))
+    text = "\n".join(report.pages(tmp_path, tmp_path))
     assert "9 rows, 9 minutes in all, for the student `s`" in text
     assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % | 0.5 |" in text
     # (72, 74, 76 - 60) / 20, mean 70 %, t(2) sd/sqrt(3) = 4.303 * 10 / 1.732
@@ -180,6 +182,26 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     (line,) = [own for own in text.splitlines() if own.startswith("| GRACE - student, BF16 | log perplexity")]
     assert "| +0.100" in line
     assert "another" not in text
+
+
+def test_why_is_made_of_a_run_that_is_kept(
+    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam, overrides = world
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    digest = weights_digest(str(STUDENT))
+    rows = [{**row(job.name, job.seed, 40, 1.0, digest), "rate": job.rate} for job in bench.search_jobs()]
+    write(tmp_path / "search.jsonl", rows)
+    why.main([*overrides, f"--data={exam.questions}", "--limit=6", "--device=cpu", f"--out={tmp_path}"])
+    assert (tmp_path / "runs" / "smollm2" / "grace" / "final" / "grid").is_dir(), "its weights are kept"
+    write(tmp_path / "headline.jsonl", [row("student", None, 80, 2.0, digest)])
+    text = "\n".join(report.pages(tmp_path, tmp_path))
+    assert "| GRACE, W4G64, 6 held-out questions | |" in text
+    assert "| mlp.down_proj alone, sum of layers |" in text
+    assert len(list(tmp_path.glob("smollm2_*.svg"))) == text.count("](images/smollm2_") == len(report.WHY) - 1
+    write(tmp_path / "headline.jsonl", [row("student", None, 80, 2.0, "another student")])
+    assert "Why" not in "\n".join(report.pages(tmp_path, tmp_path)), "it is not of that student"
 
 
 def test_validation_and_test_halves_are_apart() -> None:
@@ -201,7 +223,7 @@ def test_validation_and_test_halves_are_apart() -> None:
 def test_a_method_of_two_rates_is_no_method(tmp_path: Path) -> None:
     write(tmp_path / "headline.jsonl", [row("qat", 0, 1, 1.0), {**row("qat", 1, 1, 1.0), "rate": 1e-3}])
     with pytest.raises(SystemExit, match="qat w4g64 has two rates or a seed twice"):
-        report.pages(tmp_path)
+        report.pages(tmp_path, tmp_path)
 
 
 def test_the_clock_stops_a_run_wherever_it_is() -> None:
@@ -218,7 +240,7 @@ def test_the_clock_stops_a_run_wherever_it_is() -> None:
 
 
 def test_nothing_yet(tmp_path: Path) -> None:
-    assert report.pages(tmp_path) == ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+    assert report.pages(tmp_path, tmp_path) == ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
 
 @pytest.mark.parametrize(("codes", "whole"), [((0, 0), 0), ((0, 3), 3), ((3, 0), 3), ((3, 1), 1), ((4, 0), 4)])
