@@ -273,6 +273,16 @@ def test_gate_is_between_1_over_e_and_1_and_falls_with_entropy() -> None:
     assert gates[0].mean() < gates[1].mean() < gates[2].mean()
 
 
+def test_a_gate_of_the_margin_is_the_lead_of_the_likeliest_word() -> None:
+    uniform = torch.zeros(1, 1000, dtype=torch.float64)
+    certain = torch.full((1, 1000), -torch.inf, dtype=torch.float64)
+    certain[0, 3] = 0.0
+    three = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
+    for logits, lead in ((uniform, 0.0), (certain, 1.0), (three, 0.2)):
+        assert confidence_gate(logits + 7, "margin").item() == pytest.approx(math.exp(lead - 1), rel=1e-13)
+    assert bool(confidence_gate(three * math.nan, "margin").isnan())
+
+
 def test_gate_is_of_the_teacher_at_temperature_one_and_has_no_gradient() -> None:
     generator = torch.Generator().manual_seed(6)
     z = torch.randn(4, 12, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.losses.gdkd import confidence_gate, gated_decoupled_kd
+from grace_vlm.losses.gdkd import GateSignal, confidence_gate, gated_decoupled_kd
 from grace_vlm.losses.linear_gdkd import chunking, linear_gate, linear_gdkd
 
 IGNORE = -100
@@ -373,13 +373,14 @@ def test_only_the_gradients_that_are_asked_for_are_made() -> None:
         assert (calls.count("mm"), calls.count("addmm_")) == (products, additions)
 
 
-def test_the_gate_from_states_is_the_gate_from_logits() -> None:
+@pytest.mark.parametrize("signal", ["entropy", "margin"])
+def test_the_gate_from_states_is_the_gate_from_logits(signal: GateSignal) -> None:
     case = make_case(70, 300, 300)
-    expected = confidence_gate(case.teacher_hidden @ case.teacher_head.T)
+    expected = confidence_gate(case.teacher_hidden @ case.teacher_head.T, signal)
     for workspace_bytes in (None, 1, 30_000):
-        gate = linear_gate(case.teacher_hidden, case.teacher_head, workspace_bytes=workspace_bytes)
+        gate = linear_gate(case.teacher_hidden, case.teacher_head, signal, workspace_bytes=workspace_bytes)
         assert torch.allclose(gate, expected, atol=1e-14)
-    low = linear_gate(case.teacher_hidden.bfloat16(), case.teacher_head.bfloat16())
+    low = linear_gate(case.teacher_hidden.bfloat16(), case.teacher_head.bfloat16(), signal)
     assert low.dtype == torch.float32
     assert torch.allclose(low.double(), expected, atol=5e-3)
     assert linear_gate(case.teacher_hidden[:0], case.teacher_head).shape == (0,)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grace_vlm.losses.objective import LossTerms, Normalizers, Objective, compute_terms
+from grace_vlm.losses.gdkd import GateSignal, confidence_gate
+from grace_vlm.losses.objective import Implementation, LossTerms, Normalizers, Objective, compute_terms
 from grace_vlm.losses.signal import TeacherSignal
 
 VOCABULARY, D_S, D_T = 19, 6, 9
@@ -173,6 +174,18 @@ def test_what_a_method_needs(objective: Objective, needs_teacher: bool, is_gated
     gate = objective.gate_of(torch.randn(4, 11) * 5, torch.eye(11))
     assert gate.dtype == torch.float32
     assert bool((gate == 1).all()) is not is_gated
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("signal", ["entropy", "margin"])
+def test_a_colder_gate_is_a_power_of_it(implementation: Implementation, signal: GateSignal) -> None:
+    hidden, head = torch.randn(6, 11, dtype=torch.float64) * 3, torch.randn(40, 11, dtype=torch.float64)
+    plain = replace(ALL, implementation=implementation, gate_signal=signal)
+    gate = plain.gate_of(hidden, head)
+    assert torch.allclose(gate, confidence_gate(hidden @ head.T, signal), atol=1e-13)
+    cold = replace(plain, gate_temperature=0.25).gate_of(hidden, head)
+    assert torch.allclose(cold, gate**4, atol=1e-13)
+    assert bool((cold >= math.exp(-4)).all())
 
 
 @pytest.mark.parametrize("objective", VARIANTS)

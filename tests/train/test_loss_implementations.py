@@ -120,3 +120,5 @@ def test_official_has_no_plain_kl(world: Path) -> None:
         assert str(refusal.value) == (
             "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
         )
+    with pytest.raises(ConfigError, match="official has the published gate; use fused or reference"):
+        recipe(world, loss__implementation="official", loss__gate_signal="margin")

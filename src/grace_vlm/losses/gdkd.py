@@ -36,6 +36,8 @@ import torch.nn.functional as F
 
 from grace_vlm.errors import ConfigError
 
+GateSignal = Literal["entropy", "margin"]
+"""What a teacher's confidence is read from: its entropy (eq. 1), or the lead of its likeliest word."""
 VocabularyPolicy = Literal["equal", "common"]
 """What to do when the two heads have different widths.
 
@@ -110,11 +112,24 @@ def gate_of_entropy(entropy: torch.Tensor, num_words: int) -> torch.Tensor:
     return torch.exp(-entropy / math.log(num_words))
 
 
-def confidence_gate(teacher_logits: torch.Tensor) -> torch.Tensor:
-    """The gate of raw teacher logits (N, V) at T = 1 (eq. 1-2); (N,), no gradient."""
+def margin_rows(logits: torch.Tensor) -> torch.Tensor:
+    """By how much the likeliest word leads: p_1 - p_2 of softmax(logits), (N, V) FP32 or FP64 -> (N,)."""
+    best = logits.topk(2, dim=-1).values
+    return torch.exp(best - logits.logsumexp(dim=-1, keepdim=True)).diff(dim=-1).squeeze(-1).neg()
+
+
+def gate_of_margin(margin: torch.Tensor) -> torch.Tensor:
+    """exp(p_1 - p_2 - 1), in [1/e, 1] as the published gate is: ours, an alternative to it."""
+    return torch.exp(margin - 1)
+
+
+def confidence_gate(teacher_logits: torch.Tensor, signal: GateSignal = "entropy") -> torch.Tensor:
+    """The gate of raw teacher logits (N, V) at T = 1 (eq. 1-2, or ``gate_of_margin``); (N,), no gradient."""
     logits = teacher_logits.detach()
-    entropy = entropy_rows(logits if logits.dtype == torch.float64 else logits.float())
-    return gate_of_entropy(entropy, logits.shape[-1])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if signal == "margin":
+        return gate_of_margin(margin_rows(logits))
+    return gate_of_entropy(entropy_rows(logits), logits.shape[-1])
 
 
 def token_divergences(

@@ -30,7 +30,14 @@ from torch.autograd.function import once_differentiable
 from grace_vlm.errors import ConfigError
 from grace_vlm.kernels import runs_triton
 from grace_vlm.losses import gdkd_rows as plain
-from grace_vlm.losses.gdkd import VocabularyPolicy, entropy_rows, gate_of_entropy
+from grace_vlm.losses.gdkd import (
+    GateSignal,
+    VocabularyPolicy,
+    entropy_rows,
+    gate_of_entropy,
+    gate_of_margin,
+    margin_rows,
+)
 
 WORKSPACE_BYTES = 1_250_000_000
 """Of a GPU, for the logits of a chunk and the dZ of a group; 512 and 2,048 rows at 151,936 words."""
@@ -386,12 +393,16 @@ def linear_gdkd(
 
 @torch.no_grad()
 def linear_gate(
-    teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, *, workspace_bytes: int | None = None
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    signal: GateSignal = "entropy",
+    *,
+    workspace_bytes: int | None = None,
 ) -> torch.Tensor:
     """The confidence gate (GRACE eq. 1-2) of N tokens from the teacher's hidden states, chunk by chunk.
 
     Args:
-        teacher_hidden: (N, d_t). teacher_head: (V_t, d_t), no bias.
+        teacher_hidden: (N, d_t). teacher_head: (V_t, d_t), no bias. signal: as in ``confidence_gate``.
         workspace_bytes: of logits at a time; None as in ``linear_gdkd``.
 
     Returns:
@@ -401,9 +412,9 @@ def linear_gate(
     dtype, device = _logits_dtype(teacher_hidden), teacher_hidden.device
     cut = chunking(num_rows, 0, num_words, 0, workspace_bytes or _default_workspace_bytes(device), dtype.itemsize)
     logits = torch.empty(cut.rows, num_words, dtype=dtype, device=device)
-    entropy = torch.empty(num_rows, dtype=dtype, device=device)
-    rows_of = entropy_rows
-    if _uses_kernel(logits):
+    found = torch.empty(num_rows, dtype=dtype, device=device)
+    rows_of = margin_rows if signal == "margin" else entropy_rows
+    if signal == "entropy" and _uses_kernel(logits):
         from grace_vlm.kernels import gdkd_rows as kernel
 
         rows_of = kernel.entropy_rows
@@ -411,5 +422,5 @@ def linear_gate(
         part = slice(first, min(first + cut.rows, num_rows))
         chunk = logits[: part.stop - first]
         _product(teacher_hidden[part], teacher_head.t(), chunk)
-        entropy[part] = rows_of(chunk)
-    return gate_of_entropy(entropy, num_words)
+        found[part] = rows_of(chunk)
+    return gate_of_margin(found) if signal == "margin" else gate_of_entropy(found, num_words)

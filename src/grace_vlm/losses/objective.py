@@ -18,7 +18,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from grace_vlm.losses.gdkd import VocabularyPolicy, align_vocabularies, confidence_gate, gated_decoupled_kd
+from grace_vlm.losses.gdkd import (
+    GateSignal,
+    VocabularyPolicy,
+    align_vocabularies,
+    confidence_gate,
+    gated_decoupled_kd,
+)
 from grace_vlm.losses.linear_gdkd import linear_gate, linear_gdkd
 from grace_vlm.losses.official import official_decoupled_kd, official_gate, official_logits
 from grace_vlm.losses.rcka import relational_cka_sum
@@ -37,6 +43,8 @@ class Objective:
     Args:
         method: ``sft`` and ``qat`` have cross-entropy only; ``kd`` adds T^2 KL(q || p), plain; ``grace`` the rest.
         gate, decoupled, relational: the parts of ``grace`` that can be switched off.
+        gate_signal: what the gate is made of. gate_temperature: t of gate^(1/t); 1 is eq. 2, and below 1 a token that
+            the teacher is unsure of weighs less: exp(-H / (t log|V|)).
         temperature, tckd_weight, nckd_weight: T, a, b of eq. 3.
         relational_weight: omega.
         min_tokens: images with fewer visual tokens stay out of the relation loss.
@@ -49,6 +57,8 @@ class Objective:
     gate: bool = True
     decoupled: bool = True
     relational: bool = True
+    gate_signal: GateSignal = "entropy"
+    gate_temperature: float = 1.0
     temperature: float = 2.0
     tckd_weight: float = 1.0
     nckd_weight: float = 4.0
@@ -80,11 +90,15 @@ class Objective:
         if not self.is_gated:
             dtype = torch.float64 if teacher_hidden.dtype == torch.float64 else torch.float32
             return torch.ones(teacher_hidden.shape[0], dtype=dtype, device=teacher_hidden.device)
+        gate = self._gate_of(teacher_hidden, teacher_head)
+        return gate if self.gate_temperature == 1 else gate ** (1 / self.gate_temperature)
+
+    def _gate_of(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         if self.implementation == "official":
-            return official_gate(official_logits(teacher_hidden, teacher_head))
+            return official_gate(official_logits(hidden, head))
         if self.implementation == "reference":
-            return confidence_gate(_reference_logits(teacher_hidden, teacher_head))
-        return linear_gate(teacher_hidden, teacher_head, workspace_bytes=self.workspace_bytes)
+            return confidence_gate(_reference_logits(hidden, head), self.gate_signal)
+        return linear_gate(hidden, head, self.gate_signal, workspace_bytes=self.workspace_bytes)
 
 
 @dataclass(frozen=True)

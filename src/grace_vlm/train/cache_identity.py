@@ -131,8 +131,15 @@ def _seen_by(recipe: Recipe, student: LoadedModel, pixels: torch.dtype) -> dict[
         "data.min_pixels": recipe.data.min_pixels,
         "data.max_pixels": recipe.data.max_pixels,
         "loss.relational_layer": recipe.loss.relational_layer,
-        "gate": "official" if recipe.loss.implementation == "official" else "FP32",
+        "gate": _gate_of(recipe),
     }
+
+
+def _gate_of(recipe: Recipe) -> str:
+    loss = recipe.loss
+    kind = "official" if loss.implementation == "official" else "FP32"
+    is_published = loss.gate_signal == "entropy" and loss.gate_temperature == 1
+    return kind if is_published else f"{kind}, {loss.gate_signal}^(1/{loss.gate_temperature:g})"
 
 
 def _plain(value: Any) -> Any:

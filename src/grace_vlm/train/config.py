@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.losses.gdkd import VocabularyPolicy
+from grace_vlm.losses.gdkd import GateSignal, VocabularyPolicy
 from grace_vlm.losses.objective import Implementation, Method, Objective
 from grace_vlm.quant.lsq import ClipMask, ScaleGradient
 from grace_vlm.quant.plan import Part
@@ -95,6 +95,10 @@ class AdaptiveConfig(_Section):
 
 class LossConfig(_Section):
     gate: bool = Field(True, description="weigh tokens by the teacher's confidence (grace)")
+    gate_signal: GateSignal = Field(
+        "entropy", description="confidence is exp(-H / log V) (eq. 2), or, of the likeliest words, exp(p1 - p2 - 1)"
+    )
+    gate_temperature: float = Field(1.0, gt=0, description="t of gate^(1/t); below 1, unsure tokens weigh less")
     decoupled: bool = Field(True, description="decoupled instead of plain KL (grace)")
     relational: bool = Field(True, description="relational CKA on visual tokens (grace)")
     adaptive: bool = Field(True, description="move beta online (grace); false keeps fixed_weight")
@@ -253,6 +257,8 @@ class Recipe(_Section):
             raise ConfigError(
                 "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
             )
+        if self.loss.implementation == "official" and self.loss.gate_signal != "entropy":
+            raise ConfigError("loss.implementation=official has the published gate; use fused or reference")
         self._check_data()
         self.check_sharding(self.runtime.sharding)
         return self
@@ -358,6 +364,8 @@ class Recipe(_Section):
         return Objective(
             self.method,
             gate=loss.gate,
+            gate_signal=loss.gate_signal,
+            gate_temperature=loss.gate_temperature,
             decoupled=loss.decoupled,
             relational=loss.relational,
             temperature=loss.temperature,
