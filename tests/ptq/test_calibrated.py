@@ -42,7 +42,7 @@ def states(replay: Replay) -> torch.Tensor:
 def test_every_family_errs_less_than_rounding(family: str, world: Path) -> None:
     """At 8 bits: at 4 these toys with their loud channels are mostly noise."""
     errors = {}
-    for method in ("rtn", "awq", "gptq"):
+    for method in ("rtn", "awq", "gptq", "block"):
         loaded = load_toy(family, torch.float32)
         plan = plan_model(loaded.model, loaded.adapter, "w8g64")
         replay = replay_of(loaded, world)
@@ -62,6 +62,7 @@ def test_every_family_errs_less_than_rounding(family: str, world: Path) -> None:
         errors[method] = float((states(replay) - before).norm() / before.norm())
     assert errors["awq"] < 0.9 * errors["rtn"], errors
     assert errors["gptq"] < 0.6 * errors["rtn"], errors
+    assert errors["block"] < 0.9 * errors["rtn"], errors
 
 
 @torch.no_grad()
@@ -159,12 +160,12 @@ def test_what_it_refuses(world: Path, tmp_path: Path, grace: Any) -> None:
         assert found == (exit_code, "", f"error: {line}\n")
         assert not target.exists()
 
-    refuses(2, "method 'obq' is not one of rtn, awq, gptq", "--method", "obq")
+    refuses(2, "method 'obq' is not one of rtn, awq, gptq, block", "--method", "obq")
     for method in ("awq", "gptq"):
         line = f"method {method} needs rows to calibrate on; give --calibration FILE"
         refuses(2, line, "--method", method)
     refuses(2, "method rtn takes no --calibration; leave it out", "--calibration", rows)
-    line = "--num-rows, --device is of a calibration; give --calibration FILE with --method awq or gptq"
+    line = "--num-rows, --device is of a calibration; give --calibration FILE with --method awq, gptq or block"
     refuses(2, line, "--num-rows", 3, "--device", "cpu")
     line = "num-rows is 0; at least 1 is needed to calibrate on"
     refuses(2, line, "--method", "gptq", "--calibration", rows, "--num-rows", 0)

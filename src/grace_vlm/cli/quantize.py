@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import typer
 
 from grace_vlm.cli.output import ProgressBar, emit_json
 from grace_vlm.errors import ConfigError
 
-HELP = """Quantize a model without training it: rounding, AWQ or GPTQ.
+HELP = """Quantize a model without training it: rounding, AWQ, GPTQ or block reconstruction.
 
 Example: grace quantize runs/demo/student runs/gptq --method gptq --scheme w4g128 --calibration runs/demo/data/train_questions.jsonl"""  # noqa: E501
 
@@ -19,35 +19,35 @@ def quantize_model(
     model: str = typer.Argument(..., help="Model folder, run folder or hub id."),
     dst: Path = typer.Argument(..., help="Model folder to write."),
     scheme: str = typer.Option(..., "--scheme", help="w8g128, w4g128, w3g64, ..."),
-    method: str = typer.Option("rtn", "--method", help="rtn (round to nearest), awq or gptq."),
+    method: str = typer.Option("rtn", "--method", help="rtn (round to nearest), awq, gptq or block."),
     scale: str = typer.Option("mse", "--scale", help="minmax or mse: how scales are chosen."),
-    calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on, for awq and gptq."),
+    calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on, for all but rtn."),
     images: Path = typer.Option(None, "--images", help="Root of their image paths; default: their folder."),
     num_rows: int = typer.Option(None, "--num-rows", help="How many of the rows are drawn; default: 128."),
     seed: int = typer.Option(None, "--seed", help="Of that draw; default: 0."),
-    device: str = typer.Option(None, "--device", help="auto, cpu, cuda: where awq and gptq compute; default: auto."),
+    device: str = typer.Option(None, "--device", help="auto, cpu, cuda: where a calibration computes; default: auto."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing target."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    if method not in ("rtn", "awq", "gptq"):
-        raise ConfigError(f"method {method!r} is not one of rtn, awq, gptq")
-    if scale not in ("minmax", "mse"):
-        raise ConfigError(f"scale {scale!r} is not one of minmax, mse")
+    from grace_vlm.ptq.calibration import Calibration
+    from grace_vlm.ptq.quantize import PtqMethod, quantize_folder
+    from grace_vlm.quant.scale_init import ScaleRule
+
+    for key, value, known in (("method", method, get_args(PtqMethod)), ("scale", scale, get_args(ScaleRule))):
+        if value not in known:
+            raise ConfigError(f"{key} {value!r} is not one of {', '.join(known)}")
     given: dict[str, Any] = {"images": images, "num_rows": num_rows, "seed": seed, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
     if given and calibration is None:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{names} is of a calibration; give --calibration FILE with --method awq or gptq")
-    from grace_vlm.ptq.calibration import Calibration
-    from grace_vlm.ptq.quantize import quantize_folder
-
+        raise ConfigError(f"{names} is of a calibration; give --calibration FILE with --method awq, gptq or block")
     with ProgressBar("quantizing") as bar:
         plan = quantize_folder(
             model,
             dst,
             scheme,
-            method="awq" if method == "awq" else "gptq" if method == "gptq" else "rtn",
-            scale="mse" if scale == "mse" else "minmax",
+            method=cast("PtqMethod", method),
+            scale=cast("ScaleRule", scale),
             calibration=None if calibration is None else Calibration(calibration, **given),
             overwrite=overwrite,
             progress=bar.update,

@@ -2,7 +2,7 @@
 
 Every layer sees what the quantized layers before it make. GPTQ also goes in order inside a layer: q, k, v, then o,
 then gate and up, then down, each with the inputs that the ones before it now give. AWQ looks once at a layer, folds,
-proves that the layer still computes what it did, and rounds it.
+proves that the layer still computes what it did, and rounds it. Block reconstruction trains a layer as a whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.ptq.awq import clipped_scale, search_scale
+from grace_vlm.ptq.block import reconstruct_layer
 from grace_vlm.ptq.fold import channel_map, fold
 from grace_vlm.ptq.gptq import gptq_quantize
 from grace_vlm.ptq.replay import Moments, Replay
@@ -21,6 +22,7 @@ from grace_vlm.quant.affine import bake, quantize_tensor
 from grace_vlm.quant.scale_init import ScaleRule, minmax_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
+CalibratedMethod = Literal["awq", "gptq", "block"]
 Progress = Callable[[int, int], None]
 """Called with the layers or linears that are done and how many there are."""
 FOLD_TOLERANCE = 1e-3
@@ -47,7 +49,7 @@ def quantize_layers(
     model: Any,
     schemes: Mapping[str, QuantScheme],
     replay: Replay,
-    method: Literal["awq", "gptq"],
+    method: CalibratedMethod,
     rule: ScaleRule,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, QuantizedTensor]:
@@ -65,7 +67,7 @@ def quantize_layers(
     known = {f"{layer}.{name}" for layer in replay.names for stage in STAGES for name in stage.linears}
     if unknown := sorted(set(schemes) - known):
         raise ConfigError(f"{method} knows no input of {unknown[0]}; it takes linears of decoder layers")
-    one_layer = _gptq_layer if method == "gptq" else _awq_layer
+    one_layer = {"awq": _awq_layer, "gptq": _gptq_layer, "block": reconstruct_layer}[method]
     quantized: dict[str, QuantizedTensor] = {}
     for number, layer in enumerate(replay.names):
         own = {name.removeprefix(f"{layer}."): s for name, s in schemes.items() if name.startswith(f"{layer}.")}

@@ -16,7 +16,7 @@ from grace_vlm.ptq.rtn import round_to_nearest
 from grace_vlm.quant.plan import QuantPlan
 from grace_vlm.quant.scale_init import ScaleRule
 
-PtqMethod = Literal["rtn", "awq", "gptq"]
+PtqMethod = Literal["rtn", "awq", "gptq", "block"]
 
 
 def quantize_folder(
@@ -33,8 +33,8 @@ def quantize_folder(
     """Quantize ``src`` into ``dst``; returns the plan.
 
     Args:
-        calibration: for awq and gptq, which compute in FP32 on its device; rtn has none and stays on the CPU.
-        progress: of awq and gptq layer by layer, of rtn linear by linear.
+        calibration: for awq, gptq and block, which compute in FP32 on its device; rtn has none and stays on the CPU.
+        progress: of rtn linear by linear, of the others layer by layer.
 
     Raises:
         ConfigError: ``scheme`` is bf16, does not fit a layer, ``src`` is no model, or rows and method do not agree.
@@ -64,7 +64,8 @@ def quantize_folder(
         replay = calibration_replay(loaded, entries)
         quantized = quantize_layers(loaded.model, plan.schemes, replay, method, scale, progress)
         rows = f"{len(entries)} rows of `{calibration.path.name}`, seed {calibration.seed}"
-        how = f"Quantized by {method.upper()} ({scale} scales, {rows})"
+        by = "block reconstruction" if method == "block" else method.upper()
+        how = f"Quantized by {by} ({scale} scales, {rows})"
     card = f"# {method} {scheme}\n\n{how} from `{src}` by grace-vlm. No training.\n"
     publish_model(dst, loaded.model, loaded.processor, quantized, plan.bf16_names, card, overwrite=overwrite)
     return plan

@@ -103,8 +103,9 @@ class Replay:
         for batch in range(len(self.forwards)):
             self._states[batch] = self.run(number, batch)[1]
 
-    def run(self, number: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What layer ``number`` is given in one batch, and what it gives: (B, S, d) each."""
+    def run(self, number: int, batch: int, with_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """What layer ``number`` is given in one batch, and what it gives: (B, S, d) each; ``with_grad``: with the graph
+        of what it computed."""
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def stop(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -113,14 +114,17 @@ class Replay:
 
         hook = self.layers[number].register_forward_hook(stop)
         try:
-            self._run(number, batch)
+            self._run(number, batch, with_grad)
         finally:
             hook.remove()
         return found[0]
 
-    @torch.no_grad()
-    def _run(self, number: int, batch: int) -> None:
-        with _cut_short(self.layers[:number], self._states[batch]), suppress(_SeenError):
+    def _run(self, number: int, batch: int, with_grad: bool = False) -> None:
+        with (
+            torch.set_grad_enabled(with_grad),
+            _cut_short(self.layers[:number], self._states[batch]),
+            suppress(_SeenError),
+        ):
             self.forwards[batch]()
 
 

@@ -1,0 +1,113 @@
+"""Block reconstruction: each decoder layer on the grid learns to give what it gave before.
+
+Li et al. 2021 (BRECQ), as Chen et al. 2024 have it (EfficientQAT, Block-AP): for layer f with weights W, scales s and
+the states x that the quantized layers before it make, W and s of all its linears are trained together,
+
+    min  mean |f(x; fake_quantize(W, s)) - f(x; W_0)|^2        Adam, batch by batch, gradients of quant/lsq.py
+
+from W_0 and the rule's scale. Norms stay. What is kept is the best of all passes over the batches, the start among
+them, so no layer is worse than rounded.
+
+Memory: of one layer FP32 weights, moments and the activations of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from grace_vlm.errors import NonFiniteError
+from grace_vlm.ptq.replay import Replay
+from grace_vlm.quant.affine import bake, compute_dtype, quantize_tensor
+from grace_vlm.quant.lsq import LsqFakeQuantize
+from grace_vlm.quant.scale_init import ScaleRule, init_scale
+from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
+
+NUM_PASSES = 10
+"""Over the calibration batches, a layer."""
+WEIGHT_RATE, SCALE_RATE = 1e-4, 1e-3
+"""Of weights and log-scales at the start; both fall to 0 in a straight line."""
+
+
+def reconstruct_layer(
+    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule, num_passes: int = NUM_PASSES
+) -> dict[str, QuantizedTensor]:
+    """(codes, stored scale) of the linears ``schemes`` of layer ``number``, whose weights become the baked ones.
+
+    Raises:
+        NonFiniteError: NaN or Inf in what the layer gives.
+    """
+    layer, batches = replay.layers[number], range(len(replay.forwards))
+    linears = {name: layer.get_submodule(name) for name in schemes}
+    grid = {}
+    for name, scheme in schemes.items():
+        weight = linears[name].weight.detach()
+        weight = weight.to(compute_dtype(weight), copy=True)
+        grid[name] = _Trained(weight, init_scale(weight, scheme, rule).log(), scheme)
+    targets = [replay.run(number, batch)[1] for batch in batches]
+    optimizer = torch.optim.Adam(
+        [{"params": [one.weight for one in grid.values()], "lr": WEIGHT_RATE},
+         {"params": [one.log_scale for one in grid.values()], "lr": SCALE_RATE}]
+    )  # fmt: skip
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, num_passes * len(batches)))
+    best, least = {name: one.on_grid() for name, one in grid.items()}, float("inf")
+    with _computing_on(linears, grid):
+        for done in range(num_passes + 1):
+            error = sum(float(F.mse_loss(replay.run(number, batch)[1], targets[batch])) for batch in batches)
+            if not error < float("inf"):
+                raise NonFiniteError(f"{replay.names[number]} gives NaN or Inf; look at the model and its rows")
+            if error < least:
+                best, least = {name: one.on_grid() for name, one in grid.items()}, error
+            for batch in batches if done < num_passes else ():
+                _learn(replay, number, batch, targets[batch], optimizer)
+                decay.step()
+    with torch.no_grad():
+        for name, tensor in best.items():
+            linears[name].weight.copy_(bake(tensor))
+    return best
+
+
+class _Trained:
+    """A linear's weight (out, in) and log-scale (out, groups), which learn."""
+
+    def __init__(self, weight: torch.Tensor, log_scale: torch.Tensor, scheme: QuantScheme) -> None:
+        self.weight, self.log_scale, self.scheme = weight.requires_grad_(), log_scale.requires_grad_(), scheme
+
+    def value(self) -> Any:
+        """The weight on its grid, with gradients for both."""
+        return LsqFakeQuantize.apply(self.weight, self.log_scale, self.scheme, "official", "none")
+
+    @torch.no_grad()
+    def on_grid(self) -> QuantizedTensor:
+        return quantize_tensor(self.weight, self.log_scale.exp(), self.scheme)
+
+
+def _learn(replay: Replay, number: int, batch: int, target: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step on one batch."""
+    trained = [x for group in optimizer.param_groups for x in group["params"]]
+    with torch.enable_grad():
+        error = F.mse_loss(replay.run(number, batch, with_grad=True)[1], target)
+        gradients = torch.autograd.grad(error, trained)
+    for x, gradient in zip(trained, gradients, strict=True):
+        x.grad = gradient
+    optimizer.step()
+
+
+@contextmanager
+def _computing_on(linears: Mapping[str, Any], grid: Mapping[str, _Trained]) -> Iterator[None]:
+    """``linears`` compute with their weights on the grid."""
+    for name, linear in linears.items():
+
+        def forward(x: torch.Tensor, linear: Any = linear, one: _Trained = grid[name]) -> torch.Tensor:
+            return F.linear(x, one.value().to(x.dtype), linear.bias)
+
+        linear.forward = forward
+    try:
+        yield
+    finally:
+        for linear in linears.values():
+            del linear.forward
