@@ -33,6 +33,7 @@ LABELS = {
     "rtn": "RTN, MSE scales",
     "awq": "AWQ",
     "gptq": "GPTQ",
+    "block": "block reconstruction",
     "qat": "QAT",
     "kd": "QAT with plain distillation",
     "grace": "GRACE",
@@ -42,8 +43,9 @@ LABELS = {
     "grace_no_adaptive": "GRACE without the adaptive weight",
 }
 PAIRS = (
-    *((name, "rtn_minmax") for name in ("rtn", "awq", "gptq", "qat", "kd", "grace")),
-    *((name, "gptq") for name in ("qat", "kd", "grace")),
+    *((name, "rtn_minmax") for name in ("rtn", "awq", "gptq", "block", "qat", "kd", "grace")),
+    *((name, "gptq") for name in ("block", "qat", "kd", "grace")),
+    *((name, "block") for name in ("qat", "kd", "grace")),
     *((name, "qat") for name in ("kd", "grace")),
     ("grace", "kd"),
     *((name, "student") for name in ("qat", "kd", "grace")),

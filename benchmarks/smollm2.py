@@ -79,8 +79,10 @@ ROUNDED: dict[str, tuple[Any, Any]] = {
     "rtn": ("rtn", "mse"),
     "awq": ("awq", "minmax"),
     "gptq": ("gptq", "minmax"),
+    "block": ("block", "mse"),
 }
-"""Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales."""
+"""Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales; of block
+reconstruction scales are trained, from our own start."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "kd_global_t1": ("method=kd", "loss.temperature=1"),
     "microbatch": ("loss.normalization=microbatch",),
@@ -99,8 +101,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "frozen_scales": ("optim.scale_learning_rate=0",),
     "twice_as_long": ("optim.num_steps=DOUBLE",),
     "from_w8": ("model.student=FIRST",),
+    "from_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
     "self_first": ("model.student=FIRST",),
 }
+RECONSTRUCTED = "from_blocks"
+"""The variant that goes on from the student after block reconstruction (``grace quantize --method block``)."""
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),
     "self_first": ("bf16", ("model.teacher=STUDENT",)),
@@ -347,14 +352,21 @@ class Table:
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
-        if job.name in TWO_STAGES:
-            shutil.rmtree(first_stage(job))
+        shutil.rmtree(first_stage(job), ignore_errors=True)
         return loaded, diary
 
     def _before(self, job: Job) -> None:
         """The run that a variant of two stages goes on from, of the same student, seed and rate."""
+        from grace_vlm.ptq.calibration import Calibration
+        from grace_vlm.ptq.quantize import quantize_folder
         from grace_vlm.train.loop import train
 
+        if job.name == RECONSTRUCTED:
+            data = self.recipe.data
+            rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
+            quantize_folder(
+                self.student_name, first_stage(job), job.scheme, method="block", calibration=rows, overwrite=True
+            )
         if job.name in TWO_STAGES:
             scheme, changes = TWO_STAGES[job.name]
             first = replace(job, name="grace", scheme=scheme)

@@ -119,6 +119,19 @@ def test_a_variant_of_two_stages_starts_from_its_first(
     assert row["suite"] == {}
 
 
+def test_a_variant_goes_on_from_reconstructed_blocks(
+    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam, overrides = world
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1), 4)
+    assert table.make([bench.Job(bench.RECONSTRUCTED, seed=0, rate=1e-4)], bench.Clock(None))
+    (row,) = bench.read_rows(tmp_path / "v.jsonl")
+    assert row["steps"] == 2
+    assert not (tmp_path / "runs" / "smollm2" / "from_blocks_0").exists()
+
+
 def test_every_row_is_a_recipe() -> None:
     """Names, overrides and rates make valid recipes that differ from the base where they say."""
     rates = dict.fromkeys(bench.SEARCHED, 1e-4)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from toy_run import recipe_tree, write_models, write_rows
 
-from grace_vlm.errors import CheckpointError, DataError, NonFiniteError
+from grace_vlm.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from grace_vlm.formats.folder import read_grid
 from grace_vlm.formats.verify import verify
 from grace_vlm.formats.weights import open_weights
 from grace_vlm.losses.objective import LossTerms
+from grace_vlm.ptq.quantize import quantize_folder
 from grace_vlm.quant.affine import bake
 from grace_vlm.train import step as step_module
 from grace_vlm.train.config import Recipe, recipe_from
@@ -207,3 +208,27 @@ def test_a_file_of_rows_is_opened_once_until_it_changes(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:5]), encoding="utf-8")
     assert len(open_rows(made)) == 5
+
+
+def test_scales_start_as_the_student_has_them(world: Path, tmp_path: Path) -> None:
+    """A run that moves nothing ends with the grid that it began with, which no rule finds in the weights."""
+    quantize_folder(str(world / "student"), tmp_path / "w4", "w4g64", scale="minmax")
+    before = read_grid(tmp_path / "w4")
+    still = {"optim__num_steps": 1, "optim__learning_rate": 1e-30, "optim__scale_learning_rate": 0.0}
+    given = {"scheme": "w4g64", "model__student": str(tmp_path / "w4"), **still}
+    after = read_grid(train(recipe(world, quant={"scale_init": "stored"}, **given), tmp_path / "stored"))
+    by_rule = read_grid(train(recipe(world, **given), tmp_path / "mse"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name].scale, tensor.scale)
+        assert torch.equal(after[name].codes, tensor.codes)
+    assert any(not torch.equal(by_rule[name].scale, tensor.scale) for name, tensor in before.items())
+    for student, scheme, reason in (
+        (world / "student", "w4g64", "has no grid; quantize it first"),
+        (tmp_path / "w4", "w4g32", "is w4g64, bf16 in .* and w4g32, bf16 here; set scheme"),
+    ):
+        made = recipe(
+            world, quant={"scale_init": "stored"}, **{**given, "model__student": str(student), "scheme": scheme}
+        )
+        with pytest.raises(ConfigError, match=reason):
+            Run(made, tmp_path / "refused")

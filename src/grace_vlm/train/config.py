@@ -75,7 +75,9 @@ class ModelConfig(_Section):
 
 class QuantConfig(_Section):
     scale_rounding: ScaleRounding = Field("bf16", description="how the stored (and trained) scale is rounded")
-    scale_init: ScaleRule = Field("mse", description="where scales start")
+    scale_init: ScaleRule | Literal["stored"] = Field(
+        "mse", description="where scales start; stored: the student's own"
+    )
     clip_mask: ClipMask = Field("official", description="which weights get a gradient")
     scale_gradient: ScaleGradient = Field("none", description="lsq: divide by sqrt(group_size * qmax)")
     projector: str | None = Field(None, description="scheme of the merger or projector; null: BF16, as published")
@@ -189,9 +191,7 @@ class RuntimeConfig(_Section):
         "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
     deterministic: bool = Field(
-        False,
-        description="on a GPU, take only what adds up in the same order every time, in attention and compiled layers: "
-        "a run then repeats bit for bit, more slowly; a CPU does anyway",
+        False, description="on a GPU, take only what adds up in the same order every time: a run repeats, more slowly"
     )
     sharding: Sharding | None = Field(
         None,

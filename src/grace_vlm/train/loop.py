@@ -58,6 +58,7 @@ from grace_vlm.train.open import (
     open_teacher,
     pick_teacher_device,
     plan_for,
+    scale_start,
 )
 from grace_vlm.train.optim import Optimizer
 from grace_vlm.train.ranks import Ranks
@@ -118,7 +119,7 @@ class Run:
         self.masters = Masters(
             self.student.model,
             self.plan,
-            scale_init=recipe.quant.scale_init,
+            scale_init=scale_start(recipe, self.student.path, self.plan),
             clip_mask=recipe.quant.clip_mask,
             scale_gradient=recipe.quant.scale_gradient,
             ranks=self.ranks,

@@ -24,7 +24,7 @@ what is stored, and the student learns around it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,19 @@ from grace_vlm.train.sums import GradientSum, LeafSums
 def _rows(of: torch.Tensor, share: slice | None) -> torch.Tensor:
     """A view; of all rows where they are not shared out."""
     return of if share is None else of[share]
+
+
+def _start(
+    name: str,
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    scale_init: ScaleRule | Mapping[str, torch.Tensor],
+    share: slice | None,
+) -> torch.Tensor:
+    """(out, groups) scales that ``weight``, or a share of its rows, begins with."""
+    if isinstance(scale_init, str):
+        return init_scale(weight, scheme, scale_init)
+    return _rows(scale_init[name.removesuffix(".weight")], share).to(weight)
 
 
 def _count(of: torch.Tensor) -> torch.Tensor:
@@ -83,7 +96,8 @@ class Masters:
 
     Args:
         model: its parameters with ``requires_grad`` are trained; their values are the masters' start.
-        plan: which linears have a grid. ranks: the processes that share them; None: this one alone.
+        plan: which linears have a grid. scale_init: where their scales start, or the scales themselves, (out, groups)
+            by name. ranks: the processes that share them; None: this one alone.
         sharding: what else they share of ``layers``, which then run over ``shards``.
         gather: what of the leaves on a grid goes between processes.
     """
@@ -93,7 +107,7 @@ class Masters:
         model: nn.Module,
         plan: QuantPlan,
         *,
-        scale_init: ScaleRule = "mse",
+        scale_init: ScaleRule | Mapping[str, torch.Tensor] = "mse",
         clip_mask: ClipMask = "official",
         scale_gradient: ScaleGradient = "none",
         ranks: Ranks | None = None,
@@ -114,7 +128,7 @@ class Masters:
         for name, leaf in model.named_parameters():
             if not leaf.requires_grad:
                 if name in schemes:
-                    self._round(name.removesuffix(".weight"), leaf, schemes[name], scale_init)
+                    self._round(name, leaf, schemes[name], scale_init)
                 continue
             share = self.ranks.share_of(leaf)
             number = number_of.get(leaf) if share is not None and sharding != "optimizer" else None
@@ -125,7 +139,7 @@ class Masters:
             gradient = GradientSum(whole)
             tracked = _Tracked(leaf, master, gradient, name in schemes, share, own, number is not None, is_freed)
             if name in schemes:
-                start = init_scale(master.detach(), schemes[name], scale_init)
+                start = _start(name, master.detach(), schemes[name], scale_init, share)
                 of_rows = whole if tracked.is_scattered else _rows(whole, share)
                 weight = GridWeight(name, own, master.detach(), of_rows, start)
                 weights.setdefault((schemes[name], share is not None), []).append(weight)
@@ -141,10 +155,13 @@ class Masters:
         self.materialize()
 
     @torch.no_grad()
-    def _round(self, name: str, leaf: nn.Parameter, scheme: QuantScheme, scale_init: ScaleRule) -> None:
+    def _round(
+        self, name: str, leaf: nn.Parameter, scheme: QuantScheme, scale_init: ScaleRule | Mapping[str, torch.Tensor]
+    ) -> None:
         weight = leaf.to(compute_dtype(leaf))
-        self._rounded[name] = quantize_tensor(weight, init_scale(weight, scheme, scale_init), scheme)
-        leaf.copy_(bake(self._rounded[name]))
+        rounded = quantize_tensor(weight, _start(name, weight, scheme, scale_init, None), scheme)
+        self._rounded[name.removesuffix(".weight")] = rounded
+        leaf.copy_(bake(rounded))
 
     @staticmethod
     def _add_to(total: GradientSum) -> Any:

@@ -18,6 +18,7 @@ from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
+from grace_vlm.formats.folder import GRID, read_grid
 from grace_vlm.models.adapter import Adapter, plan_model
 from grace_vlm.models.load import (
     Cut,
@@ -42,6 +43,7 @@ from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor, smo
 from grace_vlm.models.tokenizers import require_same_tokens
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
 from grace_vlm.quant.plan import QuantPlan
+from grace_vlm.quant.scale_init import ScaleRule
 from grace_vlm.train.config import Recipe
 
 TOY = "toy:"
@@ -144,6 +146,28 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
         prune(whole.model, kept_layers(name, whole.model.config.text_config.num_hidden_layers))
         return LoadedModel(whole.model, whole.processor, whole.adapter, name)
     return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
+
+
+def scale_start(recipe: Recipe, path: str, plan: QuantPlan) -> ScaleRule | dict[str, torch.Tensor]:
+    """Where the scales of a student, opened from ``path``, start: by a rule, or as its folder has them.
+
+    Raises:
+        ConfigError: ``quant.scale_init=stored``, and the folder has no grid, or another than the recipe.
+    """
+    rule = recipe.quant.scale_init
+    if rule != "stored":
+        return rule
+    if not (Path(path) / GRID).is_dir():
+        raise ConfigError(f"quant.scale_init=stored and {path} has no grid; quantize it first, or take mse or minmax")
+    found = read_grid(Path(path))
+    for name, scheme in plan.schemes.items():
+        if name not in found or found[name].scheme != scheme:
+            own = f"{found[name].scheme.name}, {found[name].scheme.scale_rounding}" if name in found else "bf16"
+            raise ConfigError(
+                f"quant.scale_init=stored, and {name} is {own} in {path} and {scheme.name}, {scheme.scale_rounding} "
+                "here; set scheme and quant.scale_rounding to the student's, or take mse or minmax"
+            )
+    return {name: found[name].scale for name in plan.schemes}
 
 
 def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:
