@@ -322,7 +322,7 @@ class Table:
         return self._trained(job)
 
     def _rounded(self, job: Job) -> Any:
-        """RTN, AWQ or GPTQ of the student, calibrated on rows of the training file."""
+        """RTN, AWQ, GPTQ or block reconstruction of the student, calibrated on rows of the training file."""
         from grace_vlm.models.adapter import plan_model
         from grace_vlm.models.load import load_model
         from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
@@ -352,7 +352,8 @@ class Table:
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
-        shutil.rmtree(first_stage(job), ignore_errors=True)
+        if job.name in TWO_STAGES or job.name == RECONSTRUCTED:
+            shutil.rmtree(first_stage(job))
         return loaded, diary
 
     def _before(self, job: Job) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_run import write_rows
+from toy_run import COLOURS, write_rows
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -24,7 +24,9 @@ from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
 from grace_vlm.evals.suite.run import weights_digest  # noqa: E402
 from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
+from grace_vlm.formats.publish import publish_model  # noqa: E402
 from grace_vlm.models.load import load_model  # noqa: E402
+from grace_vlm.models.toy import build_toy_model, build_toy_processor  # noqa: E402
 
 STUDENT, TEACHER = ROOT / "assets" / "toy-student", ROOT / "assets" / "toy-teacher"
 
@@ -125,6 +127,11 @@ def test_a_variant_goes_on_from_reconstructed_blocks(
     exam, overrides = world
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    # Of SmolLM2's class: files name its modules otherwise than the model does.
+    processor = build_toy_processor(["what color is it?", *COLOURS] * 3, 320, size="llava")
+    for name in ("student", "teacher"):
+        publish_model(tmp_path / name, build_toy_model("llava", processor), processor, {}, (), "# toy\n")
+    overrides = [*overrides, f"model.student={tmp_path / 'student'}", f"model.teacher={tmp_path / 'teacher'}"]
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1), 4)
     assert table.make([bench.Job(bench.RECONSTRUCTED, seed=0, rate=1e-4)], bench.Clock(None))
     (row,) = bench.read_rows(tmp_path / "v.jsonl")

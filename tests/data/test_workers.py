@@ -16,7 +16,7 @@ from test_loader import BAD, encoder, make_reader, same, write_rows
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
-from grace_vlm.data.workers import _next_results, modules_of, start_server
+from grace_vlm.data.workers import _next_results, modules_of
 from grace_vlm.errors import ConfigError, DataError
 
 __all__ = ["encoder"]
@@ -57,13 +57,14 @@ def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Enc
 
 def test_a_worker_is_born_with_what_it_needs(tmp_path: Path, encoder: Encoder) -> None:
     """Imported in each worker, one after another, a processor's modules are seconds a worker."""
-    preparer = make_reader(write_rows(tmp_path), encoder).preparer
-    needed = modules_of(preparer)
+    reader = make_reader(write_rows(tmp_path), encoder)
+    needed = modules_of(reader.preparer)
     assert type(encoder.processor).__module__ in needed
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # of a test before, with another processor
     said = tmp_path / "said"
     code = f"import pathlib, sys; pathlib.Path({str(said)!r}).write_text(repr(set({needed}) - set(sys.modules)))"
-    worker = start_server(preparer).Process(target=exec, args=(code,))
+    TrainLoader(reader, 2, seed=0, num_workers=1)
+    worker = multiprocessing.get_context("forkserver").Process(target=exec, args=(code,))
     worker.start()
     worker.join(60)
     assert said.read_text() == "set()"

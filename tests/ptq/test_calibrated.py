@@ -161,7 +161,7 @@ def test_what_it_refuses(world: Path, tmp_path: Path, grace: Any) -> None:
         assert not target.exists()
 
     refuses(2, "method 'obq' is not one of rtn, awq, gptq, block", "--method", "obq")
-    for method in ("awq", "gptq"):
+    for method in ("awq", "gptq", "block"):
         line = f"method {method} needs rows to calibrate on; give --calibration FILE"
         refuses(2, line, "--method", method)
     refuses(2, "method rtn takes no --calibration; leave it out", "--calibration", rows)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from toy_run import recipe_tree, write_models, write_rows
+from toy_run import COLOURS, recipe_tree, write_models, write_rows
 
 from grace_vlm.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from grace_vlm.formats.folder import read_grid
+from grace_vlm.formats.publish import publish_model
 from grace_vlm.formats.verify import verify
 from grace_vlm.formats.weights import open_weights
 from grace_vlm.losses.objective import LossTerms
+from grace_vlm.models.toy import build_toy_model, build_toy_processor
 from grace_vlm.ptq.quantize import quantize_folder
 from grace_vlm.quant.affine import bake
 from grace_vlm.train import step as step_module
@@ -210,25 +212,29 @@ def test_a_file_of_rows_is_opened_once_until_it_changes(tmp_path: Path) -> None:
     assert len(open_rows(made)) == 5
 
 
-def test_scales_start_as_the_student_has_them(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["tiny", "qwen2_vl", "llava"])
+def test_scales_start_as_the_student_has_them(tmp_path: Path, size: str) -> None:
     """A run that moves nothing ends with the grid that it began with, which no rule finds in the weights."""
-    quantize_folder(str(world / "student"), tmp_path / "w4", "w4g64", scale="minmax")
+    write_rows(tmp_path, num_rows=8)
+    processor = build_toy_processor(["what color is the square?", *COLOURS] * 3, 320, size=size)
+    publish_model(tmp_path / "plain", build_toy_model(size, processor), processor, {}, (), "# toy\n")
+    quantize_folder(str(tmp_path / "plain"), tmp_path / "w4", "w4g64", scale="minmax")
     before = read_grid(tmp_path / "w4")
     still = {"optim__num_steps": 1, "optim__learning_rate": 1e-30, "optim__scale_learning_rate": 0.0}
-    given = {"scheme": "w4g64", "model__student": str(tmp_path / "w4"), **still}
-    after = read_grid(train(recipe(world, quant={"scale_init": "stored"}, **given), tmp_path / "stored"))
-    by_rule = read_grid(train(recipe(world, **given), tmp_path / "mse"))
-    assert before.keys() == after.keys()
+    base = {"method": "qat", "model": {"student": str(tmp_path / "w4")}, **still}
+    after = {}
+    for rule in ("stored", "mse"):
+        made = recipe(tmp_path, **base, scheme="w4g64", quant={"scale_init": rule})
+        after[rule] = read_grid(train(made, tmp_path / rule))
+    assert before.keys() == after["stored"].keys()
     for name, tensor in before.items():
-        assert torch.equal(after[name].scale, tensor.scale)
-        assert torch.equal(after[name].codes, tensor.codes)
-    assert any(not torch.equal(by_rule[name].scale, tensor.scale) for name, tensor in before.items())
+        assert torch.equal(after["stored"][name].scale, tensor.scale)
+        assert torch.equal(after["stored"][name].codes, tensor.codes)
+    assert any(not torch.equal(after["mse"][name].scale, tensor.scale) for name, tensor in before.items())
     for student, scheme, reason in (
-        (world / "student", "w4g64", "has no grid; quantize it first"),
-        (tmp_path / "w4", "w4g32", "is w4g64, bf16 in .* and w4g32, bf16 here; set scheme"),
+        ("plain", "w4g64", "wants a folder with its grid, .* and .*plain has none; take mse or minmax"),
+        ("w4", "w4g32", "is w4g64, bf16 in .* and w4g32, bf16 here; set scheme"),
     ):
-        made = recipe(
-            world, quant={"scale_init": "stored"}, **{**given, "model__student": str(student), "scheme": scheme}
-        )
+        changed = {**base, "model": {"student": str(tmp_path / student)}, "quant": {"scale_init": "stored"}}
         with pytest.raises(ConfigError, match=reason):
-            Run(made, tmp_path / "refused")
+            Run(recipe(tmp_path, **changed, scheme=scheme), tmp_path / "refused")

@@ -20,7 +20,7 @@ from grace_vlm.quant.lsq import LsqFakeQuantize
 from grace_vlm.quant.plan import QuantPlan, make_plan
 from grace_vlm.quant.scale_init import init_scale
 from grace_vlm.quant.scheme import QuantScheme
-from grace_vlm.train.masters import Masters
+from grace_vlm.train.masters import Masters, _start
 
 
 class Net(nn.Module):
@@ -61,6 +61,15 @@ class OnGrid(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return LsqFakeQuantize.apply(weight, self.log_scale, *self.options)
+
+
+def test_scales_that_are_given_go_to_the_rows_that_a_process_has() -> None:
+    scheme, weight = QuantScheme(4, 16), torch.randn(8, 64)
+    given = {"one": torch.rand(8, 4).bfloat16()}
+    start = _start("one.weight", weight[2:5], scheme, given, slice(2, 5))
+    assert start.dtype == torch.float32
+    assert torch.equal(start, given["one"][2:5].float())
+    assert torch.equal(_start("one.weight", weight, scheme, given, None), given["one"].float())
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

@@ -1,23 +1,26 @@
-"""``runtime.deterministic``: what it asks of torch, that it takes it back, and on a GPU that runs repeat."""
+"""``runtime.deterministic``: what it asks of torch, that it takes that back, and on a GPU that runs repeat."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch._inductor import config as compiler
 from toy_run import recipe_tree, write_models, write_rows
 
-from grace_vlm.train.config import recipe_from
-from grace_vlm.train.loop import train
+from grace_vlm.errors import ConfigError
 from grace_vlm.train.repeat import repeatable
 
 
 def asked() -> tuple[bool, ...]:
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    return torch.are_deterministic_algorithms_enabled(), compiler.deterministic, filled
+    mode = torch.get_deterministic_debug_mode()  # 2: refuses what does not repeat; attention looks at that
+    return mode == 2, compiler.deterministic, filled
 
 
 def test_it_lasts_as_long_as_the_run() -> None:
@@ -32,6 +35,16 @@ def test_it_lasts_as_long_as_the_run() -> None:
     assert asked() == before
 
 
+def test_what_has_no_form_that_repeats_is_named() -> None:
+    before = asked()
+    said = r"^runtime\.deterministic=true, and avg_bwd .* but you set it; set runtime\.deterministic=false$"
+    with pytest.raises(ConfigError, match=said), repeatable(True):
+        raise RuntimeError("avg_bwd does not have a deterministic implementation, but you set it. You can turn")
+    assert asked() == before
+    with pytest.raises(RuntimeError, match=r"^another$"), repeatable(True):
+        raise RuntimeError("another")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_long_rows_repeat_on_a_gpu(tmp_path: Path, compiled: bool) -> None:
@@ -44,6 +57,9 @@ def test_long_rows_repeat_on_a_gpu(tmp_path: Path, compiled: bool) -> None:
     write_models(tmp_path)
     changes = {"data__max_tokens": 2048, "runtime__device": "cuda", "runtime__checkpoint_every_steps": 0}
     tree = recipe_tree(tmp_path, runtime__deterministic=True, runtime__compile=compiled, **changes)
-    finals = [train(recipe_from(tree, "test"), tmp_path / name) for name in ("one", "two")]
-    one, two = (next(final.glob("*.safetensors")).read_bytes() for final in finals)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    for name in ("one", "two"):  # cuBLAS was used in this process before
+        words = [sys.executable, "-m", "grace_vlm.cli.main", "train", "recipe.yaml", "--out", name]
+        subprocess.run(words, check=True, cwd=tmp_path)
+    one, two = (next((tmp_path / name / "final").glob("*.safetensors")).read_bytes() for name in ("one", "two"))
     assert one == two

@@ -28,7 +28,7 @@ def analyze(
         None, "--max-pixels", help="Area that larger pictures are shrunk to; default: 200704, as in training."
     ),
     linears: bool = typer.Option(
-        False, "--linears", help="Also the effect of each linear alone, a forward each; for RTN and GPTQ."
+        False, "--linears", help="Also the effect of each linear alone; not of AWQ and training, which change more."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),

@@ -98,6 +98,10 @@ class _Modules(ForkingPickler):
         super().__init__(io.BytesIO())
         self.names: set[str] = set()
 
+    def reducer_override(self, item: Any) -> Any:
+        # Pickled for a worker it would move to shared memory; this is for none.
+        return (int, ()) if isinstance(item, torch.Tensor) else NotImplemented
+
     def persistent_id(self, item: Any) -> None:
         owner = item if hasattr(item, "__qualname__") else type(item)
         self.names.add(getattr(owner, "__module__", None) or "builtins")
@@ -113,7 +117,7 @@ def modules_of(item: Any) -> list[str]:
 def start_server(preparer: Preparer) -> ForkServerContext:
     """Workers are forked from a process that has no CUDA context and no threads, and that has imported what they need
     once: they start one after another, and the modules of a processor alone take each of them seconds. It starts here
-    and imports beside its caller; a second call finds it started."""
+    and imports beside its caller; a second call finds it started, and what it did not import its workers do."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *modules_of(preparer)])
     ensure_running()

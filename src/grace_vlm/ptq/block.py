@@ -8,7 +8,8 @@ the states x that the quantized layers before it make, W and s of all its linear
 from W_0 and the rule's scale. Norms stay. What is kept is the best of all passes over the batches, the start among
 them, so no layer is worse than rounded.
 
-Memory: of one layer FP32 weights, moments and the activations of one batch.
+Memory: what the layer gave, (tokens, d) of all batches, beside the replay's states; of one layer a copy of its
+weights, their gradients and moments, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def reconstruct_layer(
     """(codes, stored scale) of the linears ``schemes`` of layer ``number``, whose weights become the baked ones.
 
     Raises:
-        NonFiniteError: NaN or Inf in what the layer gives.
+        NonFiniteError: NaN or Inf in what the rounded layer gives.
     """
+    if not schemes:
+        return {}
     layer, batches = replay.layers[number], range(len(replay.forwards))
     linears = {name: layer.get_submodule(name) for name in schemes}
     grid = {}
@@ -54,12 +57,14 @@ def reconstruct_layer(
          {"params": [one.log_scale for one in grid.values()], "lr": SCALE_RATE}]
     )  # fmt: skip
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, num_passes * len(batches)))
-    best, least = {name: one.on_grid() for name, one in grid.items()}, float("inf")
+    best, least = dict[str, QuantizedTensor](), float("inf")
     with _computing_on(linears, grid):
         for done in range(num_passes + 1):
             error = sum(float(F.mse_loss(replay.run(number, batch)[1], targets[batch])) for batch in batches)
             if not error < float("inf"):
-                raise NonFiniteError(f"{replay.names[number]} gives NaN or Inf; look at the model and its rows")
+                if not best:
+                    raise NonFiniteError(f"{replay.names[number]} gives NaN or Inf; look at the model and its rows")
+                break  # it ran away: what was best before stays
             if error < least:
                 best, least = {name: one.on_grid() for name, one in grid.items()}, error
             for batch in batches if done < num_passes else ():

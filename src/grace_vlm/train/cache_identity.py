@@ -139,7 +139,7 @@ def _gate_of(recipe: Recipe) -> str:
     loss = recipe.loss
     kind = "official" if loss.implementation == "official" else "FP32"
     is_published = loss.gate_signal == "entropy" and loss.gate_temperature == 1
-    return kind if is_published else f"{kind}, {loss.gate_signal}^(1/{loss.gate_temperature:g})"
+    return kind if is_published else f"{kind}, {loss.gate_signal}^(1/{loss.gate_temperature!r})"
 
 
 def _plain(value: Any) -> Any:

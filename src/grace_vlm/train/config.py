@@ -97,9 +97,7 @@ class AdaptiveConfig(_Section):
 
 class LossConfig(_Section):
     gate: bool = Field(True, description="weigh tokens by the teacher's confidence (grace)")
-    gate_signal: GateSignal = Field(
-        "entropy", description="confidence is exp(-H / log V) (eq. 2), or, of the likeliest words, exp(p1 - p2 - 1)"
-    )
+    gate_signal: GateSignal = Field("entropy", description="entropy: eq. 2; margin: exp(p1 - p2 - 1), likeliest words")
     gate_temperature: float = Field(1.0, gt=0, description="t of gate^(1/t); below 1, unsure tokens weigh less")
     decoupled: bool = Field(True, description="decoupled instead of plain KL (grace)")
     relational: bool = Field(True, description="relational CKA on visual tokens (grace)")
@@ -187,8 +185,8 @@ class RuntimeConfig(_Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="on a GPU in BF16, ask for all decoder layers of a packed micro-batch at once instead of kernel by "
-        "kernel, where the host is what a step waits for; a resumed run then repeats the first up to rounding",
+        description="on a GPU in BF16, ask for all layers of a packed micro-batch at once instead of kernel by kernel, "
+        "where the host is what a step waits for; a resumed run then repeats the first up to rounding",
     )
     deterministic: bool = Field(
         False, description="on a GPU, take only what adds up in the same order every time: a run repeats, more slowly"
@@ -257,7 +255,8 @@ class Recipe(_Section):
             raise ConfigError(
                 "loss.implementation=official has no plain KL (method kd, loss.decoupled=false); use fused or reference"
             )
-        if self.loss.implementation == "official" and self.loss.gate_signal != "entropy":
+        gate = self.loss.gate_signal, self.loss.gate_temperature
+        if self.loss.implementation == "official" and self.objective().is_gated and gate != ("entropy", 1):
             raise ConfigError("loss.implementation=official has the published gate; use fused or reference")
         self._check_data()
         self.check_sharding(self.runtime.sharding)

@@ -116,22 +116,7 @@ class Run:
         choose_trained(recipe, self.student)
         cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
         self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, recipe.trains_tower)
-        self.masters = Masters(
-            self.student.model,
-            self.plan,
-            scale_init=scale_start(recipe, self.student.path, self.plan),
-            clip_mask=recipe.quant.clip_mask,
-            scale_gradient=recipe.quant.scale_gradient,
-            ranks=self.ranks,
-            sharding=self.sharding,
-            layers=tuple(self.student.model.model.language_model.layers),
-            gather=recipe.runtime.gather,
-        )
-        if self.masters.shards is not None:
-            attach(self.student.model, self.masters.shards)
-        self.optimizer = Optimizer(self.masters, recipe.optim)
-        self.teacher = self._open_teacher(cache_bytes)
-        self.adaptive = self._adaptive_weight()
+        # First: its workers' server imports beside what follows.
         self.ledger = Ledger(out / ledger_name(self.ranks.index))
         self.loader = open_loader(
             recipe,
@@ -144,6 +129,22 @@ class Run:
             rank=self.ranks.index,
             world_size=self.ranks.count,
         )
+        self.masters = Masters(
+            self.student.model,
+            self.plan,
+            scale_init=scale_start(recipe, self.student, self.plan),
+            clip_mask=recipe.quant.clip_mask,
+            scale_gradient=recipe.quant.scale_gradient,
+            ranks=self.ranks,
+            sharding=self.sharding,
+            layers=tuple(self.student.model.model.language_model.layers),
+            gather=recipe.runtime.gather,
+        )
+        if self.masters.shards is not None:
+            attach(self.student.model, self.masters.shards)
+        self.optimizer = Optimizer(self.masters, recipe.optim)
+        self.teacher = self._open_teacher(cache_bytes)
+        self.adaptive = self._adaptive_weight()
         self.stepper = Stepper(
             recipe,
             self.student,

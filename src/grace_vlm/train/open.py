@@ -18,8 +18,8 @@ from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
-from grace_vlm.formats.folder import GRID, read_grid
-from grace_vlm.models.adapter import Adapter, plan_model
+from grace_vlm.formats.folder import GRID, open_grid
+from grace_vlm.models.adapter import Adapter, plan_model, stored_name
 from grace_vlm.models.load import (
     Cut,
     LoadedModel,
@@ -148,8 +148,8 @@ def open_student(recipe: Recipe, rows: RowFile) -> LoadedModel:
     return load_model(name, recipe.runtime.device, recipe.model.vision_tower)
 
 
-def scale_start(recipe: Recipe, path: str, plan: QuantPlan) -> ScaleRule | dict[str, torch.Tensor]:
-    """Where the scales of a student, opened from ``path``, start: by a rule, or as its folder has them.
+def scale_start(recipe: Recipe, student: LoadedModel, plan: QuantPlan) -> ScaleRule | dict[str, torch.Tensor]:
+    """Where a student's scales start: by a rule, or as its folder has them, (out, groups) by module name.
 
     Raises:
         ConfigError: ``quant.scale_init=stored``, and the folder has no grid, or another than the recipe.
@@ -157,17 +157,23 @@ def scale_start(recipe: Recipe, path: str, plan: QuantPlan) -> ScaleRule | dict[
     rule = recipe.quant.scale_init
     if rule != "stored":
         return rule
-    if not (Path(path) / GRID).is_dir():
-        raise ConfigError(f"quant.scale_init=stored and {path} has no grid; quantize it first, or take mse or minmax")
-    found = read_grid(Path(path))
+    folder, found = Path(student.path), dict[str, torch.Tensor]()
+    if plan.schemes and not (folder / GRID).is_dir():
+        raise ConfigError(
+            f"quant.scale_init=stored wants a folder with its grid, as grace quantize and grace train write it, and "
+            f"{student.path} has none; take mse or minmax"
+        )
+    stored = open_grid(folder)[2] if plan.schemes else {}
     for name, scheme in plan.schemes.items():
-        if name not in found or found[name].scheme != scheme:
-            own = f"{found[name].scheme.name}, {found[name].scheme.scale_rounding}" if name in found else "bf16"
+        tensor = stored.get(stored_name(student.adapter, name))
+        if tensor is None or tensor.scheme != scheme:
+            own = f"{tensor.scheme.name}, {tensor.scheme.scale_rounding}" if tensor is not None else "bf16"
             raise ConfigError(
-                f"quant.scale_init=stored, and {name} is {own} in {path} and {scheme.name}, {scheme.scale_rounding} "
+                f"quant.scale_init=stored, and {name} is {own} in {folder} and {scheme.name}, {scheme.scale_rounding} "
                 "here; set scheme and quant.scale_rounding to the student's, or take mse or minmax"
             )
-    return {name: found[name].scale for name in plan.schemes}
+        found[name] = tensor.scale
+    return found
 
 
 def open_without_weights(recipe: Recipe, rows: RowFile) -> LoadedModel:

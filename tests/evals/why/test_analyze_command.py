@@ -94,6 +94,9 @@ def test_the_unquantized_model_before_itself(world: Path, grace: Any, tmp_path: 
 
 
 def test_errors(world: Path, grace: Any, tmp_path: Path) -> None:
+    code, _, err = grace(*words(world, "w4", tmp_path / "none", "--linears"))
+    line = "error: --linears compares with the student before it was quantized; give --before\n"
+    assert (code, err) == (2, line)
     code, _, err = grace(*words(world, "w4", tmp_path, "--limit", 0))
     assert (code, err) == (2, "error: --limit is 0; at least 1 row is needed to look at\n")
     code, _, err = grace(*words(world, "nowhere", tmp_path))

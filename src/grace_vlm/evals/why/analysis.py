@@ -57,6 +57,8 @@ class Analysis:
         device: str,
         linears: bool = False,
     ) -> None:
+        if linears and before is None:
+            raise ConfigError("--linears compares with the student before it was quantized; give --before")
         self.names = {"model": model, "teacher": teacher, "before": before}
         self.sampled = sampled
         loaded, self.codes = open_model(model, device)

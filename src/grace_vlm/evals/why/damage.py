@@ -111,7 +111,11 @@ def only_linears_differ(layer: nn.Module, other: nn.Module) -> bool:
     training moves them, and then a linear of one in the other is in a place that it was not made for."""
     linears = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     theirs = dict(other.named_parameters())
-    return all(name in linears or torch.equal(p, theirs[name]) for name, p in layer.named_parameters())
+    own = dict(layer.named_parameters())
+    # Other parameters altogether are refused by ``swapped``, with a reason.
+    return own.keys() == theirs.keys() and all(
+        name in linears or torch.equal(p, theirs[name]) for name, p in own.items()
+    )
 
 
 class Damage:
