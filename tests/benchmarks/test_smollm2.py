@@ -290,3 +290,15 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, ca
         with pytest.raises(SystemExit):
             bench.main()
         assert said in capsys.readouterr().err
+
+
+def test_processes_share_the_batches_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    alone = bench.stage_recipe("teacher_2_all", ["optim.num_steps=5"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = bench.stage_recipe("teacher_2_all", ["optim.num_steps=5"])
+    assert (shared.data.micro_batch_size, shared.data.accumulation) == (32, 2)
+    same = {"micro_batch_size": alone.data.micro_batch_size, "accumulation": alone.data.accumulation}
+    assert shared.model_copy(update={"data": shared.data.model_copy(update=same)}) == alone
+    with pytest.raises(SystemExit, match="2 processes cannot share the 5 rows of a micro-batch of student"):
+        bench.stage_recipe("student", ["data.micro_batch_size=5"])
