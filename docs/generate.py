@@ -65,7 +65,7 @@ def recipes() -> str:
 
 def cli() -> str:
     """The help of every command."""
-    parts = ["# Command line\n\nMade by `make docs` from the commands' own help.\n"]
+    parts = ["# Command line\n\nMade by `make docs` from the commands' own help.\n", _exit_codes()]
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     for command in ("", *COMMANDS):
         words = [sys.executable, "-m", "grace_vlm.cli.main", *command.split(), "--help"]
@@ -75,6 +75,20 @@ def cli() -> str:
         )
         parts.append(f"## grace {command}\n\n```\n{body}\n```\n".replace("## grace \n", "## grace\n"))
     return "\n".join(parts)
+
+
+def _exit_codes() -> str:
+    """A line for each error of ``errors.py``."""
+    from grace_vlm.errors import GraceError
+
+    known = sorted(GraceError.__subclasses__(), key=lambda error: error.exit_code)
+    rows = "\n".join(f"| {one.exit_code} | {(one.__doc__ or '').splitlines()[0]} |" for one in known)
+    said = (
+        "Every error is one line, `error: ...`, on standard error; what cannot be parsed is 2, a bug of ours 1 with its"
+    )
+    of_verify = "`verify` and `demo` looked and found something that differs"
+    head = f"{said} traceback.\n\n| code | what |\n|---|---|\n| 0 | done |\n| 1 | {of_verify} |\n"
+    return f"## Exit codes\n\n{head}{rows}\n"
 
 
 def training() -> str:

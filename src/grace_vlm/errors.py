@@ -65,7 +65,7 @@ class RequestError(GraceError):
 
 
 class OtherProcessError(GraceError):
-    """Another process of the run failed, and why; an instance has that one's exit code."""
+    """Another process of the run failed, and why; the exit code is that one's."""
 
     exit_code = 8
 
@@ -75,7 +75,7 @@ class OtherProcessError(GraceError):
 
 
 class StoppedError(GraceError):
-    """A run that was asked to stop has stopped, with a checkpoint; an instance has 128 and the signal's number."""
+    """A run that was asked to stop has stopped, with a checkpoint; the exit code is 128 and the signal's number."""
 
     exit_code = 128 + 15
 
