@@ -198,7 +198,8 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
         finally:
             if _is_first():
                 _add_seconds(out, time.monotonic() - started)
-        print(f"{recipe} is complete: {out / 'final'}", flush=True)
+        if _is_first():
+            print(f"{recipe} is complete: {out / 'final'}", flush=True)
     return True
 
 
