@@ -30,8 +30,8 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 NUM_PASSES = 10
 """Over the calibration batches, a layer."""
-WEIGHT_RATE, SCALE_RATE = 3e-4, 3e-3
-"""Of weights and log-scales at the start; both fall to 0 in a straight line (docs/log.md has others)."""
+WEIGHT_RATE, SCALE_RATE = 1e-4, 1e-3
+"""Of weights and log-scales at the start; both fall to 0 in a straight line."""
 
 
 def reconstruct_layer(
