@@ -18,7 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2 import ABLATIONS, OUT, ROUNDED, SCHEME, VARIANTS, is_validation, loss_of, mean_of_suite, read_rows
+from smollm2 import (
+    ABLATIONS,
+    OUT,
+    ROUNDED,
+    SCHEME,
+    SEARCHED,
+    VARIANTS,
+    is_validation,
+    loss_of,
+    mean_of_suite,
+    read_rows,
+)
 
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
@@ -43,12 +54,12 @@ LABELS = {
     "grace_no_adaptive": "GRACE without the adaptive weight",
 }
 PAIRS = (
-    *((name, "rtn_minmax") for name in ("rtn", "awq", "gptq", "block", "qat", "kd", "grace")),
-    *((name, "gptq") for name in ("block", "qat", "kd", "grace")),
-    *((name, "block") for name in ("qat", "kd", "grace")),
+    *((name, "rtn_minmax") for name in (*ROUNDED, *SEARCHED) if name != "rtn_minmax"),
+    *((name, "gptq") for name in ("block", *SEARCHED)),
+    *((name, "block") for name in SEARCHED),
     *((name, "qat") for name in ("kd", "grace")),
     ("grace", "kd"),
-    *((name, "student") for name in ("qat", "kd", "grace")),
+    *((name, "student") for name in SEARCHED),
 )
 Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
 """(name, scheme) -> seed -> row."""
@@ -223,7 +234,7 @@ def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
     runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
     lines: list[str] = []
-    names = ("teacher", "student", "sft", *ROUNDED, "qat", "kd", "grace")
+    names = ("teacher", "student", "sft", *ROUNDED, *SEARCHED)
     if rows:
         lines += [provenance(rows), ""]
         pairs = [((a, SCHEME), (b, scheme_of(b, SCHEME)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
@@ -247,7 +258,7 @@ def pages(folder: Path, images: Path) -> list[str]:
         lines += section("Why", why_pages(folder, rows[0]["student"], images))
     small, rows = collect([folder / "small.jsonl"])
     if rows:
-        table = method_table(small, SCHEME, ("student", *ROUNDED, "qat", "kd", "grace"))
+        table = method_table(small, SCHEME, ("student", *ROUNDED, *SEARCHED))
         lines += section("The language alone, on a CPU", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
@@ -266,15 +277,17 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     from grace_vlm.evals.why.summary import summary_lines
 
     lines: list[str] = []
+    drawn = {}
     for name in ("grace", "rtn_minmax"):
+        drawn[name] = pictures_of(content[name])
         numbers = [f"| {what.strip()} | {value} |" for what, value in summary_lines(content[name])]
         said = f"{LABELS[name]}, {SCHEME.upper()}, {content[name]['data']['num_rows']:,} held-out questions"
         lines += [f"| {said} | |", "|---|---|", *numbers, ""]
     for place in WHY:
         name, _, picture = place.partition("/")
-        if drawn := pictures_of(content[name]).get(f"{picture}.svg"):  # too few rows have no picture
+        if text := drawn[name].get(f"{picture}.svg"):  # too few rows have no picture
             file = images / f"smollm2_{name}_{picture}.svg"
-            file.write_text(drawn, encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
             lines.append(f"![{picture} of {LABELS[name]}](images/{file.name})")
     one = content["grace"]
     where = f"{one['dtype']} on {one['hardware']}, torch {one['versions']['torch']}, commit {content['commit']}"

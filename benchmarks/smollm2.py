@@ -266,19 +266,26 @@ def first_stage(job: Job) -> Path:
     return RUNS / f"{job.name}_{job.seed}"
 
 
+def digest_of(student: str) -> str:
+    """The hash that rows of a student carry."""
+    from grace_vlm.evals.suite.run import weights_digest
+    from grace_vlm.models.load import resolve_source
+
+    return weights_digest(resolve_source(student))
+
+
 class Table:
     """Rows of one command, made one after another in one process: what is compiled and decoded once serves all."""
 
     def __init__(
         self, path: Path, overrides: Sequence[str], exam: Any, calibration_rows: int = CALIBRATION_ROWS
     ) -> None:
-        from grace_vlm.evals.suite.run import weights_digest
-        from grace_vlm.models.load import load_model, resolve_source
+        from grace_vlm.models.load import load_model
 
         self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
         recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
         self.student_name = str(recipe.model.student)
-        self.student = weights_digest(resolve_source(self.student_name))
+        self.student = digest_of(self.student_name)
         self.recipe = recipe
         self.reference = load_model(self.student_name)
         from smollm2_measure import Examination
@@ -368,32 +375,34 @@ class Table:
         from grace_vlm.train.loop import train
         from grace_vlm.train.record import read_metrics
 
-        self._before(job)
+        first = self._before(job)
         out = RUNS / "rows" / "_".join(str(part) for part in job.key)
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
-        if job.name in TWO_STAGES or job.name == RECONSTRUCTED:
-            shutil.rmtree(first_stage(job))
+        if first is not None:
+            shutil.rmtree(first)
         return loaded, diary
 
-    def _before(self, job: Job) -> None:
-        """The run that a variant of two stages goes on from, of the same student, seed and rate."""
+    def _before(self, job: Job) -> Path | None:
+        """The model that a variant of two stages goes on from, of the same student, seed and rate; None for others."""
         from grace_vlm.ptq.calibration import Calibration
         from grace_vlm.ptq.quantize import quantize_folder
         from grace_vlm.train.loop import train
 
+        first_out = first_stage(job)
         if job.name == RECONSTRUCTED:
             data = self.recipe.data
             rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
-            quantize_folder(
-                self.student_name, first_stage(job), job.scheme, method="block", calibration=rows, overwrite=True
-            )
-        if job.name in TWO_STAGES:
+            quantize_folder(self.student_name, first_out, job.scheme, method="block", calibration=rows, overwrite=True)
+        elif job.name in TWO_STAGES:
             scheme, changes = TWO_STAGES[job.name]
             first = replace(job, name="grace", scheme=scheme)
             stated = [change.replace("STUDENT", self.student_name) for change in changes]
-            train(recipe_of(first, (*self.overrides, *stated)), first_stage(job), overwrite=True)
+            train(recipe_of(first, (*self.overrides, *stated)), first_out, overwrite=True)
+        else:
+            return None
+        return first_out
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -470,6 +479,11 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: rate for name, (_, rate) in best.items()}
 
 
+def searched_rates(out: Path, student: str) -> dict[str, float]:
+    """``best_rates`` of the rows that a search for this student left in ``out``."""
+    return best_rates([row for row in read_rows(out / "search.jsonl") if row["student"] == student])
+
+
 def validation_score(row: dict[str, Any]) -> float:
     """Share of right answers on every second hundred of the questions; the report tests on the others."""
     bits = row["questions"]["correct"]
@@ -512,7 +526,7 @@ def variant_jobs(rates: dict[str, float]) -> list[Job]:
 def small_jobs() -> list[Job]:
     """The language alone, all 30 layers: its teacher is the model itself before it was rounded."""
     jobs = [Job("student", "bf16"), *(Job(name) for name in ROUNDED)]
-    return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in ("qat", "kd", "grace")]
+    return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in SEARCHED]
 
 
 def write_language() -> Path:
@@ -606,8 +620,7 @@ def main() -> None:
         jobs = []
     table = Table(path, overrides, exam, calibration_rows)
     if args.command in JOBS:
-        searched = [row for row in read_rows(args.out / "search.jsonl") if row["student"] == table.student]
-        jobs = JOBS[args.command](best_rates(searched))
+        jobs = JOBS[args.command](searched_rates(args.out, table.student))
     first, count = args.share
     sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from record import commit_name
-from smollm2 import OUT, RUNS, SCHEME, WORLD, Job, best_rates, read_rows, recipe_of
+from smollm2 import OUT, RUNS, SCHEME, WORLD, Job, digest_of, recipe_of, searched_rates
 
 from grace_vlm.checkpoint.atomic import write_json_atomic
 
@@ -42,15 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows; default: %(default)s")
     args = made.parse_intermixed_args(argv)
 
-    from grace_vlm.evals.suite.run import weights_digest
-    from grace_vlm.models.load import resolve_source
     from grace_vlm.ptq.quantize import quantize_folder
     from grace_vlm.train.loop import train
 
     recipe = recipe_of(Job("grace", seed=0, rate=1.0), args.overrides)
     student, teacher = str(recipe.model.student), str(recipe.model.teacher)
-    digest = weights_digest(resolve_source(student))
-    rates = best_rates([row for row in read_rows(args.out / "search.jsonl") if row["student"] == digest])
+    digest = digest_of(student)
+    rates = searched_rates(args.out, digest)
     # What was kept before may be of another student.
     train(recipe_of(Job("grace", seed=0, rate=rates["grace"]), args.overrides), KEPT, overwrite=True, notify=print)
     quantize_folder(student, ROUNDED, SCHEME, scale="minmax", overwrite=True)

@@ -52,12 +52,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exam, list[str]]:
     return exam, [f"{key}={value}" for key, value in changes.items()]
 
 
-def test_rows_of_every_kind_and_a_second_call_makes_none_again(
-    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exam, overrides = world
+@pytest.fixture
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program runs in a new folder, with the recipes of this one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+
+
+def test_rows_of_every_kind_and_a_second_call_makes_none_again(
+    world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None
+) -> None:
+    exam, overrides = world
     path = tmp_path / "headline.jsonl"
     table = bench.Table(path, overrides, exam)
     jobs = [bench.Job("student", "bf16"), bench.Job("gptq"), bench.Job("grace", seed=1, rate=1e-4)]
@@ -102,11 +107,9 @@ def test_a_search_asks_the_validation_half_alone(world: tuple[Exam, list[str]]) 
 
 
 def test_a_variant_of_two_stages_starts_from_its_first(
-    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None
 ) -> None:
     exam, overrides = world
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
     job = bench.Job("from_w8", seed=0, rate=1e-4)
     table._before(job)
@@ -122,11 +125,9 @@ def test_a_variant_of_two_stages_starts_from_its_first(
 
 
 def test_a_variant_goes_on_from_reconstructed_blocks(
-    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None
 ) -> None:
     exam, overrides = world
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
     # Of SmolLM2's class: files name its modules otherwise than the model does.
     processor = build_toy_processor(["what color is it?", *COLOURS] * 3, 320, size="llava")
     for name in ("student", "teacher"):
@@ -204,12 +205,8 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     assert "another" not in text
 
 
-def test_why_is_made_of_a_run_that_is_kept(
-    world: tuple[Exam, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None) -> None:
     exam, overrides = world
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
     digest = weights_digest(str(STUDENT))
     rows = [{**row(job.name, job.seed, 40, 1.0, digest), "rate": job.rate} for job in bench.search_jobs()]
     write(tmp_path / "search.jsonl", rows)

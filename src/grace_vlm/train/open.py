@@ -158,12 +158,14 @@ def scale_start(recipe: Recipe, student: LoadedModel, plan: QuantPlan) -> ScaleR
     if rule != "stored":
         return rule
     folder, found = Path(student.path), dict[str, torch.Tensor]()
-    if plan.schemes and not (folder / GRID).is_dir():
+    if not plan.schemes:
+        return found
+    if not (folder / GRID).is_dir():
         raise ConfigError(
             f"quant.scale_init=stored wants a folder with its grid, as grace quantize and grace train write it, and "
             f"{student.path} has none; take mse or minmax"
         )
-    stored = open_grid(folder)[2] if plan.schemes else {}
+    stored = open_grid(folder)[2]
     for name, scheme in plan.schemes.items():
         tensor = stored.get(stored_name(student.adapter, name))
         if tensor is None or tensor.scheme != scheme:
