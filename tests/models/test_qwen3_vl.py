@@ -181,6 +181,24 @@ def test_gradient_reaches_the_merger_and_the_words_but_not_the_tower(world: Worl
     assert not any(name.startswith(world.adapter.frozen) for name in grads)
 
 
+def test_a_model_that_was_trained_still_masks_padding_in_its_own_forward(world: World) -> None:
+    """A training forward leaves its attention in the configuration; ``generate`` after it must not attend to pads."""
+    inputs = world.inputs(MIXED, "left")
+    before = stock(world, inputs).logits
+    some = world.inputs(MIXED[:1])
+    with torch.no_grad():
+        vision = world.adapter.tower(world.model, world.pixels(some), world.grids(some))
+    config = world.model.model.language_model.config
+    name = config._attn_implementation
+    world.adapter.decode(world.model, some["input_ids"], world.positions(some), vision)
+    assert config._attn_implementation != "sdpa"
+    real = inputs["attention_mask"].bool()
+    answers = world.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(stock(world, inputs).logits[real], before[real])
+    config._attn_implementation = name
+    assert torch.equal(answers, world.model.generate(**inputs, max_new_tokens=4, do_sample=False))
+
+
 def test_a_tower_first_asked_in_inference_mode_can_be_trained(world: World) -> None:
     _grid_tables.cache_clear()
     inputs = world.inputs([["<128x128>"]])

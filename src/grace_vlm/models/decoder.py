@@ -10,7 +10,8 @@ Samples that lie end to end in one row (packing) are kept apart in attention by 
 plain causal SDPA. It needs no mask: a (S, S) mask is 64 MiB at 8,192 tokens and rules out the fast kernels.
 
 The attention of a forward is written into the decoder's configuration. Where gradients are made it stays written:
-layers that run again in the backward pass must attend as they did in the forward.
+layers that run again in the backward pass must attend as they did in the forward. The model's own ``forward`` and
+``generate`` then meet it too, so it takes the masks that Transformers makes.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ def attend_segments(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment, over all of it.
+    """Causal attention inside each segment, over all of it; with a mask, or one token to a cache, stock SDPA.
 
     Args:
         query: (B, heads, S, d). key, value: (B, kv_heads, S, d); B is 1 with segments.
+        attention_mask: (B, 1, S, S), what the model's own forward makes; None from ours.
         segments: lengths that sum to S; None: every row is one segment.
         borders: (len(segments) + 1,) int32 on the device, 0 and the ends of the segments; instead of ``segments``
             where one kernel does all of them: a compiled layer is then the same for every packing.
@@ -75,7 +77,10 @@ def attend_segments(
     Returns:
         (B, S, heads, d), None.
     """
-    assert attention_mask is None
+    grouped = query.shape[1] != key.shape[1]
+    if attention_mask is not None or query.shape[2] == 1:
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous(), None
     longest = longest if longest is not None else max(segments) if segments is not None else query.shape[2]
     if sliding_window is not None and longest > sliding_window:
         raise ConfigError(
@@ -85,7 +90,6 @@ def attend_segments(
     if borders is not None:
         assert causal is not None
         return attend_varlen(query, key, value, scaling, borders, longest, causal), None
-    grouped = query.shape[1] != key.shape[1]
     if segments is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).contiguous(), None
@@ -159,9 +163,11 @@ def attention(module: Any, name: str, function: Callable[..., Any] | None = None
     """``module`` (a Transformers model with a configuration) attends by ``name`` inside the block, and after it where
     gradients are made: its layers may run again in the backward pass."""
     if function is not None:
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
 
         AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)  # unregistered names get no mask and attend to padding
     before = module.config._attn_implementation
     module.config._attn_implementation = name
     try:
