@@ -10,6 +10,9 @@
     python benchmarks/smollm2.py small            # language alone, one seed, on two CPU cores
     python benchmarks/report_smollm2.py           # docs/results.md from what they left
 
+``--language`` makes the rows of search, headline, others and variants of the language alone, without a GPU: SmolLM2
+is student and teacher, a row is two or three minutes of two cores.
+
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
 another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them; a stage of N processes
 (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
@@ -44,6 +47,7 @@ from grace_vlm.checkpoint.atomic import write_bytes_atomic
 RUNS, RECIPES = Path("runs/smollm2"), Path("recipes/smollm2")
 WORLD, TEXT, SUITE = Path("runs/world"), Path("runs/text"), Path("runs/toy-suite")
 OUT = RESULTS / "smollm2"
+LANGUAGE_OUT = OUT / "language"
 ROWS = RUNS / "train.jsonl"
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
@@ -55,6 +59,9 @@ SMALL = (
 )
 """Of ``small``: the rows of text, and as many as two cores take in half an hour."""
 SMALL_WINDOWS = 8
+"""Of 512 tokens; a search reads as many behind them."""
+PICTURED = ("grace_no_relational", "relation_in_the_middle", "relation_early")
+"""Rows that differ from GRACE in nothing without pictures."""
 CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
 LEFT_OVER = 3
 """Exit code: the time is up and work is left."""
@@ -465,8 +472,8 @@ def search_jobs() -> list[Job]:
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of each searched method the rate with the most right answers on the validation half of the questions; the search
-    must be complete, or later rows would have another rate than earlier ones."""
+    """Of each searched method the rate with the best validation score; the search must be complete, or later rows
+    would have another rate than earlier ones."""
     best: dict[str, tuple[float, float]] = {}
     found = {_key(row) for row in rows}
     if left := [job for job in search_jobs() if job.key not in found]:
@@ -485,8 +492,11 @@ def searched_rates(out: Path, student: str) -> dict[str, float]:
 
 
 def validation_score(row: dict[str, Any]) -> float:
-    """Share of right answers on every second hundred of the questions; the report tests on the others."""
-    bits = row["questions"]["correct"]
+    """Share of right answers on every second hundred of the questions, the report tests on the others; of a row without
+    questions its loss on the search's windows, negated."""
+    bits = row["questions"].get("correct")
+    if not bits:
+        return -loss_of(row, "prose")
     own = [bit == "1" for number, bit in enumerate(bits) if is_validation(number)]
     return sum(own) / len(own)
 
@@ -591,7 +601,9 @@ def main() -> None:
     made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
-    made.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
+    made.add_argument("--language", action="store_true", help="the language alone, on two CPU cores")
+    made.add_argument("--only", type=lambda text: text.split(","), help="names of rows, with commas; all if left out")
+    made.add_argument("--out", type=Path, help=f"folder of the rows; {OUT}, or {LANGUAGE_OUT} with --language")
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
     made.add_argument("--share", type=share_of, default=(0, 1), help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
@@ -607,20 +619,30 @@ def main() -> None:
         sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
     from smollm2_measure import Exam
 
-    path, overrides, calibration_rows = args.out / f"{args.command}.jsonl", list(args.overrides), CALIBRATION_ROWS
+    out = args.out or (LANGUAGE_OUT if args.language else OUT)
+    overrides, calibration_rows = list(args.overrides), CALIBRATION_ROWS
     exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit)
-    if args.command == "small":
-        jobs, calibration_rows = small_jobs(), SMALL_CALIBRATION_ROWS
+    if args.language or args.command == "small":
+        calibration_rows = SMALL_CALIBRATION_ROWS
         language = write_language()
         overrides = [*SMALL, f"model.student={language}", f"model.teacher={language}", *overrides]
         exam = replace(exam, suite=None, questions=None, limit=args.limit or SMALL_WINDOWS)
+        if args.command == "search":
+            exam = replace(exam, first_window=SMALL_WINDOWS)
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
-        jobs, exam = search_jobs(), replace(exam, suite=None, texts={}, is_asked=is_validation)
-    else:
-        jobs = []
-    table = Table(path, overrides, exam, calibration_rows)
+        exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
+    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows)
     if args.command in JOBS:
-        jobs = JOBS[args.command](searched_rates(args.out, table.student))
+        jobs = JOBS[args.command](searched_rates(out, table.student))
+    else:
+        jobs = search_jobs() if args.command == "search" else small_jobs()
+    if args.language:
+        jobs = [job for job in jobs if job.name not in PICTURED]
+    if args.only:
+        names = sorted({job.name for job in jobs})
+        if unknown := sorted(set(args.only) - set(names)):
+            made.error(f"{args.command} has no row {unknown[0]}; it has {', '.join(names)}")
+        jobs = [job for job in jobs if job.name in args.only]
     first, count = args.share
     sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
 

@@ -42,7 +42,8 @@ class Exam:
     Args:
         suite: folder of ``grace data prepare toy-suite``, None to leave it out. questions: a file of rows, None too.
         texts: name -> file. window: its tokens. limit: of questions of each benchmark, of the file, and windows of each
-            text; None for all. is_asked: which questions of the file, by number; None for all.
+            text; None for all. first_window: of each text, those before it are left out. is_asked: which questions of
+            the file, by number; None for all.
     """
 
     suite: Path | None
@@ -50,6 +51,7 @@ class Exam:
     texts: dict[str, Path]
     window: int = 512
     limit: int | None = None
+    first_window: int = 0
     is_asked: Callable[[int], bool] | None = None
 
 
@@ -80,9 +82,11 @@ class Examination:
             self.num_rows = len(file.entries)
             chosen = [number for number in file.order() if exam.is_asked is None or exam.is_asked(number)]
             self.rows = dict(sorted((number, (file.entries[number][0], file.prompt(number))) for number in chosen))
-        self.windows = {
-            name: read_windows(path, self.tokenizer, exam.window, exam.limit) for name, path in exam.texts.items()
-        }
+        self.windows = {name: self._windows(path) for name, path in exam.texts.items()}
+
+    def _windows(self, path: Path) -> list[Any]:
+        first, limit = self.exam.first_window, self.exam.limit
+        return read_windows(path, self.tokenizer, self.exam.window, None if limit is None else first + limit)[first:]
 
     def of(self, loaded: LoadedModel, reference: LoadedModel | None = None) -> dict[str, Any]:
         """Everything that is asked of a model, ready for JSON.
