@@ -45,6 +45,7 @@ LABELS = {
     "awq": "AWQ",
     "gptq": "GPTQ",
     "block": "block reconstruction",
+    "rtn_signed": "RTN, MSE scales of either sign",
     "qat": "QAT",
     "kd": "QAT with plain distillation",
     "grace": "GRACE",

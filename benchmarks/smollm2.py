@@ -88,6 +88,7 @@ ROUNDED: dict[str, tuple[Any, Any]] = {
     "awq": ("awq", "minmax"),
     "gptq": ("gptq", "minmax"),
     "block": ("block", "mse"),
+    "rtn_signed": ("rtn", "mse_signed"),
 }
 """Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales; of block
 reconstruction scales are trained, from our own start."""
@@ -105,6 +106,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "five_bit_scales": ("quant.scale_rounding=sig5",),
     "head_w8": ("quant.head=w8g64",),
     "lsq_gradient": ("quant.scale_gradient=lsq",),
+    "signed_scales": ("quant.scale_init=mse_signed",),
     "minmax_start": ("quant.scale_init=minmax",),
     "frozen_scales": ("optim.scale_learning_rate=0",),
     "twice_as_long": ("optim.num_steps=DOUBLE",),
@@ -121,6 +123,8 @@ TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Variants that go on from a run of their own: its scheme, and what it changes."""
 SEARCHED = ("qat", "kd", "grace")
 RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+LANGUAGE_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+"""Of ``--language``, whose runs have a tenth of the steps."""
 SCALE_RATE = 20
 """Of the scales to that of the weights, as published (2e-4 and 1e-5)."""
 
@@ -467,16 +471,16 @@ def _shown(row: dict[str, Any]) -> str:
     return "  " + " ".join((*words, f"{row['seconds']} s"))
 
 
-def search_jobs() -> list[Job]:
-    return [Job(name, SCHEME, 100, rate) for name in SEARCHED for rate in RATES]
+def search_jobs(rates: Sequence[float] = RATES) -> list[Job]:
+    return [Job(name, SCHEME, 100, rate) for name in SEARCHED for rate in rates]
 
 
-def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def best_rates(rows: Sequence[dict[str, Any]], rates: Sequence[float] = RATES) -> dict[str, float]:
     """Of each searched method the rate with the best validation score; the search must be complete, or later rows
     would have another rate than earlier ones."""
     best: dict[str, tuple[float, float]] = {}
     found = {_key(row) for row in rows}
-    if left := [job for job in search_jobs() if job.key not in found]:
+    if left := [job for job in search_jobs(rates) if job.key not in found]:
         names = ", ".join(sorted({job.name for job in left}))
         sys.exit(f"{len(left)} rows of the search are missing ({names}); run: python benchmarks/smollm2.py search")
     for row in rows:
@@ -486,9 +490,9 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: rate for name, (_, rate) in best.items()}
 
 
-def searched_rates(out: Path, student: str) -> dict[str, float]:
+def searched_rates(out: Path, student: str, rates: Sequence[float] = RATES) -> dict[str, float]:
     """``best_rates`` of the rows that a search for this student left in ``out``."""
-    return best_rates([row for row in read_rows(out / "search.jsonl") if row["student"] == student])
+    return best_rates([row for row in read_rows(out / "search.jsonl") if row["student"] == student], rates)
 
 
 def validation_score(row: dict[str, Any]) -> float:
@@ -632,10 +636,11 @@ def main() -> None:
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
     table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows)
+    rates = LANGUAGE_RATES if args.language else RATES
     if args.command in JOBS:
-        jobs = JOBS[args.command](searched_rates(out, table.student))
+        jobs = JOBS[args.command](searched_rates(out, table.student, rates))
     else:
-        jobs = search_jobs() if args.command == "search" else small_jobs()
+        jobs = search_jobs(rates) if args.command == "search" else small_jobs()
     if args.language:
         jobs = [job for job in jobs if job.name not in PICTURED]
     if args.only:

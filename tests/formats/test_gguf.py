@@ -121,7 +121,7 @@ def theirs(packed: Path, target: Path, change: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("Q4_0", "w8g32"), ("Q8_0", "w8g32")])
+@pytest.mark.parametrize(("kind", "scheme"), [("Q4_0", "w4g32"), ("Q8_0", "w8g32")])
 def test_a_file_of_their_quantizer(
     folders: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path, kind: str, scheme: str
 ) -> None:

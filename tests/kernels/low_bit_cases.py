@@ -9,11 +9,12 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 
 def weight(bits: int, out: int, inputs: int, group: int, seed: int = 0, wide: bool = False) -> QuantizedTensor:
-    """Every code occurs; scales over a factor of 20, in BF16 or in FP32 that BF16 cannot hold."""
+    """Every code occurs; scales of both signs, over a factor of 20, in BF16 or in FP32 that BF16 cannot hold."""
     scheme = QuantScheme(bits, group, "fp32" if wide else "bf16")
     drawn = torch.Generator().manual_seed(seed)
     codes = torch.randint(scheme.qmin, scheme.qmax + 1, (out, inputs), dtype=torch.int8, generator=drawn)
     scale = torch.rand(out, inputs // group, generator=drawn) * 0.02 + 0.001
+    scale *= torch.randint(0, 2, scale.shape, generator=drawn) * 2 - 1
     return QuantizedTensor(codes, scale if wide else scale.bfloat16(), scheme)
 
 

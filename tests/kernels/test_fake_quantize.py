@@ -17,11 +17,12 @@ SHAPES = [(1, 128), (3, 256), (7, 384), (41, 128), (16, 1280)]
 
 
 def make(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """(master, log_scale, raw scale, stored scale, gradient); a tenth of the weights lie outside the grid."""
+    """(master, log_scale, raw scale, stored scale, gradient); a tenth of the weights lie outside the grid. Scales have
+    both signs."""
     generator = torch.Generator().manual_seed(seed)
     groups = (shape[0], shape[1] // scheme.group_size)
     log_scale = (torch.rand(groups, generator=generator) * 3 - 6).to(DEVICE)
-    raw = log_scale.exp()
+    raw = log_scale.exp() * (torch.randint(0, 2, groups, generator=generator) * 2 - 1).to(DEVICE)
     wide = torch.randn(shape, generator=generator).to(DEVICE) * scheme.qmax / 1.6
     master = wide * raw.repeat_interleave(scheme.group_size, dim=1)
     master[0, :4] = torch.tensor([0.0, -0.0, -1e-9, 1e4])
@@ -82,7 +83,15 @@ def test_the_leaf_is_torchs_bit_for_bit(shape: tuple[int, int], num_bits: int, g
 def test_the_backward_is_torchs(shape: tuple[int, int], clip_mask: str, scale_gradient: str, num_bits: int) -> None:
     scheme = QuantScheme(num_bits, 128)
     master, log_scale, raw, scale, grad = make(shape, scheme, seed=1)
-    expected, expected_scale = lsq_backward(grad, master, log_scale, scheme, clip_mask, scale_gradient)  # type: ignore[arg-type]
+    expected, expected_scale = lsq_backward(
+        grad,
+        master,
+        log_scale,
+        scheme,
+        clip_mask,  # type: ignore[arg-type]
+        scale_gradient,  # type: ignore[arg-type]
+        raw.sign(),
+    )
     written = grad.clone()
     grad_log_scale = lsq_backward_in_place(written, master, scale, raw, scheme, clip_mask, scale_gradient)
     assert torch.equal(written, expected)
@@ -95,7 +104,7 @@ def test_error_of_the_scales_gradient_is_that_of_fp32() -> None:
     scheme = QuantScheme(4, 128)
     master, log_scale, raw, scale, grad = make((64, 512), scheme, seed=2)
     ours = lsq_backward_in_place(grad.clone(), master, scale, raw, scheme)
-    _, plain = lsq_backward(grad, master, log_scale, scheme)
+    _, plain = lsq_backward(grad, master, log_scale, scheme, sign=raw.sign())
     # The same stored scale in FP64: the codes must not move.
     v = (master.double() / scale.double().repeat_interleave(128, 1)).reshape(64, 4, 128)
     q, g = v.round().clamp(-8, 7), grad.double().reshape(64, 4, 128)
@@ -114,7 +123,7 @@ def test_what_is_not_finite_is_not_hidden(poison: float) -> None:
     fake_quantize_into(leaf, master, scale, scheme)
     expected = fake_quantize(master, scale, scheme, value_dtype=None)
     assert torch.equal(leaf.isnan(), expected.isnan())
-    _, expected_scale = lsq_backward(grad, master, log_scale, scheme)
+    _, expected_scale = lsq_backward(grad, master, log_scale, scheme, sign=raw.sign())
     got = lsq_backward_in_place(grad, master, scale, raw, scheme)
     assert torch.equal(torch.isfinite(got), torch.isfinite(expected_scale))
     assert not bool(torch.isfinite(got[2]).all())

@@ -130,14 +130,14 @@ def test_values_equal_exact_arithmetic(bits: int, rounding: str) -> None:
 
 
 def test_round_scale_by_hand() -> None:
-    given_scales = torch.tensor([1.0, 1.00390625, 1.01171875, 0.0, 1e9, 2.0**-15, 1.03125, 1.09375, -3.0])
-    expected_bf16 = [1.0, 1.0, 1.015625, 2.0**-14, 2.0**15, 2.0**-14, 1.03125, 1.09375, 2.0**-14]
+    given_scales = torch.tensor([1.0, 1.00390625, 1.01171875, 0.0, 1e9, 2.0**-15, 1.03125, 1.09375, -3.0, -1e-6])
+    expected_bf16 = [1.0, 1.0, 1.015625, 2.0**-14, 2.0**15, 2.0**-14, 1.03125, 1.09375, -3.0, -(2.0**-14)]
     assert round_scale(given_scales, "bf16").tolist() == expected_bf16
     # Steps of 1/16 above 1: 1.03125 lies half way and goes to the even 1.0, 1.09375 to 1.125.
-    expected_sig5 = [1.0, 1.0, 1.0, 2.0**-14, 2.0**15, 2.0**-14, 1.0, 1.125, 2.0**-14]
+    expected_sig5 = [1.0, 1.0, 1.0, 2.0**-14, 2.0**15, 2.0**-14, 1.0, 1.125, -3.0, -(2.0**-14)]
     assert round_scale(given_scales, "sig5").tolist() == expected_sig5
     kept = round_scale(given_scales, "fp32").tolist()
-    assert kept == [1.0, 1.00390625, 1.01171875, 2.0**-14, 2.0**15, 2.0**-14, 1.03125, 1.09375, 2.0**-14]
+    assert kept == [1.0, 1.00390625, 1.01171875, 2.0**-14, 2.0**15, 2.0**-14, 1.03125, 1.09375, -3.0, -(2.0**-14)]
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

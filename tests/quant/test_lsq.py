@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grace_vlm.quant.affine import fake_quantize, round_scale
 from grace_vlm.quant.lsq import LsqFakeQuantize, lsq_backward
 from grace_vlm.quant.scheme import QuantScheme
 
@@ -57,12 +58,16 @@ def stored(scale: torch.Tensor, rounding: str) -> torch.Tensor:
 
 
 def straight_through(
-    weight: torch.Tensor, log_scale: torch.Tensor, scheme: QuantScheme, clip_mask: str
+    weight: torch.Tensor,
+    log_scale: torch.Tensor,
+    scheme: QuantScheme,
+    clip_mask: str,
+    sign: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """q * s built from torch operations; autograd supplies every gradient."""
     low, high = -(2 ** (scheme.num_bits - 1)), 2 ** (scheme.num_bits - 1) - 1
     raw = log_scale.exp()
-    scale = (raw + (stored(raw, scheme.scale_rounding) - raw).detach()).unsqueeze(-1)
+    scale = (sign * (raw + (stored(raw, scheme.scale_rounding) - raw).detach())).unsqueeze(-1)
     v = weight.reshape(weight.shape[0], -1, scheme.group_size) / scale
     if clip_mask == "official":
         codes = clamp(Round.apply(v), low, high)
@@ -104,6 +109,25 @@ def test_gradients_equal_autograd(bits: int, rounding: str, clip_mask: str) -> N
         assert bool((w.grad == 0).any()), "no weight is clipped: the case says nothing"
         assert_near(ours[0], w.grad)
         assert_near(ours[1], theta.grad)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_of_negative_scales_equal_autograd_and_mirror_the_positive(bits: int) -> None:
+    """Q(w; -s) = -Q(-w; s): the weight's gradient is that of the mirror image, and so is that of log |s|."""
+    grad, weight, log_scale, scheme = problem(bits)
+    sign = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64).repeat(5, 1)
+    w, theta = weight.clone().requires_grad_(), log_scale.clone().requires_grad_()
+    (straight_through(w, theta, scheme, "official", sign) * grad).sum().backward()
+    ours = lsq_backward(grad, weight, log_scale, scheme, sign=sign)
+    assert w.grad is not None
+    assert theta.grad is not None
+    assert_near(ours[0], w.grad)
+    assert_near(ours[1], theta.grad)
+    mirrored = lsq_backward(-grad, -weight, log_scale, scheme)
+    assert torch.equal(ours[0][:, 16:], -mirrored[0][:, 16:])
+    assert torch.equal(ours[1][:, 1:], mirrored[1][:, 1:])
+    value = LsqFakeQuantize.apply(weight, log_scale, scheme, "official", "none", sign)
+    assert torch.equal(value[:, 16:], -fake_quantize(-weight, round_scale(log_scale.exp(), "bf16"), scheme)[:, 16:])
 
 
 def test_the_masks_differ_between_the_grids_end_and_half_a_step_beyond() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grace_vlm.quant.scale_init import init_scale, minmax_scale, mse_scale
+from grace_vlm.quant.affine import fake_quantize
+from grace_vlm.quant.scale_init import init_scale, minmax_scale, mse_scale, signed_scale
 from grace_vlm.quant.scheme import QuantScheme
 
 BITS = (8, 4, 3, 2)
@@ -71,8 +72,30 @@ def test_mse_loses_no_more_than_minmax_up_to_the_spacing_of_its_candidates(bits:
         assert total["mse"] < 0.9 * total["minmax"]
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_signed_scale_puts_the_extra_code_at_the_longer_tail(bits: int) -> None:
+    """It errs as the better of both signs does, group by group; on Gaussian weights a tenth less than ``mse`` below
+    eight bits."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(bits)) * 0.03
+    scheme = QuantScheme(bits, 64)
+
+    def error(of: torch.Tensor) -> torch.Tensor:
+        return (of - weight).square().reshape(64, 8, 64).sum(-1)
+
+    chosen = signed_scale(weight, scheme)
+    above, below = mse_scale(weight, scheme), mse_scale(-weight, scheme)
+    errors = error(fake_quantize(weight, above, scheme, None)), error(-fake_quantize(-weight, below, scheme, None))
+    found = error(fake_quantize(weight, chosen, scheme, None))
+    assert torch.allclose(found, torch.minimum(*errors), rtol=1e-4)  # sums in another order may choose the other
+    assert bool(((chosen == above) | (chosen == -below)).all())
+    assert 0.3 < float((chosen < 0).float().mean()) < 0.7
+    assert float(found.sum()) <= float(errors[0].sum()) * (0.93 if bits < 8 else 1.0)
+    tail = torch.tensor([[1.5, -1.5, 1.5, 3.0], [1.5, -1.5, 1.5, -3.0]])
+    assert signed_scale(tail, QuantScheme(2, 4)).sign().tolist() == [[-1.0], [1.0]]
+
+
 def test_a_zero_group_gets_the_smallest_scale() -> None:
-    for rule in ("minmax", "mse"):
+    for rule in ("minmax", "mse", "mse_signed"):
         assert init_scale(torch.zeros(1, 16), QuantScheme(4, 16), rule).tolist() == [[2.0**-14]]  # type: ignore[arg-type]
 
 

@@ -232,7 +232,7 @@ def test_scales_start_as_the_student_has_them(tmp_path: Path, size: str) -> None
         assert torch.equal(after["stored"][name].codes, tensor.codes)
     assert any(not torch.equal(after["mse"][name].scale, tensor.scale) for name, tensor in before.items())
     for student, scheme, reason in (
-        ("plain", "w4g64", "wants a folder with its grid, .* and .*plain has none; take mse or minmax"),
+        ("plain", "w4g64", "wants a folder with its grid, .* and .*plain has none; take a rule, for example mse"),
         ("w4", "w4g32", "is w4g64, bf16 in .* and w4g32, bf16 here; set scheme"),
     ):
         changed = {**base, "model": {"student": str(tmp_path / student)}, "quant": {"scale_init": "stored"}}

@@ -108,6 +108,44 @@ def test_once_per_step_equals_once_per_forward(bits: int, clip_mask: Any, scale_
     assert compared == 7 + 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_keep_the_sign_that_they_start_with(dtype: torch.dtype) -> None:
+    """A net of -w whose scales are negated is the mirror image: same gradients of log |s|, leaves of the other sign."""
+    net, mirror = Net(dtype), Net(dtype)
+    plan = net_plan(net)
+    start = {
+        name: init_scale(net.get_submodule(name).weight.detach(), scheme, "mse_signed")
+        for name, scheme in plan.schemes.items()
+    }
+    assert any(bool((scale < 0).any()) for scale in start.values())
+    with torch.no_grad():
+        for name in start:
+            mirror.get_submodule(name).weight.neg_()
+    masters = Masters(net, plan, scale_init="mse_signed")
+    others = Masters(mirror, plan, scale_init={name: -scale for name, scale in start.items()})
+    for step in range(3):
+        for one, other in zip(masters.accumulators(), others.accumulators(), strict=True):
+            one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64))
+            other.copy_(one if one.shape != (48, 32) and one.shape != (32, 48) else -one)
+        masters.collect()
+        others.collect()
+        for (name, scale), (_, twin) in zip(masters.log_scales(), others.log_scales(), strict=True):
+            assert scale.grad is not None
+            assert twin.grad is not None
+            assert torch.equal(scale.grad, twin.grad), name
+            with torch.no_grad():
+                scale -= 0.05 * scale.grad.sign()
+                twin -= 0.05 * twin.grad.sign()
+        masters.materialize(count_flips=True)
+        others.materialize(count_flips=True)
+        for name, tensor in masters.quantized().items():
+            weight, twin = net.get_submodule(name).weight, mirror.get_submodule(name).weight
+            assert torch.equal(tensor.scale.sign(), start[name].sign().to(tensor.scale))
+            assert torch.equal(weight, -twin)
+            assert torch.equal(weight.to(torch.bfloat16), bake(tensor))
+    assert float(masters.scale_drift()) == pytest.approx(0.05, rel=2)
+
+
 def test_accumulators_start_again_and_leaves_keep_no_gradient() -> None:
     net = Net()
     masters = Masters(net, net_plan(net))

@@ -71,8 +71,8 @@ def check_tensor(name: str, tensor: QuantizedTensor, entry: PlanEntry) -> Quanti
         )
     if codes.numel() and scheme.num_bits < 8 and not scheme.qmin <= int(codes.min()) <= int(codes.max()) <= scheme.qmax:
         raise FormatError(f"{name}.codes leaves [{scheme.qmin}, {scheme.qmax}], the range of {scheme.name}")
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise FormatError(f"{name}.scale has a value that is not finite and positive")
+    if not bool((torch.isfinite(scale) & (scale != 0)).all()):
+        raise FormatError(f"{name}.scale has a value that is zero or not finite")
     return tensor
 
 
@@ -146,7 +146,7 @@ def read_grid(folder: Path) -> dict[str, QuantizedTensor]:
 
     Raises:
         FormatError: no grid, a plan that does not fit the tensors, a wrong dtype or shape, a code out of range, a
-            scale that is not finite and positive.
+            scale that is zero or not finite.
     """
     if not (folder / GRID / "plan.json").is_file():
         raise FormatError(f"{folder} has no {GRID}/plan.json: it is not quantized (grace quantize makes one)")

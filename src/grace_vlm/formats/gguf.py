@@ -26,7 +26,7 @@ from grace_vlm.checkpoint.strict_json import shown
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.converter import Converter, ModelContent, copy_companions, neutral_scale, refuse, write_config
 from grace_vlm.formats.folder import check_tensor
-from grace_vlm.formats.gguf_blocks import BLOCK, pack_blocks, positive, unpack_blocks
+from grace_vlm.formats.gguf_blocks import BLOCK, pack_blocks, unpack_blocks, with_scales
 from grace_vlm.formats.gguf_file import BF16, DTYPES, F16, F32, Q4_0, Q8_0, GgufFile, Kind, Value, write_gguf
 from grace_vlm.formats.gguf_names import ARCHITECTURES, BY_MODEL_TYPE, LLAVA, TEXT, Names, prefixes_of
 from grace_vlm.formats.gguf_tokenizer import tokenizer_values
@@ -326,21 +326,13 @@ class _Reader:
             )
         if self.heads.of(target) and shape[0] % (2 * (self.heads.of(target) or 1)):
             raise FormatError(f"{target} of {self.folder} has {shape[0]} rows for {self.heads.of(target)} heads")
-        if bits == 4 and self.group_size is None and self._wide:
-            bits = 8
         return PlanEntry(name, *shape, QuantScheme(bits, size, rounding))
 
-    @cached_property
-    def _wide(self) -> bool:
-        """Whether a Q4_0 of the model has a block whose codes, made positive, need more than 4 bits."""
-        fours = [name for name in self.owner if self._kind(name) == Q4_0]
-        return any(bool((unpack_blocks(self.owner[name].raw(name), Q4_0)[1] < 0).any()) for name in fours)
-
     def _grid(self, target: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scale FP32) in our order of rows; FP16's zero and negative scales made positive."""
+        """(codes, scale FP32) in our order of rows; a block without a scale has one."""
         codes, d = unpack_blocks(self.owner[target].raw(target), self._kind(target))
         if self.group_size is None:
-            codes, d = positive(codes, d)
+            codes, d = with_scales(codes, d)
         groups = d.reshape(len(d), -1, group_size // BLOCK)
         if not torch.equal(groups, groups[..., :1].expand_as(groups)):
             raise FormatError(f"{target} of {self.folder} has blocks of one group with different scales")

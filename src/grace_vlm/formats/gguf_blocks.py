@@ -4,7 +4,7 @@
     Q8_0, 34 bytes   d, then 32 int8
 
 A group of our grids is several blocks, each with the scale again. Codes are written, never made from weights: the
-quantizer of ggml would choose other scales (and negative ones, see ``positive``).
+quantizer of ggml would choose other scales.
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ def unpack_blocks(raw: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Te
     return codes.reshape(raw.shape[0], -1), d
 
 
-def positive(codes: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same weights with positive scales, as our grids have them; codes may become 8, or 128 (refused later).
-
-    ggml gives a Q4_0 block whose largest weight is positive a negative scale, and a block of zeros the scale 0.
-    """
-    negative = (d < 0).repeat_interleave(BLOCK, dim=1)
+def with_scales(codes: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same weights without the scale 0, which ggml gives a block of zeros and our grids do not have."""
     empty = (d == 0).repeat_interleave(BLOCK, dim=1)
-    wide = torch.where(negative, -codes.to(torch.int16), codes.to(torch.int16)).masked_fill(empty, 0)
-    return wide, torch.where(d == 0, _NO_SCALE, d.float().abs())
+    return codes.masked_fill(empty, 0), torch.where(d == 0, _NO_SCALE, d.float())

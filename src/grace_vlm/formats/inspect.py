@@ -127,7 +127,8 @@ def _linear(entry: PlanEntry, tensor: QuantizedTensor, num_bytes: int) -> dict[s
         "bits": scheme.num_bits,
         "group_size": scheme.group_size,
         "bytes": num_bytes,
-        "scale_min": float(scale.min()),
-        "scale_max": float(scale.max()),
+        "scale_min": float(scale.abs().min()),
+        "scale_max": float(scale.abs().max()),
+        "negative": int((scale < 0).sum()) / scale.numel(),
         "clipped": clipped / tensor.codes.numel(),
     }

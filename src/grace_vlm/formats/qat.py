@@ -234,6 +234,11 @@ class Official(Converter):
         return None
 
     def stored_scale(self, scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+        if bool((scale < 0).any()):
+            raise FormatError(
+                f"the {self.name} layout stores logarithms of scales, and this model has negative ones (mse_signed); "
+                "every other format takes them"
+            )
         if scheme.scale_rounding != "fp32":
             return scale.float()
         return scale_of_log(log_of_scale(scale), torch.float32).reshape(scale.shape)

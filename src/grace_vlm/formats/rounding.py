@@ -56,7 +56,7 @@ class Exactness:
         changed = int((scale != stored).sum())
         if changed == 0:
             return replace(self, num_scales=total)
-        error = float(((stored - scale).abs() / scale).max())
+        error = float(((stored - scale) / scale).abs().max())
         weight_error = float((bake(after).float() - bake(before).float()).abs().max())
         return Exactness(
             num_scales=total,
@@ -73,7 +73,7 @@ def as_stored(name: str, tensor: QuantizedTensor, converter: Converter) -> Quant
     stored = converter.stored_scale(tensor.scale, scheme)
     if torch.equal(stored, tensor.scale.float()):
         return tensor
-    if not bool((torch.isfinite(stored) & (stored > 0)).all()):
+    if not bool((torch.isfinite(stored) & (stored != 0)).all()):
         dtype = str(converter.scale_dtype).removeprefix("torch.")
         raise FormatError(
             f"{name} has scales from {float(tensor.scale.min()):.3g} to {float(tensor.scale.max()):.3g}; "

@@ -190,7 +190,7 @@ class GridTable:
         """``quant.lsq.lsq_backward`` of every weight: dL/dw over its gradient, dL/dlog_scale into ``grad_log_scale``.
 
         Args:
-            scale, raw_scale, grad_log_scale: (groups of all weights,) FP32: stored, exp(log_scale), and the output.
+            scale, raw_scale, grad_log_scale: (groups of all weights,) FP32: stored, sign * exp(log_scale), and output.
         """
         factor = (self.scheme.group_size * self.scheme.qmax) ** -0.5 if scale_gradient == "lsq" else 1.0
         _lsq_backward[(len(self.weight_of),)](

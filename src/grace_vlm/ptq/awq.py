@@ -7,8 +7,8 @@ Lin et al. 2023, equations 4 and 5. For linears that read one input x, with m = 
 
 where E is the error, Q rounds with min-max scales and H = mean x x^T, so no activation need be kept. ``fold.py`` then
 moves s into what makes x. Rounding scales come after that: by min-max, or under ``mse`` by the authors' second search,
-the share of min-max with the least output error, group by group. (The least error of the weights, which ``mse`` means
-for RTN, clips the very channels that were enlarged: docs/log.md.)
+the share of min-max with the least output error, group by group; under ``mse_signed`` of both signs. (The least error
+of the weights, which ``mse`` means for RTN, clips the very channels that were enlarged: docs/log.md.)
 
 Deviations: the authors measure the error behind the whole attention or MLP block, we behind each linear, and behind
 each group in the second search. Under grouped heads they leave o_proj out, we do not.
@@ -71,18 +71,22 @@ def search_scale(
     return best
 
 
-def clipped_scale(weight: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+def clipped_scale(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme, is_signed: bool = False
+) -> torch.Tensor:
     """Stored scales (out, in / group_size): the share of min-max with the least e H_gg e^T, group by group.
 
     Args:
         weight: (out, in). hessian: (in, in), mean of x x^T of this weight's own input; H_gg is its block of a group.
+        is_signed: try every share below zero too.
     """
     size = scheme.group_size
     groups = to_groups(weight, size)
     blocks = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, len(hessian), size)])
     peak = minmax_scale(weight, scheme)
     best, best_error = peak, torch.full_like(peak, torch.inf)
-    for ratio in (1.0, *torch.linspace(*CLIP_RANGE, NUM_CLIPS).tolist()):
+    shares = (1.0, *torch.linspace(*CLIP_RANGE, NUM_CLIPS).tolist())
+    for ratio in (*shares, *(-share for share in shares if is_signed)):
         scale = round_scale(peak * ratio, scheme.scale_rounding)
         codes = (groups / scale.unsqueeze(-1)).round().clamp(scheme.qmin, scheme.qmax)
         error = codes * scale.unsqueeze(-1) - groups

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from grace_vlm.errors import NonFiniteError
 from grace_vlm.ptq.replay import Replay
 from grace_vlm.quant.affine import bake, compute_dtype, quantize_tensor
-from grace_vlm.quant.lsq import LsqFakeQuantize
+from grace_vlm.quant.lsq import LsqFakeQuantize, scale_of, sign_of
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
@@ -50,7 +50,7 @@ def reconstruct_layer(
     for name, scheme in schemes.items():
         weight = linears[name].weight.detach()
         weight = weight.to(compute_dtype(weight), copy=True)
-        grid[name] = _Trained(weight, init_scale(weight, scheme, rule).log(), scheme)
+        grid[name] = _Trained(weight, init_scale(weight, scheme, rule), scheme)
     targets = [replay.run(number, batch)[1] for batch in batches]
     optimizer = torch.optim.Adam(
         [{"params": [one.weight for one in grid.values()], "lr": WEIGHT_RATE},
@@ -77,18 +77,19 @@ def reconstruct_layer(
 
 
 class _Trained:
-    """A linear's weight (out, in) and log-scale (out, groups), which learn."""
+    """A linear's weight (out, in) and log-scale (out, groups), which learn; scales keep the sign of their start."""
 
-    def __init__(self, weight: torch.Tensor, log_scale: torch.Tensor, scheme: QuantScheme) -> None:
-        self.weight, self.log_scale, self.scheme = weight.requires_grad_(), log_scale.requires_grad_(), scheme
+    def __init__(self, weight: torch.Tensor, start: torch.Tensor, scheme: QuantScheme) -> None:
+        self.weight, self.scheme, self.sign = weight.requires_grad_(), scheme, sign_of(start)
+        self.log_scale = start.abs().log().requires_grad_()
 
     def value(self) -> Any:
         """The weight on its grid, with gradients for both."""
-        return LsqFakeQuantize.apply(self.weight, self.log_scale, self.scheme, "official", "none")
+        return LsqFakeQuantize.apply(self.weight, self.log_scale, self.scheme, "official", "none", self.sign)
 
     @torch.no_grad()
     def on_grid(self) -> QuantizedTensor:
-        return quantize_tensor(self.weight, self.log_scale.exp(), self.scheme)
+        return quantize_tensor(self.weight, scale_of(self.log_scale, self.sign), self.scheme)
 
 
 def _learn(replay: Replay, number: int, batch: int, target: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -113,7 +113,10 @@ def _awq_layer(
     result = {}
     for name, scheme in schemes.items():
         weight = layer.get_submodule(name).weight
-        scale = minmax_scale(weight, scheme) if rule == "minmax" else clipped_scale(weight, hessians[name], scheme)
+        if rule == "minmax":
+            scale = minmax_scale(weight, scheme)
+        else:
+            scale = clipped_scale(weight, hessians[name], scheme, rule == "mse_signed")
         result[name] = quantize_tensor(weight, scale, scheme)
         weight.copy_(bake(result[name]))
     return result

@@ -8,7 +8,7 @@ With s the scale of a weight's group, z = none (symmetric), and b bits (GRACE, s
 
 **The scale that training uses is the scale that is stored.** ``round_scale`` is applied before the first division, so
 (q, s) can be written to any format and read back unchanged. Nothing ever divides a baked weight: W8 codes would not
-survive it. w^ is made from integers, so a zero is +0.0, never -0.0.
+survive it. w^ is made from integers, so a zero has the sign of its scale, not of the weight that it came from.
 
 Deviation from the official code: it trains an FP32 scale and rounds it at export, which changes 14 % of the BF16
 weights. ``scale_rounding="fp32"`` reproduces it.
@@ -22,18 +22,18 @@ from grace_vlm.errors import FormatError
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
 SCALE_MIN = 2.0**-14
-"""Smallest stored scale: the smallest normal FP16 number, so that FP16 formats hold every scale exactly."""
+"""Least magnitude of a stored scale: the smallest normal FP16 number, so that FP16 formats hold every scale exactly."""
 SCALE_MAX = 2.0**15
-"""Largest stored scale: exact in FP16."""
+"""Largest one: exact in FP16."""
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def round_scale(scale: torch.Tensor, rounding: ScaleRounding) -> torch.Tensor:
-    """The stored value of ``scale``, in the dtype of ``scale``: clamped to [2^-14, 2^15], then rounded.
+    """The stored value of ``scale``, in its dtype: magnitude clamped to [2^-14, 2^15], then rounded; the sign is kept.
 
     ``bf16``: 8 significand bits. ``sig5``: 5 significand bits. ``fp32``: clamped only.
     """
-    scale = scale.clamp(SCALE_MIN, SCALE_MAX)
+    scale = scale.abs().clamp(SCALE_MIN, SCALE_MAX).copysign(scale)
     if rounding == "fp32":
         return scale
     if rounding == "sig5":

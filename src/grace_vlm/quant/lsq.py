@@ -1,7 +1,7 @@
 """Learned step size: what the gradient of a grid weight says about the weight and about its scale.
 
-theta = log s is trained, one per group. With v = w / s, q = clamp(round(v)), w^ = q s and G = dL/dw^, the
-straight-through estimator of the rounding (not of the clamp) gives
+theta = log |s| is trained, one per group; the sign of s stays as it began. With v = w / s, q = clamp(round(v)),
+w^ = q s and G = dL/dw^, the straight-through estimator of the rounding (not of the clamp) gives
 
     dL/dw     = G m                       m = 1 inside the grid, 0 outside
     dL/ds     = sum_group G (q - v m)     (inside: q - v, outside: the clamped code itself)
@@ -37,19 +37,20 @@ def lsq_backward(
     scheme: QuantScheme,
     clip_mask: ClipMask = "official",
     scale_gradient: ScaleGradient = "none",
+    sign: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dL/dw, dL/dlog_scale) from G = dL/dw^.
 
     Args:
         grad: (out, in), accumulated over the micro-batches of the step.
         weight: (out, in) master weight of the same step.
-        log_scale: (out, in / group_size).
+        log_scale: (out, in / group_size). sign: +1 and -1 of the scales, as long; None: all are positive.
 
     Returns:
         (out, in) and (out, in / group_size), FP32 (FP64 if the weight is).
     """
     dtype = compute_dtype(weight)
-    raw_scale = log_scale.to(dtype).exp()
+    raw_scale = scale_of(log_scale.to(dtype), sign)
     scale = round_scale(raw_scale, scheme.scale_rounding).unsqueeze(-1)
     ratio = to_groups(weight.to(dtype), scheme.group_size) / scale
     grad_groups = to_groups(grad.to(dtype), scheme.group_size)
@@ -66,11 +67,21 @@ def lsq_backward(
     return grad_weight.reshape(weight.shape), grad_log_scale
 
 
+def scale_of(log_scale: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor:
+    """sign * exp(log_scale), before it is rounded."""
+    return log_scale.exp() if sign is None else log_scale.exp() * sign
+
+
+def sign_of(scale: torch.Tensor) -> torch.Tensor | None:
+    """+1 and -1 of scales, in their dtype; None if none is negative."""
+    return scale.sign() if bool((scale < 0).any()) else None
+
+
 class LsqFakeQuantize(torch.autograd.Function):
     """w^ with its gradients, as one differentiable operation: the per-forward form.
 
     Training does not use it (see above); it is the reference that the once-per-step form is tested against.
-    ``LsqFakeQuantize.apply(weight, log_scale, scheme, clip_mask, scale_gradient)`` -> (out, in), weight's dtype.
+    ``LsqFakeQuantize.apply(weight, log_scale, scheme, clip_mask, scale_gradient, sign)`` -> (out, in), weight's dtype.
     """
 
     @staticmethod
@@ -81,14 +92,14 @@ class LsqFakeQuantize(torch.autograd.Function):
         scheme: QuantScheme,
         clip_mask: ClipMask,
         scale_gradient: ScaleGradient,
+        sign: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, log_scale)
-        ctx.options = (scheme, clip_mask, scale_gradient)
-        return fake_quantize(weight, round_scale(log_scale.exp(), scheme.scale_rounding), scheme)
+        ctx.options = (scheme, clip_mask, scale_gradient, sign)
+        return fake_quantize(weight, round_scale(scale_of(log_scale, sign), scheme.scale_rounding), scheme)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, log_scale = ctx.saved_tensors
-        scheme, clip_mask, scale_gradient = ctx.options
-        grad_weight, grad_log_scale = lsq_backward(grads[0], weight, log_scale, scheme, clip_mask, scale_gradient)
-        return grad_weight.to(weight.dtype), grad_log_scale.to(log_scale.dtype), None, None, None
+        grad_weight, grad_log_scale = lsq_backward(grads[0], weight, log_scale, *ctx.options)
+        return grad_weight.to(weight.dtype), grad_log_scale.to(log_scale.dtype), None, None, None, None

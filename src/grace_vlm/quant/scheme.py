@@ -83,7 +83,8 @@ class QuantizedTensor:
 
     Args:
         codes: (out_features, in_features) int8, in [qmin, qmax].
-        scale: (out_features, in_features / group_size) BF16 (``bf16``, ``sig5``) or FP32 (``fp32``), positive.
+        scale: (out_features, in_features / group_size) BF16 (``bf16``, ``sig5``) or FP32 (``fp32``), not zero;
+            negative where the group's longer tail is above zero (``scale_init.signed_scale``).
         scheme: the grid.
     """
 

@@ -76,7 +76,8 @@ class ModelConfig(_Section):
 class QuantConfig(_Section):
     scale_rounding: ScaleRounding = Field("bf16", description="how the stored (and trained) scale is rounded")
     scale_init: ScaleRule | Literal["stored"] = Field(
-        "mse", description="where scales start; stored: the student's own"
+        "mse",
+        description="where scales start; mse_signed: negative where that errs less; stored: the student's own",
     )
     clip_mask: ClipMask = Field("official", description="which weights get a gradient")
     scale_gradient: ScaleGradient = Field("none", description="lsq: divide by sqrt(group_size * qmax)")

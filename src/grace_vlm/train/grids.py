@@ -1,6 +1,6 @@
 """The trained grids of one scheme: log-scales end to end in one buffer, so that each operation is one for all weights.
 
-    log_scale --exp--> raw_scale --round_scale--> scale     (groups of all weights,): three launches instead of 600
+    sign exp(log_scale) = raw_scale --round_scale--> scale  (groups of all weights,): few launches instead of 600
     leaves  <- bf16(q s) of (master, scale)
     dL/dmaster (over the summed gradient), dL/dlog_scale
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from grace_vlm.kernels import runs_triton
 from grace_vlm.quant.affine import fake_quantize, quantize, quantize_tensor, round_scale
-from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward
+from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward, scale_of, sign_of
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 
@@ -44,7 +44,9 @@ class Grids:
 
     def __init__(self, scheme: QuantScheme, weights: Sequence[GridWeight]) -> None:
         self.scheme, self.weights = scheme, tuple(weights)
-        flat = torch.cat([w.start.to(torch.float64).log().to(w.master.dtype).flatten() for w in weights])
+        flat = torch.cat([w.start.to(torch.float64).abs().log().to(w.master.dtype).flatten() for w in weights])
+        signs = sign_of(torch.cat([w.start.flatten() for w in weights]))
+        self._signs = None if signs is None else signs.to(flat)
         self._log_scale, self._gradient = flat, torch.zeros_like(flat)
         self._raw_scale = self._scale = torch.empty_like(flat)
         self._shapes = [w.start.shape for w in weights]
@@ -76,7 +78,7 @@ class Grids:
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(exp(log_scale), what is stored of it), flat."""
-        raw = self._log_scale.exp()
+        raw = scale_of(self._log_scale, self._signs)
         return raw, round_scale(raw, self.scheme.scale_rounding)
 
     def scales_in_use(self) -> list[tuple[GridWeight, torch.Tensor]]:
@@ -108,10 +110,13 @@ class Grids:
         """dL/dmaster over every ``gradient``, and ``.grad`` of every log-scale."""
         if self._table is not None:
             self._table.backward(self._scale, self._raw_scale, self._gradient, clip_mask, scale_gradient)
-        for w, grad_log_scale in zip(self.weights, self._parts(self._gradient), strict=True):
+        signs = [None] * len(self.weights) if self._signs is None else self._parts(self._signs)
+        for w, grad_log_scale, sign in zip(self.weights, self._parts(self._gradient), signs, strict=True):
             log_scale = self.log_scales[w.name]
             if self._table is None:
-                grad, found = lsq_backward(w.gradient, w.master, log_scale, self.scheme, clip_mask, scale_gradient)
+                grad, found = lsq_backward(
+                    w.gradient, w.master, log_scale, self.scheme, clip_mask, scale_gradient, sign
+                )
                 w.gradient.copy_(grad)
                 grad_log_scale.copy_(found)
             log_scale.grad = grad_log_scale

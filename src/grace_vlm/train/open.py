@@ -163,7 +163,7 @@ def scale_start(recipe: Recipe, student: LoadedModel, plan: QuantPlan) -> ScaleR
     if not (folder / GRID).is_dir():
         raise ConfigError(
             f"quant.scale_init=stored wants a folder with its grid, as grace quantize and grace train write it, and "
-            f"{student.path} has none; take mse or minmax"
+            f"{student.path} has none; take a rule, for example mse"
         )
     stored = open_grid(folder)[2]
     for name, scheme in plan.schemes.items():
@@ -172,7 +172,7 @@ def scale_start(recipe: Recipe, student: LoadedModel, plan: QuantPlan) -> ScaleR
             own = f"{tensor.scheme.name}, {tensor.scheme.scale_rounding}" if tensor is not None else "bf16"
             raise ConfigError(
                 f"quant.scale_init=stored, and {name} is {own} in {folder} and {scheme.name}, {scheme.scale_rounding} "
-                "here; set scheme and quant.scale_rounding to the student's, or take mse or minmax"
+                "here; set scheme and quant.scale_rounding to the student's, or take a rule, for example mse"
             )
         found[name] = tensor.scale
     return found
