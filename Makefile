@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -61,6 +61,12 @@ runs/toy-suite/manifest.json: | .venv/.stamp
 
 smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE, on two CPU cores
 	$(SMOLLM2) small
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-language: runs/text/manifest.json  ## the same with searched rates, five seeds and variants: hours of two CPU cores, stopped and gone on with at will
+	$(SMOLLM2) search --language $(LIMITED)
+	$(SMOLLM2) headline --language $(LIMITED)
+	$(SMOLLM2) variants --language $(LIMITED)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask

@@ -20,6 +20,7 @@ from typing import Any
 
 from smollm2 import (
     ABLATIONS,
+    LANGUAGE_OUT,
     OUT,
     ROUNDED,
     SCHEME,
@@ -29,6 +30,7 @@ from smollm2 import (
     loss_of,
     mean_of_suite,
     read_rows,
+    validation_score,
 )
 
 from grace_vlm.evals.statistics import holm
@@ -93,7 +95,12 @@ def agreement(row: dict[str, Any]) -> float | None:
 
 
 Measure = Callable[[dict[str, Any]], float | None]
-MEASURES: dict[str, Measure] = {"toy suite %": suite, "questions %": test_right, "log perplexity": text_loss}
+MEASURES: dict[str, Measure] = {
+    "toy suite %": suite,
+    "questions %": test_right,
+    "log perplexity": text_loss,
+    "KL to BF16": divergence,
+}
 
 
 def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
@@ -233,35 +240,69 @@ def section(title: str, *parts: list[str]) -> list[str]:
 
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
-    runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
-    lines: list[str] = []
-    names = ("teacher", "student", "sft", *ROUNDED, *SEARCHED)
-    if rows:
-        lines += [provenance(rows), ""]
-        pairs = [((a, SCHEME), (b, scheme_of(b, SCHEME)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
-        lines += section(
-            "Four bits, groups of 64",
-            method_table(runs, SCHEME, names),
-            benchmark_table(runs, SCHEME, names),
-            pair_table(runs, pairs),
-        )
-        for scheme, title in (("w8g64", "Eight bits"), ("w3g64", "Three bits"), ("w4g32", "Four bits, groups of 32")):
-            if any(key[1] == scheme for key in runs):
-                pairs = [((a, scheme), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
-                lines += section(title, method_table(runs, scheme, names), pair_table(runs, pairs))
-        pairs = [((name, SCHEME), ("grace", SCHEME), f"{LABELS[name]} - GRACE") for name in ABLATIONS]
-        lines += section("GRACE without each part", pair_table(runs, pairs))
-        pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
-        if any((name, SCHEME) in runs for name in VARIANTS):
-            lines += section(
-                "What might be better", method_table(runs, SCHEME, list(VARIANTS)), pair_table(runs, pairs)
-            )
-        lines += section("Why", why_pages(folder, rows[0]["student"], images))
+    lines, student = comparison(folder, "")
+    if student:
+        lines += section("Why", why_pages(folder, student, images))
+    lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     small, rows = collect([folder / "small.jsonl"])
     if rows:
         table = method_table(small, SCHEME, ("student", *ROUNDED, *SEARCHED))
-        lines += section("The language alone, on a CPU", [provenance(rows)], table)
+        lines += section("The language alone, one seed, at a rate that was not searched", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+
+
+WIDTHS = {"w4g64": "four bits, groups of 64", "w8g64": "eight bits", "w3g64": "three bits", "w4g32": "groups of 32"}
+
+
+def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
+    """(the tables of headline, others and variants in a folder, the hash of their student); ``title`` begins each."""
+    runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
+    if not rows:
+        return [], None
+    names = ("teacher", "student", "sft", *ROUNDED, *SEARCHED)
+    lines = []
+    for scheme, width in WIDTHS.items():
+        if any(key[1] == scheme for key in runs):
+            pairs = [((a, scheme), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
+            lines += section(
+                _headed(title, width),
+                [provenance(rows)] if not lines else [],
+                method_table(runs, scheme, names),
+                benchmark_table(runs, scheme, names),
+                pair_table(runs, pairs),
+            )
+    pairs = [((name, SCHEME), ("grace", SCHEME), f"{LABELS[name]} - GRACE") for name in ABLATIONS]
+    lines += section(_headed(title, "GRACE without each part"), pair_table(runs, pairs))
+    pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
+    if any((name, SCHEME) in runs for name in VARIANTS):
+        table = method_table(runs, SCHEME, ["grace", *VARIANTS])
+        lines += section(_headed(title, "what might be better"), table, pair_table(runs, pairs))
+    lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
+    return lines, rows[0]["student"]
+
+
+def _headed(title: str, what: str) -> str:
+    return title + what if title else what[0].upper() + what[1:]
+
+
+def rate_table(folder: Path, student: str) -> list[str]:
+    """What the search found: right answers in per cent, or perplexity where no questions were asked."""
+    rows = [row for row in read_rows(folder / "search.jsonl") if row["student"] == student]
+    rates = sorted({row["rate"] for row in rows})
+    if not rates:
+        return []
+    found = {(row["name"], row["rate"]): row for row in rows}
+    has_questions = all(row["questions"] for row in rows)
+    lines = [
+        f"| {'right %' if has_questions else 'perplexity'}, validation | " + " | ".join(f"{r:g}" for r in rates) + " |",
+        "|---" * (len(rates) + 1) + "|",
+    ]
+    for name in SEARCHED:
+        own = [found.get((name, rate)) for rate in rates]
+        scores = [None if row is None else validation_score(row) for row in own]
+        shown = ["" if s is None else f"{100 * s if has_questions else math.exp(-s):.2f}" for s in scores]
+        lines.append(f"| {LABELS[name]} | " + " | ".join(shown) + " |")
+    return lines
 
 
 WHY = ("grace/entropy", "grace/gate", "grace/cka", "grace/layers", "rtn_minmax/layers", "rtn_minmax/linears")

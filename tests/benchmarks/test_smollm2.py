@@ -237,6 +237,53 @@ def test_validation_and_test_halves_are_apart() -> None:
         bench.best_rates(searched[1:-1])
 
 
+def of_language(job: bench.Job, loss: float) -> dict[str, Any]:
+    made = {**row(job.name, job.seed, 0, loss), "scheme": job.scheme, "rate": job.rate}
+    return {**made, "suite": {}, "questions": {}}
+
+
+def test_rates_of_the_language_alone_are_chosen_by_loss_and_shown(tmp_path: Path) -> None:
+    jobs = bench.search_jobs(bench.LANGUAGE_RATES)
+    rows = [of_language(job, 3.0 + abs((job.rate or 0) - 2e-4)) for job in jobs]
+    assert bench.best_rates(rows, bench.LANGUAGE_RATES) == dict.fromkeys(bench.SEARCHED, 2e-4)
+    folder = tmp_path / bench.LANGUAGE_OUT.name
+    write(folder / "search.jsonl", rows)
+    seeds = [of_language(bench.Job("grace", seed=seed, rate=2e-4), 2.0 - seed / 100) for seed in range(3)]
+    signed = [of_language(bench.Job("signed_scales", seed=seed, rate=2e-4), 1.9) for seed in range(3)]
+    write(folder / "headline.jsonl", [of_language(bench.Job("student", "bf16"), 1.5), *seeds])
+    write(folder / "variants.jsonl", signed)
+    text = "\n".join(report.pages(tmp_path, tmp_path))
+    assert "### The language alone: four bits, groups of 64" in text
+    assert "### The language alone: what might be better" in text
+    assert "| perplexity, validation | 5e-05 | 0.0001 | 0.0002 | 0.0004 |" in text
+    assert "| GRACE | 20.09 | 20.09 | 20.09 | 20.09 |" in text
+    (line,) = [own for own in text.splitlines() if own.startswith("| `signed_scales` - GRACE | log perplexity")]
+    assert line.endswith("| -0.10, -0.09, -0.08 |")
+    assert "questions %" not in text.split("what might be better")[1].split("| difference of")[1]
+
+
+def test_the_language_has_no_rows_about_pictures(world: tuple[Exam, list[str]], monkeypatch: Any, capsys: Any) -> None:
+    exam, _ = world
+    loaded = load_model(str(STUDENT), "cpu")
+    own = replace(exam, suite=None, questions=None, limit=1)
+    first, second, both = (
+        Examination(one, loaded).windows["prose"] for one in (own, replace(own, first_window=1), replace(own, limit=2))
+    )
+    assert len(first) == len(second) == 1
+    assert [window.tolist() for window in both] == [first[0].tolist(), second[0].tolist()]
+    monkeypatch.setattr(bench, "write_language", lambda: STUDENT)
+    for words, said in (
+        (["others", "--language", "--only", "grace_no_gate,grace_no_relational"], "has no row grace_no_relational; it"),
+        (["search", "--language", "--only", "sft"], "search has no row sft; it has grace, kd, qat"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", *words])
+        monkeypatch.setattr(bench, "Table", lambda *_: type("Made", (), {"student": "s"}))
+        monkeypatch.setattr(bench, "searched_rates", lambda *_: dict.fromkeys(bench.SEARCHED, 1e-4))
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert said in capsys.readouterr().err
+
+
 def test_a_method_of_two_rates_is_no_method(tmp_path: Path) -> None:
     write(tmp_path / "headline.jsonl", [row("qat", 0, 1, 1.0), {**row("qat", 1, 1, 1.0), "rate": 1e-3}])
     with pytest.raises(SystemExit, match="qat w4g64 has two rates or a seed twice"):

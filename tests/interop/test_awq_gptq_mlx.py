@@ -20,6 +20,9 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "pillow", "gpt
 FORMATS = {"w4g128": ("awq", "official-awq", "gptq", "gptq_v2", "mlx"), "w8g128": ("gptq", "mlx")}
 """Asked of Qwen3-VL; of the other families those that differ in more than a few bytes of metadata."""
 
+RULES = {"w4g128": "mse_signed", "w8g128": "minmax"}
+"""Scales of four bits have both signs here: runtimes take them as they are."""
+
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 
@@ -41,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for scheme, layouts in FORMATS.items():
             for rounding in ("sig5", "bf16"):
                 name = f"{family}-{scheme}-{rounding}"
-                families.write_family(root / name, family, scheme, rounding)
+                families.write_family(root / name, family, scheme, rounding, RULES[scheme])
                 for layout in layouts:
                     pack(root / name, root / f"{name}-{layout}", layout)
         processor = AutoProcessor.from_pretrained(root / f"{family}-w4g128-bf16")

@@ -88,7 +88,7 @@ def test_a_signed_scale_puts_the_extra_code_at_the_longer_tail(bits: int) -> Non
     found = error(fake_quantize(weight, chosen, scheme, None))
     assert torch.allclose(found, torch.minimum(*errors), rtol=1e-4)  # sums in another order may choose the other
     assert bool(((chosen == above) | (chosen == -below)).all())
-    assert 0.3 < float((chosen < 0).float().mean()) < 0.7
+    assert 0.3 < float((chosen < 0).float().mean()) < 0.7 or bits == 8  # nothing is clipped there: ties
     assert float(found.sum()) <= float(errors[0].sum()) * (0.93 if bits < 8 else 1.0)
     tail = torch.tensor([[1.5, -1.5, 1.5, 3.0], [1.5, -1.5, 1.5, -3.0]])
     assert signed_scale(tail, QuantScheme(2, 4)).sign().tolist() == [[-1.0], [1.0]]
