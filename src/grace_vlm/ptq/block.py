@@ -30,8 +30,9 @@ from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 NUM_PASSES = 10
 """Over the calibration batches, a layer."""
-WEIGHT_RATE, SCALE_RATE = 1e-4, 1e-3
-"""Of weights and log-scales at the start; both fall to 0 in a straight line."""
+WEIGHT_RATE, SCALE_RATE = 0.005, 0.02
+"""In steps of the grid: how far Adam moves a weight at once at the start, and the end of the grid by moving its scale;
+both fall to 0 in a straight line. What is right at four bits is then right at eight, whose steps are a sixteenth."""
 
 
 def reconstruct_layer(
@@ -52,10 +53,7 @@ def reconstruct_layer(
         weight = weight.to(compute_dtype(weight), copy=True)
         grid[name] = _Trained(weight, init_scale(weight, scheme, rule), scheme)
     targets = [replay.run(number, batch)[1] for batch in batches]
-    optimizer = torch.optim.Adam(
-        [{"params": [one.weight for one in grid.values()], "lr": WEIGHT_RATE},
-         {"params": [one.log_scale for one in grid.values()], "lr": SCALE_RATE}]
-    )  # fmt: skip
+    optimizer = torch.optim.Adam([group for one in grid.values() for group in one.groups()])
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, num_passes * len(batches)))
     best, least = dict[str, QuantizedTensor](), float("inf")
     with _computing_on(linears, grid):
@@ -82,6 +80,14 @@ class _Trained:
     def __init__(self, weight: torch.Tensor, start: torch.Tensor, scheme: QuantScheme) -> None:
         self.weight, self.scheme, self.sign = weight.requires_grad_(), scheme, sign_of(start)
         self.log_scale = start.abs().log().requires_grad_()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What an optimizer trains, and how fast."""
+        step = float(self.log_scale.detach().exp().mean())
+        return [
+            {"params": [self.weight], "lr": WEIGHT_RATE * step},
+            {"params": [self.log_scale], "lr": SCALE_RATE / self.scheme.qmax},
+        ]
 
     def value(self) -> Any:
         """The weight on its grid, with gradients for both."""
