@@ -89,9 +89,11 @@ ROUNDED: dict[str, tuple[Any, Any]] = {
     "gptq": ("gptq", "minmax"),
     "block": ("block", "mse"),
     "rtn_signed": ("rtn", "mse_signed"),
+    "awq_signed": ("awq", "mse_signed"),
+    "gptq_signed": ("gptq", "mse_signed"),
 }
 """Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales; of block
-reconstruction scales are trained, from our own start."""
+reconstruction scales are trained, from our own start. Those with signed scales are ours."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "kd_global_t1": ("method=kd", "loss.temperature=1"),
     "microbatch": ("loss.normalization=microbatch",),
@@ -112,10 +114,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "twice_as_long": ("optim.num_steps=DOUBLE",),
     "from_w8": ("model.student=FIRST",),
     "from_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
+    "from_signed_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
     "self_first": ("model.student=FIRST",),
 }
-RECONSTRUCTED = "from_blocks"
-"""The variant that goes on from the student after block reconstruction (``grace quantize --method block``)."""
+RECONSTRUCTED: dict[str, Any] = {"from_blocks": "mse", "from_signed_blocks": "mse_signed"}
+"""Variants that go on from the student after block reconstruction (``grace quantize --method block``), and its scales.
+"""
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),
     "self_first": ("bf16", ("model.teacher=STUDENT",)),
@@ -402,10 +406,13 @@ class Table:
         from grace_vlm.train.loop import train
 
         first_out = first_stage(job)
-        if job.name == RECONSTRUCTED:
+        if job.name in RECONSTRUCTED:
             data = self.recipe.data
             rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
-            quantize_folder(self.student_name, first_out, job.scheme, method="block", calibration=rows, overwrite=True)
+            rule = RECONSTRUCTED[job.name]
+            quantize_folder(
+                self.student_name, first_out, job.scheme, method="block", scale=rule, calibration=rows, overwrite=True
+            )
         elif job.name in TWO_STAGES:
             scheme, changes = TWO_STAGES[job.name]
             first = replace(job, name="grace", scheme=scheme)

@@ -134,9 +134,11 @@ def test_a_variant_goes_on_from_reconstructed_blocks(
         publish_model(tmp_path / name, build_toy_model("llava", processor), processor, {}, (), "# toy\n")
     overrides = [*overrides, f"model.student={tmp_path / 'student'}", f"model.teacher={tmp_path / 'teacher'}"]
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1), 4)
-    assert table.make([bench.Job(bench.RECONSTRUCTED, seed=0, rate=1e-4)], bench.Clock(None))
-    (row,) = bench.read_rows(tmp_path / "v.jsonl")
-    assert row["steps"] == 2
+    jobs = [bench.Job(name, seed=0, rate=1e-4) for name in bench.RECONSTRUCTED]
+    assert table.make(jobs, bench.Clock(None))
+    rows = bench.read_rows(tmp_path / "v.jsonl")
+    assert [row["steps"] for row in rows] == [2, 2]
+    assert rows[0]["texts"] != rows[1]["texts"]
     assert not (tmp_path / "runs" / "smollm2" / "from_blocks_0").exists()
 
 
