@@ -59,7 +59,7 @@ SMALL = (
 )
 """Of ``small``: the rows of text, and as many as two cores take in half an hour."""
 SMALL_WINDOWS = 8
-"""Of 512 tokens; a search reads as many behind them."""
+"""Of 512 tokens (``--limit``: others); a search reads as many behind them."""
 PICTURED = ("grace_no_relational", "relation_in_the_middle", "relation_early")
 """Rows that differ from GRACE in nothing without pictures."""
 CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
@@ -486,10 +486,12 @@ def best_rates(rows: Sequence[dict[str, Any]], rates: Sequence[float] = RATES) -
     """Of each searched method the rate with the best validation score; the search must be complete, or later rows
     would have another rate than earlier ones."""
     best: dict[str, tuple[float, float]] = {}
-    found = {_key(row) for row in rows}
-    if left := [job for job in search_jobs(rates) if job.key not in found]:
-        names = ", ".join(sorted({job.name for job in left}))
-        sys.exit(f"{len(left)} rows of the search are missing ({names}); run: python benchmarks/smollm2.py search")
+    wanted = {job.key: job for job in search_jobs(rates)}
+    rows = [row for row in rows if _key(row) in wanted]
+    if left := wanted.keys() - {_key(row) for row in rows}:
+        names = ", ".join(sorted({wanted[key].name for key in left}))
+        search = "search --language" if rates == LANGUAGE_RATES else "search"
+        sys.exit(f"{len(left)} rows of the search are missing ({names}); run: python benchmarks/smollm2.py {search}")
     for row in rows:
         score = validation_score(row)
         if row["name"] not in best or score > best[row["name"]][0]:
@@ -622,7 +624,11 @@ def main() -> None:
     if args.command == "data":
         print(f"{join_rows(ROWS):,} rows in {ROWS}")
         return
+    if args.command in STAGES and (args.language or args.only):
+        made.error(f"--language and --only are of rows, and {args.command} is a training run of pictures")
     clock = Clock(args.minutes)
+    if args.language and args.gpus != 1:
+        made.error("--language is for a CPU; leave --gpus out")
     if args.gpus != 1:
         require_gpus(made, args)
         sys.exit(on_gpus(args.gpus, sys.argv[1:]))
@@ -639,7 +645,7 @@ def main() -> None:
         overrides = [*SMALL, f"model.student={language}", f"model.teacher={language}", *overrides]
         exam = replace(exam, suite=None, questions=None, limit=args.limit or SMALL_WINDOWS)
         if args.command == "search":
-            exam = replace(exam, first_window=SMALL_WINDOWS)
+            exam = replace(exam, first_window=exam.limit or 0)
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
     table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows)
@@ -649,7 +655,7 @@ def main() -> None:
     else:
         jobs = search_jobs(rates) if args.command == "search" else small_jobs()
     if args.language:
-        jobs = [job for job in jobs if job.name not in PICTURED]
+        jobs = [job for job in jobs if job.name not in (*PICTURED, "teacher")]
     if args.only:
         names = sorted({job.name for job in jobs})
         if unknown := sorted(set(args.only) - set(names)):

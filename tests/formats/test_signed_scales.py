@@ -18,6 +18,7 @@ from grace_vlm.ptq.quantize import quantize_folder
 from grace_vlm.quant.affine import bake
 from grace_vlm.train.config import recipe_from
 from grace_vlm.train.loop import train
+from grace_vlm.train.step import StepReport
 
 LAYOUTS = ("compressed-tensors", "awq", "gptq", "gptq_v2", "gguf", "mlx", "official-awq", "grace")
 
@@ -56,8 +57,8 @@ def test_logarithms_have_no_sign(signed: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError) as refusal:
         pack(signed, tmp_path / "packed", "official", allow_rounding=True)
     assert str(refusal.value) == (
-        "the official layout stores logarithms of scales, and this model has negative ones (mse_signed); every other "
-        "format takes them"
+        "the official layout stores logarithms of scales, and this model has negative ones (mse_signed, or a Q4_0 of "
+        "llama.cpp); every other format takes them"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -70,11 +71,13 @@ def test_a_run_keeps_the_signs_and_goes_on_as_if_it_had_not_stopped(tmp_path: Pa
     signs = torch.cat([tensor.scale.sign().flatten() for tensor in whole.values()])
     assert 0.3 < float((signs < 0).float().mean()) < 0.7
 
-    def stop(report: object, num_steps: int) -> None:
-        raise KeyboardInterrupt
+    def stop(report: StepReport, num_steps: int) -> None:
+        if report.step == 1:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe_from(tree, "test"), tmp_path / "stopped", progress=stop)
+    assert (tmp_path / "stopped" / "checkpoints" / "step-000001").is_dir()
     again = read_grid(train(recipe_from(tree, "test"), tmp_path / "stopped", resume=True))
     tree["optim"] |= {"learning_rate": 1e-30, "scale_learning_rate": 0.0}
     before = read_grid(train(recipe_from(tree, "test"), tmp_path / "start"))

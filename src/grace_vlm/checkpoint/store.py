@@ -48,7 +48,7 @@ class TrainState:
     Args:
         step: optimizer steps done.
         masters: FP32 masters, and every other trained tensor; of several processes, this one's share.
-        log_scales: FP32 log-scale of each quantized linear, (out, groups).
+        log_scales: FP32 log-scale of each quantized linear, (out, groups), and ``<name>#sign`` where it has one.
         optimizer_tensors: moments, named ``<parameter>.<moment>``.
         adaptive_weight: the controller's state.
         sampler: process ("0", "1", ...) -> epoch and cursor.

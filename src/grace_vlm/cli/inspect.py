@@ -34,7 +34,7 @@ def inspect_path(
         print(f"weights: {stored:,} bytes, {100 * stored / dense:.1f} % of the {dense:,} in BF16")
 
 
-HEADER = ("linear", "out x in", "bits", "group", "bytes", "smallest scale", "largest scale", "clipped")
+HEADER = ("linear", "out x in", "bits", "group", "bytes", "smallest scale", "largest scale", "negative", "clipped")
 
 
 def _row(linear: dict[str, Any]) -> tuple[str, ...]:
@@ -46,5 +46,6 @@ def _row(linear: dict[str, Any]) -> tuple[str, ...]:
         f"{linear['bytes']:,}",
         f"{linear['scale_min']:.3g}",
         f"{linear['scale_max']:.3g}",
+        f"{100 * linear['negative']:.0f} %",
         f"{100 * linear['clipped']:.2f} %",
     )

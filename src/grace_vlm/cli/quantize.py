@@ -20,7 +20,9 @@ def quantize_model(
     dst: Path = typer.Argument(..., help="Model folder to write."),
     scheme: str = typer.Option(..., "--scheme", help="w8g128, w4g128, w3g64, ..."),
     method: str = typer.Option("rtn", "--method", help="rtn (round to nearest), awq, gptq or block."),
-    scale: str = typer.Option("mse", "--scale", help="minmax, mse or mse_signed: how scales are chosen."),
+    scale: str = typer.Option(
+        "mse", "--scale", help="minmax, mse or mse_signed (negative where that errs less): how scales are chosen."
+    ),
     calibration: Path = typer.Option(None, "--calibration", help="Rows to calibrate on, for all but rtn."),
     images: Path = typer.Option(None, "--images", help="Root of their image paths; default: their folder."),
     num_rows: int = typer.Option(None, "--num-rows", help="How many of the rows are drawn; default: 128."),

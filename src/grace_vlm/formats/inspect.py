@@ -77,7 +77,8 @@ def inspect_content(
     """Layout, counts, bytes on the disk and in BF16, and a record a quantized linear. Reads every code once.
 
     ``weight_bytes`` are those of all weight files; ``bf16_bytes`` those of the same model in BF16; ``clipped`` is the
-    share of codes at an end of their range. ``bits_per_quantized_weight`` is what the layout stores of the quantized
+    share of codes at an end of their range, ``negative`` that of scales below zero, ``scale_min`` and ``scale_max`` are
+    magnitudes. ``bits_per_quantized_weight`` is what the layout stores of the quantized
     linears, ``grid_bits_per_quantized_weight`` what their codes and scales alone need.
 
     Args:

@@ -236,7 +236,8 @@ class Official(Converter):
     def stored_scale(self, scale: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
         if bool((scale < 0).any()):
             raise FormatError(
-                f"the {self.name} layout stores logarithms of scales, and this model has negative ones (mse_signed); "
+                f"the {self.name} layout stores logarithms of scales, and this model has negative ones (mse_signed, or "
+                "a Q4_0 of llama.cpp); "
                 "every other format takes them"
             )
         if scheme.scale_rounding != "fp32":

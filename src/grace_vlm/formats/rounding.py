@@ -25,7 +25,7 @@ class Exactness:
 
     Args:
         num_scales, num_changed: scales, and those that the layout cannot hold.
-        scale_error: largest |stored - s| / s.
+        scale_error: largest |stored - s| / |s|.
         weight_error: largest |bf16(q stored) - bf16(q s)|.
         tensor: the linear that has the largest scale error; empty if all are exact.
     """
@@ -76,7 +76,7 @@ def as_stored(name: str, tensor: QuantizedTensor, converter: Converter) -> Quant
     if not bool((torch.isfinite(stored) & (stored != 0)).all()):
         dtype = str(converter.scale_dtype).removeprefix("torch.")
         raise FormatError(
-            f"{name} has scales from {float(tensor.scale.min()):.3g} to {float(tensor.scale.max()):.3g}; "
+            f"{name} has scales of {float(tensor.scale.abs().min()):.3g} to {float(tensor.scale.abs().max()):.3g}; "
             f"{converter.name} stores them in {dtype}, which cannot hold them"
         )
     return _in(_scheme_of(scheme, converter), tensor.codes, stored)

@@ -6,8 +6,8 @@ would cost the host 196 launches. Where a weight lies a program reads from a tab
 scales of all weights lie end to end. Bytes a weight: forward 4 read and 2 written (FP32 master, BF16 leaf), backward 8
 read and 4 written (G and master, dL/dw over G); in eager torch 44 and 106.
 
-Bit for bit what torch computes: division and rounding are IEEE's, a NaN stays one, zeros are +0.0, and q s is rounded
-to BF16 once. The sum over a group is made in another order, so dL/dlog s may differ in its last digits.
+Bit for bit what torch computes: division and rounding are IEEE's, a NaN stays one, a code is never -0, and q s is
+rounded to BF16 once. The sum over a group is made in another order, so dL/dlog s may differ in its last digits.
 
 Codes that flipped can be counted on the way: the leaf that is overwritten holds bf16(q s) of the step before.
 """

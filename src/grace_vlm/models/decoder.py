@@ -68,7 +68,7 @@ def attend_segments(
 
     Args:
         query: (B, heads, S, d). key, value: (B, kv_heads, S, d); B is 1 with segments.
-        attention_mask: (B, 1, S, S), what the model's own forward makes; None from ours.
+        attention_mask: (B, 1, S, keys), what the model's own forward makes; None from ours.
         segments: lengths that sum to S; None: every row is one segment.
         borders: (len(segments) + 1,) int32 on the device, 0 and the ends of the segments; instead of ``segments``
             where one kernel does all of them: a compiled layer is then the same for every packing.
@@ -77,10 +77,12 @@ def attend_segments(
     Returns:
         (B, S, heads, d), None.
     """
-    grouped = query.shape[1] != key.shape[1]
     if attention_mask is not None or query.shape[2] == 1:
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2).contiguous(), None
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0]
+        return out, None
+    grouped = query.shape[1] != key.shape[1]
     longest = longest if longest is not None else max(segments) if segments is not None else query.shape[2]
     if sliding_window is not None and longest > sliding_window:
         raise ConfigError(

@@ -6,7 +6,7 @@ Pure torch: no files, no models, no training loop.
 from grace_vlm.quant.affine import bake, dequantize, fake_quantize, quantize, quantize_tensor, round_scale
 from grace_vlm.quant.lsq import lsq_backward
 from grace_vlm.quant.plan import QuantPlan, make_plan
-from grace_vlm.quant.scale_init import init_scale, minmax_scale, mse_scale
+from grace_vlm.quant.scale_init import init_scale, minmax_scale, mse_scale, signed_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, parse_scheme
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "round_scale",
+    "signed_scale",
 ]

@@ -19,7 +19,7 @@ from torch import nn
 
 from grace_vlm.kernels import runs_triton
 from grace_vlm.quant.affine import fake_quantize, quantize, quantize_tensor, round_scale
-from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward, scale_of, sign_of
+from grace_vlm.quant.lsq import ClipMask, ScaleGradient, lsq_backward, scale_of
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
 
@@ -38,19 +38,24 @@ class GridWeight:
 class Grids:
     """Scales of the weights of one scheme, and what is done with them once a step.
 
+    Args:
+        is_signed: whether scales may be negative, in whatever process.
+
     Attributes:
         log_scales: name -> (out, in / group_size) parameter, a view of the one buffer.
+        signs: name -> +1 and -1 of each scale, likewise; empty where all are positive.
     """
 
-    def __init__(self, scheme: QuantScheme, weights: Sequence[GridWeight]) -> None:
+    def __init__(self, scheme: QuantScheme, weights: Sequence[GridWeight], is_signed: bool = False) -> None:
         self.scheme, self.weights = scheme, tuple(weights)
         flat = torch.cat([w.start.to(torch.float64).abs().log().to(w.master.dtype).flatten() for w in weights])
-        signs = sign_of(torch.cat([w.start.flatten() for w in weights]))
-        self._signs = None if signs is None else signs.to(flat)
+        self._signs = torch.cat([w.start.flatten() for w in weights]).sign().to(flat) if is_signed else None
         self._log_scale, self._gradient = flat, torch.zeros_like(flat)
         self._raw_scale = self._scale = torch.empty_like(flat)
         self._shapes = [w.start.shape for w in weights]
         self.log_scales = {w.name: nn.Parameter(part) for w, part in zip(weights, self._parts(flat), strict=True)}
+        signs = [] if self._signs is None else self._parts(self._signs)
+        self.signs = {w.name: part for w, part in zip(weights, signs, strict=False)}
         self._table = self._make_table()
 
     def _parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -77,7 +82,7 @@ class Grids:
         return GridTable.of([(w.leaf, w.master, w.gradient) for w in self.weights], self.scheme)
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(exp(log_scale), what is stored of it), flat."""
+        """(sign exp(log_scale), what is stored of it), flat."""
         raw = scale_of(self._log_scale, self._signs)
         return raw, round_scale(raw, self.scheme.scale_rounding)
 
@@ -110,9 +115,8 @@ class Grids:
         """dL/dmaster over every ``gradient``, and ``.grad`` of every log-scale."""
         if self._table is not None:
             self._table.backward(self._scale, self._raw_scale, self._gradient, clip_mask, scale_gradient)
-        signs = [None] * len(self.weights) if self._signs is None else self._parts(self._signs)
-        for w, grad_log_scale, sign in zip(self.weights, self._parts(self._gradient), signs, strict=True):
-            log_scale = self.log_scales[w.name]
+        for w, grad_log_scale in zip(self.weights, self._parts(self._gradient), strict=True):
+            log_scale, sign = self.log_scales[w.name], self.signs.get(w.name)
             if self._table is None:
                 grad, found = lsq_backward(
                     w.gradient, w.master, log_scale, self.scheme, clip_mask, scale_gradient, sign

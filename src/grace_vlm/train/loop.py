@@ -212,8 +212,7 @@ class Run:
         return TrainState(
             step=step,
             masters={name: tensor.detach() for name, tensor in self.masters.masters()},
-            # Copies: they are views of one buffer, which a file of tensors cannot hold.
-            log_scales={name: tensor.detach().clone() for name, tensor in self.masters.log_scales()},
+            log_scales=self.masters.scale_state(),
             optimizer_tensors=self.optimizer.state_dict(),
             adaptive_weight=self.adaptive.state_dict() if self.adaptive else {},
             sampler=by_process(self.ranks.gather(self.loader.state_dict())),

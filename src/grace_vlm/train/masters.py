@@ -62,6 +62,13 @@ def _start(
     return _rows(scale_init[name.removesuffix(".weight")], share).to(weight)
 
 
+def _may_be_negative(scale_init: ScaleRule | Mapping[str, torch.Tensor]) -> bool:
+    """The same in every process: of given scales each has all."""
+    if isinstance(scale_init, str):
+        return scale_init == "mse_signed"
+    return any(bool((scale < 0).any()) for scale in scale_init.values())
+
+
 def _count(of: torch.Tensor) -> torch.Tensor:
     """Its elements, as an FP64 scalar beside it."""
     return torch.full((), of.numel(), dtype=torch.float64, device=of.device)
@@ -150,7 +157,8 @@ class Masters:
                 leaf.register_post_accumulate_grad_hook(self._add_to(gradient))
         self.shards = LayerShards(matrices, self.ranks) if any(matrices) else None
         self._coming: Going | None = None
-        self._grids = [(Grids(scheme, members), shared) for (scheme, shared), members in weights.items()]
+        is_signed = _may_be_negative(scale_init)
+        self._grids = [(Grids(scheme, members, is_signed), shared) for (scheme, shared), members in weights.items()]
         self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
@@ -180,6 +188,13 @@ class Masters:
         """In the order of the model's parameters."""
         found = {name: scale for grids, _ in self._grids for name, scale in grids.log_scales.items()}
         yield from ((name, found[name]) for name in self._tracked if name in found)
+
+    def scale_state(self) -> dict[str, torch.Tensor]:
+        """Copies of what a checkpoint holds of scales: ``log_scales()``, and beside each that may be negative its sign,
+        ``<name>#sign`` (out, groups) int8. (They are views of one buffer, which a file of tensors cannot hold.)"""
+        signs = {name: sign for grids, _ in self._grids for name, sign in grids.signs.items()}
+        state = {name: scale.detach().clone() for name, scale in self.log_scales()}
+        return state | {f"{name}#sign": sign.to(torch.int8) for name, sign in signs.items()}
 
     @torch.no_grad()
     def materialize(self, count_flips: bool = False) -> torch.Tensor:
@@ -337,13 +352,16 @@ class Masters:
         return whole.cpu() if self.ranks.is_first else None
 
     @torch.no_grad()
-    def load_state_dict(self, masters: dict[str, torch.Tensor], log_scales: dict[str, torch.Tensor]) -> None:
-        """Restore what ``masters()`` and ``log_scales()`` gave, and write the leaves.
+    def load_state_dict(self, masters: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]) -> None:
+        """Restore what ``masters()`` and ``scale_state()`` gave, and write the leaves.
 
         The start of the scale drift is not state: it follows from the student, which a resumed run opens again.
         """
         for name, master in self.masters():
             master.copy_(masters[name])
         for name, log_scale in self.log_scales():
-            log_scale.copy_(log_scales[name])
+            log_scale.copy_(scales[name])
+        for grids, _ in self._grids:
+            for name, sign in grids.signs.items():
+                sign.copy_(scales[f"{name}#sign"])
         self.materialize()

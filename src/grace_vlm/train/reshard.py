@@ -1,7 +1,7 @@
 """A checkpoint of another number of processes: its shares made whole, and shared out anew.
 
-What a tensor is of says its name: ``W`` (a master), ``W.log_scale``, ``W#exp_avg`` (a moment of it). Its rows are those
-of the leaf ``W``, or its parts are equal because every process had all of it.
+What a tensor is of says its name: ``W`` (a master), ``W.log_scale``, ``W#exp_avg`` (a moment of it), ``W#sign``. Its
+rows are those of the leaf ``W``, or its parts are equal because every process had all of it.
 """
 
 from __future__ import annotations
