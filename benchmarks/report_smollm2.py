@@ -21,6 +21,7 @@ from typing import Any
 from smollm2 import (
     ABLATIONS,
     LANGUAGE_OUT,
+    OTHER_RULES,
     OUT,
     ROUNDED,
     SCHEME,
@@ -47,9 +48,12 @@ LABELS = {
     "awq": "AWQ",
     "gptq": "GPTQ",
     "block": "block reconstruction",
+    "awq_mse": "AWQ, least error scales",
+    "gptq_mse": "GPTQ, MSE scales",
     "rtn_signed": "RTN, signed scales",
     "awq_signed": "AWQ, signed scales",
     "gptq_signed": "GPTQ, signed scales",
+    "block_signed": "block reconstruction, signed scales",
     "qat": "QAT",
     "kd": "QAT with plain distillation",
     "grace": "GRACE",
@@ -250,7 +254,7 @@ def pages(folder: Path, images: Path) -> list[str]:
     lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     small, rows = collect([folder / "small.jsonl"])
     if rows:
-        table = method_table(small, SCHEME, ("student", *ROUNDED, *SEARCHED))
+        table = method_table(small, SCHEME, ("student", *ROUNDED, *OTHER_RULES, *SEARCHED))
         lines += section("The language alone, one seed, at a rate that was not searched", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
@@ -263,7 +267,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
     if not rows:
         return [], None
-    names = ("teacher", "student", "sft", *ROUNDED, *SEARCHED)
+    names = ("teacher", "student", "sft", *ROUNDED, *OTHER_RULES, *SEARCHED)
     lines = []
     for scheme, width in WIDTHS.items():
         if any(key[1] == scheme for key in runs):

@@ -88,12 +88,18 @@ ROUNDED: dict[str, tuple[Any, Any]] = {
     "awq": ("awq", "minmax"),
     "gptq": ("gptq", "minmax"),
     "block": ("block", "mse"),
+}
+"""Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales; of block
+reconstruction scales are trained, from our own start."""
+OTHER_RULES: dict[str, tuple[Any, Any]] = {
+    "awq_mse": ("awq", "mse"),
+    "gptq_mse": ("gptq", "mse"),
     "rtn_signed": ("rtn", "mse_signed"),
     "awq_signed": ("awq", "mse_signed"),
     "gptq_signed": ("gptq", "mse_signed"),
+    "block_signed": ("block", "mse_signed"),
 }
-"""Rows without training: method and scale rule. AWQ and GPTQ are published with min-max scales; of block
-reconstruction scales are trained, from our own start. Those with signed scales are ours."""
+"""The same with other scale rules of ours."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "kd_global_t1": ("method=kd", "loss.temperature=1"),
     "microbatch": ("loss.normalization=microbatch",),
@@ -360,7 +366,7 @@ class Table:
             return load_model(self.student_name), []
         if job.name == "teacher":
             return load_model(str(self.recipe.model.teacher)), []
-        if job.name in ROUNDED:
+        if job.name in (*ROUNDED, *OTHER_RULES):
             return self._rounded(job), []
         return self._trained(job)
 
@@ -373,7 +379,7 @@ class Table:
         from grace_vlm.ptq.rtn import round_to_nearest
 
         loaded = load_model(self.student_name)
-        method, rule = ROUNDED[job.name]
+        method, rule = (ROUNDED | OTHER_RULES)[job.name]
         plan = plan_model(loaded.model, loaded.adapter, job.scheme)
         if method == "rtn":
             round_to_nearest(loaded.model, plan, rule)
@@ -534,7 +540,8 @@ def headline_jobs(rates: dict[str, float]) -> list[Job]:
 
 
 def other_jobs(rates: dict[str, float]) -> list[Job]:
-    jobs = [Job(name, scheme) for scheme in ("w8g64", "w3g64", "w4g32") for name in ROUNDED]
+    jobs = [Job(name) for name in OTHER_RULES]
+    jobs += [Job(name, scheme) for scheme in ("w8g64", "w3g64", "w4g32") for name in (*ROUNDED, *OTHER_RULES)]
     for seed in range(3):
         for scheme in ("w3g64", "w8g64", "w4g32"):
             jobs += [job for name in SEARCHED for job in trained(name, scheme, [seed], rates)]
@@ -548,7 +555,7 @@ def variant_jobs(rates: dict[str, float]) -> list[Job]:
 
 def small_jobs() -> list[Job]:
     """The language alone, all 30 layers: its teacher is the model itself before it was rounded."""
-    jobs = [Job("student", "bf16"), *(Job(name) for name in ROUNDED)]
+    jobs = [Job("student", "bf16"), *(Job(name) for name in (*ROUNDED, *OTHER_RULES))]
     return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in SEARCHED]
 
 
