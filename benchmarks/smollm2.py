@@ -121,11 +121,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "from_w8": ("model.student=FIRST",),
     "from_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
     "from_signed_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
+    "from_awq": ("model.student=FIRST", "quant.scale_init=stored"),
+    "from_signed_awq": ("model.student=FIRST", "quant.scale_init=stored"),
     "self_first": ("model.student=FIRST",),
 }
-RECONSTRUCTED: dict[str, Any] = {"from_blocks": "mse", "from_signed_blocks": "mse_signed"}
-"""Variants that go on from the student after block reconstruction (``grace quantize --method block``), and its scales.
-"""
+QUANTIZED_FIRST: dict[str, tuple[Any, Any]] = {
+    "from_blocks": ("block", "mse"),
+    "from_signed_blocks": ("block", "mse_signed"),
+    "from_awq": ("awq", "mse"),
+    "from_signed_awq": ("awq", "mse_signed"),
+}
+"""Variants that go on from the student as ``grace quantize`` leaves it: its method and scale rule."""
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),
     "self_first": ("bf16", ("model.teacher=STUDENT",)),
@@ -412,12 +418,12 @@ class Table:
         from grace_vlm.train.loop import train
 
         first_out = first_stage(job)
-        if job.name in RECONSTRUCTED:
+        if job.name in QUANTIZED_FIRST:
             data = self.recipe.data
             rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
-            rule = RECONSTRUCTED[job.name]
+            method, rule = QUANTIZED_FIRST[job.name]
             quantize_folder(
-                self.student_name, first_out, job.scheme, method="block", scale=rule, calibration=rows, overwrite=True
+                self.student_name, first_out, job.scheme, method=method, scale=rule, calibration=rows, overwrite=True
             )
         elif job.name in TWO_STAGES:
             scheme, changes = TWO_STAGES[job.name]
