@@ -157,12 +157,13 @@ def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
     return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
 
 
-def method_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
-    lines = [
-        f"| {scheme.upper()} | seeds | toy suite % | questions % | perplexity | KL to BF16 | same word % | questions "
-        "given back | perplexity given back | minutes each |",
-        "|---" * 10 + "|",
-    ]
+COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "same word %", "questions given back",
+           "perplexity given back", "minutes each")  # fmt: skip
+
+
+def method_table(runs: Runs, scheme: str, names: Sequence[str], is_timed: bool = True) -> list[str]:
+    """A line a method; columns that nobody fills are left out, and times of rows that ran beside others."""
+    lines: list[list[str]] = []
     for name in names:
         key = (name, scheme_of(name, scheme))
         own = runs.get(key, {})
@@ -170,6 +171,7 @@ def method_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
             continue
         is_whole = key[1] == "bf16"
         cells = [
+            LABELS.get(name, name),
             str(len(own)) if None not in own else "",
             cell(values(runs, key, suite)),
             cell(values(runs, key, test_right)),
@@ -178,10 +180,13 @@ def method_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
             cell(values(runs, key, agreement), 1),
             "" if is_whole else recovered(runs, name, scheme, test_right),
             "" if is_whole else recovered(runs, name, scheme, text_loss),
-            f"{statistics.mean(row['made_seconds'] for row in own.values()) / 60:.1f}",
+            f"{statistics.mean(row['made_seconds'] for row in own.values()) / 60:.1f}" if is_timed else "",
         ]
-        lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
+    head = (scheme.upper(), *COLUMNS)
+    rows = ([head[column] for column in kept], ["---"] * len(kept), *([line[c] for c in kept] for line in lines))
+    return ["| " + " | ".join(row) + " |" for row in rows] if lines else []
 
 
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
@@ -275,7 +280,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
             lines += section(
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],
-                method_table(runs, scheme, names),
+                method_table(runs, scheme, names, is_timed=not title),
                 benchmark_table(runs, scheme, names),
                 pair_table(runs, pairs),
             )
@@ -283,7 +288,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     lines += section(_headed(title, "GRACE without each part"), pair_table(runs, pairs))
     pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
     if any((name, SCHEME) in runs for name in VARIANTS):
-        table = method_table(runs, SCHEME, ["grace", *VARIANTS])
+        table = method_table(runs, SCHEME, ["grace", *VARIANTS], is_timed=not title)
         lines += section(_headed(title, "what might be better"), table, pair_table(runs, pairs))
     lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
     return lines, rows[0]["student"]
