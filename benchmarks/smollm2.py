@@ -131,7 +131,7 @@ QUANTIZED_FIRST: dict[str, tuple[Any, Any]] = {
     "from_awq": ("awq", "mse"),
     "from_signed_awq": ("awq", "mse_signed"),
 }
-"""Variants that go on from the student as ``grace quantize`` leaves it: its method and scale rule."""
+"""Variants that go on from the student as ``grace quantize --for-training`` leaves it: its method and scale rule."""
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),
     "self_first": ("bf16", ("model.teacher=STUDENT",)),
@@ -423,7 +423,14 @@ class Table:
             rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
             method, rule = QUANTIZED_FIRST[job.name]
             quantize_folder(
-                self.student_name, first_out, job.scheme, method=method, scale=rule, calibration=rows, overwrite=True
+                self.student_name,
+                first_out,
+                job.scheme,
+                method=method,
+                scale=rule,
+                calibration=rows,
+                for_training=True,
+                overwrite=True,
             )
         elif job.name in TWO_STAGES:
             scheme, changes = TWO_STAGES[job.name]

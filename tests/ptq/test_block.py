@@ -27,7 +27,7 @@ def reconstructed(folder: Path, num_passes: int, schemes: dict[str, QuantScheme]
     before = [replay.run(0, batch)[1] for batch in range(len(replay.forwards))]
     norms = [p.clone() for name, p in replay.layers[0].named_parameters() if "norm" in name]
     rounded = {name: replay.layers[0].get_submodule(name).weight.detach().clone() for name in LINEARS}
-    found = reconstruct_layer(replay, 0, schemes, "mse", num_passes)
+    found = reconstruct_layer(replay, 0, schemes, "mse", {}, num_passes)
     assert all(
         torch.equal(p, kept)
         for p, kept in zip((p for n, p in replay.layers[0].named_parameters() if "norm" in n), norms, strict=True)
@@ -54,6 +54,6 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     replay = replay_of(load_toy("Qwen3-VL", torch.float32), tmp_path)
     with torch.no_grad():
         replay.layers[0].input_layernorm.weight[0] = torch.nan
-    assert reconstruct_layer(replay, 0, {}, "mse") == {}
+    assert reconstruct_layer(replay, 0, {}, "mse", {}) == {}
     with pytest.raises(NonFiniteError, match=r"layers\.0 gives NaN or Inf"):
-        reconstruct_layer(replay, 0, SCHEMES, "mse")
+        reconstruct_layer(replay, 0, SCHEMES, "mse", {})

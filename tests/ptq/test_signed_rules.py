@@ -51,7 +51,7 @@ def test_block_reconstruction_starts_with_signs_and_keeps_them(tmp_path: Path) -
     for num_passes, into in ((0, start), (10, trained)):
         replay = replay_of(load_toy("Qwen3-VL", torch.float32), tmp_path)
         weights = {name: replay.layers[0].get_submodule(name).weight.detach().clone() for name in names}
-        found = reconstruct_layer(replay, 0, schemes, "mse_signed", num_passes)
+        found = reconstruct_layer(replay, 0, schemes, "mse_signed", {}, num_passes)
         for name, scheme in schemes.items():
             rounded = quantize_tensor(weights[name], signed_scale(weights[name], scheme), scheme)
             assert torch.equal(rounded.scale.sign(), found[name].scale.sign())

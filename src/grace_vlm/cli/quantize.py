@@ -28,6 +28,9 @@ def quantize_model(
     num_rows: int = typer.Option(None, "--num-rows", help="How many of the rows are drawn; default: 128."),
     seed: int = typer.Option(None, "--seed", help="Of that draw; default: 0."),
     device: str = typer.Option(None, "--device", help="auto, cpu, cuda: where a calibration computes; default: auto."),
+    for_training: bool = typer.Option(
+        False, "--for-training", help="awq, block: do not round; write a student for quant.scale_init=stored."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing target."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
@@ -51,10 +54,13 @@ def quantize_model(
             method=cast("PtqMethod", method),
             scale=cast("ScaleRule", scale),
             calibration=None if calibration is None else Calibration(calibration, **given),
+            for_training=for_training,
             overwrite=overwrite,
             progress=bar.update,
         )
     if as_json:
         emit_json({"model": str(dst), "quantized": len(plan.schemes), "bf16": len(plan.bf16_names)})
+    elif for_training:
+        print(f"{dst}  (a start for {len(plan.schemes)} linears on {scheme}: train it with quant.scale_init=stored)")
     else:
         print(f"{dst}  ({len(plan.schemes)} linears on {scheme}, {len(plan.bf16_names)} in bf16)")

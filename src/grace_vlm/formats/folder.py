@@ -29,6 +29,8 @@ from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding, parse_scheme
 
 GRID = "grid"
+START = "start"
+"""Beside weights that are not rounded yet: what training may begin with (``grace quantize --for-training``)."""
 PLAN_VERSION = 1
 _CODES = re.compile(r"codes-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _ENTRY_KEYS = {"name", "scheme", "scale_rounding", "out_features", "in_features"}
@@ -95,10 +97,10 @@ def _plan_entry(where: Path, item: Any) -> PlanEntry:
     return PlanEntry(name, *sizes, scheme)
 
 
-def read_plan(folder: Path) -> tuple[dict[str, PlanEntry], tuple[str, ...]]:
+def read_plan(folder: Path, place: str = GRID) -> tuple[dict[str, PlanEntry], tuple[str, ...]]:
     """(quantized linears by name in model order, names of the linears in BF16) of ``grid/plan.json``."""
-    where = folder / GRID / "plan.json"
-    plan = read_inside(folder, f"{GRID}/plan.json")
+    where = folder / place / "plan.json"
+    plan = read_inside(folder, f"{place}/plan.json")
     if plan.get("format_version") != PLAN_VERSION:
         raise FormatError(f"{where} has format_version {plan.get('format_version')!r}; this grace reads {PLAN_VERSION}")
     linears, bf16 = plan.get("linears"), plan.get("bf16")
@@ -112,24 +114,24 @@ def read_plan(folder: Path) -> tuple[dict[str, PlanEntry], tuple[str, ...]]:
     return {entry.name: entry for entry in entries}, tuple(bf16)
 
 
-def _open_grid(folder: Path, entries: Mapping[str, PlanEntry]) -> Weights:
-    names = sorted(path.name for path in (folder / GRID).iterdir() if _CODES.fullmatch(path.name))
+def _open_grid(folder: Path, entries: Mapping[str, PlanEntry], place: str) -> Weights:
+    names = sorted(path.name for path in (folder / place).iterdir() if _CODES.fullmatch(path.name))
     if len({name[-len("00001.safetensors") :] for name in names} | {f"{len(names):05d}.safetensors"}) != 1:
         raise FormatError(
-            f"{folder / GRID} holds {names or 'no codes'}; expected codes-00001-of-0000N.safetensors, all N"
+            f"{folder / place} holds {names or 'no codes'}; expected codes-00001-of-0000N.safetensors, all N"
         )
-    weights = Weights(check_shard(folder / GRID, name, folder) for name in names)
+    weights = Weights(check_shard(folder / place, name, folder) for name in names)
     expected = {f"{name}.{part}" for name in entries for part in ("codes", "scale")}
     if weights.keys() != expected:
         odd = min(weights.keys() ^ expected)
-        raise FormatError(f"{folder / GRID}: {odd} is {'not in the plan' if odd in weights else 'missing'}")
+        raise FormatError(f"{folder / place}: {odd} is {'not in the plan' if odd in weights else 'missing'}")
     return weights
 
 
-def open_grid(folder: Path) -> tuple[dict[str, PlanEntry], tuple[str, ...], Lazy[QuantizedTensor]]:
+def open_grid(folder: Path, place: str = GRID) -> tuple[dict[str, PlanEntry], tuple[str, ...], Lazy[QuantizedTensor]]:
     """(quantized linears, BF16 linears, checked tensors read when asked for) of a folder with a grid."""
-    entries, bf16 = read_plan(folder)
-    weights = _open_grid(folder, entries)
+    entries, bf16 = read_plan(folder, place)
+    weights = _open_grid(folder, entries, place)
 
     def load(name: str) -> QuantizedTensor:
         scheme = entries[name].scheme
@@ -161,9 +163,10 @@ def write_grid(
     folder: Path,
     tensors: Mapping[str, QuantizedTensor],
     bf16_names: tuple[str, ...],
+    place: str = GRID,
     entries: Mapping[str, PlanEntry] | None = None,
 ) -> None:
-    """Write ``folder/grid``, a tensor at a time; ``folder`` is a stage that the caller publishes.
+    """Write ``folder/<place>``, a tensor at a time; ``folder`` is a stage that the caller publishes.
 
     Args:
         tensors: by module name, in model order.
@@ -197,10 +200,10 @@ def write_grid(
         tensor = checked(name)
         return tensor.codes if part == "codes" else tensor.scale
 
-    (folder / GRID).mkdir()
-    write_shards(folder / GRID, Lazy(specs, load, specs.__getitem__), _codes_name)
+    (folder / place).mkdir()
+    write_shards(folder / place, Lazy(specs, load, specs.__getitem__), _codes_name)
     plan = {"format_version": PLAN_VERSION, "linears": linears, "bf16": list(bf16_names)}
-    (folder / GRID / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    (folder / place / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 class ModelFolder(Converter):
@@ -240,7 +243,7 @@ class ModelFolder(Converter):
 
     def write(self, content: ModelContent, stage: Path) -> None:
         write_weights(stage, joined(content.dense, baked_weights(content)))
-        write_grid(stage, content.quantized, content.bf16_names, content.linears)
+        write_grid(stage, content.quantized, content.bf16_names, entries=content.linears)
         write_config(stage, content.config)
         copy_companions(content, stage)
 

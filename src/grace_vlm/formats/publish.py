@@ -2,6 +2,7 @@
 
 config.json model*.safetensors processor and tokenizer files README.md     BF16, stock names
 grid/codes-*.safetensors grid/plan.json                                    (q, s), if there is a grid
+start/codes-*.safetensors start/plan.json                                  the same of weights that are not rounded yet
 manifest.json manifest.sha256                                              published whole or not at all
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from grace_vlm.checkpoint.atomic import publish_folder
-from grace_vlm.formats.folder import write_grid
+from grace_vlm.formats.folder import GRID, START, write_grid
 from grace_vlm.formats.shards import write_weights
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.registry import adapter_for
@@ -52,6 +53,7 @@ def publish_model(
     *,
     overwrite: bool = False,
     elsewhere: Mapping[str, torch.Tensor] | None = None,
+    start: Mapping[str, QuantizedTensor] | None = None,
 ) -> Path:
     """Write and publish a model folder.
 
@@ -62,13 +64,17 @@ def publish_model(
         bf16_names: the linears that have no grid, for ``plan.json``.
         card: text of README.md.
         elsewhere: parameters by name that the model itself does not hold now, whole.
+        start: where training may begin with weights that are not on the grid yet, in ``start/``, laid out as ``grid/``.
 
     Raises:
         CheckpointError: ``dst`` exists without ``overwrite``, or the disk refuses.
     """
     state, adapter = _bf16_state(model, quantized, elsewhere or {}), adapter_for(model.config.model_type)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    codes_bytes = sum(tensor.codes.numel() + 2 * tensor.scale.numel() for tensor in quantized.values())
+    grids = {GRID: quantized, START: start or {}}
+    codes_bytes = sum(
+        tensor.codes.numel() + 2 * tensor.scale.numel() for own in grids.values() for tensor in own.values()
+    )
     with publish_folder(dst, overwrite=overwrite, needed_bytes=num_bytes + codes_bytes) as stage:
         for config in (
             model.config,
@@ -84,8 +90,9 @@ def publish_model(
         # Not by save_pretrained: its names of LLaVA's tower are the newest, which vLLM does not know yet.
         write_weights(stage, {stored_name(adapter, name): tensor for name, tensor in state.items()})
         processor.save_pretrained(stage)
-        if quantized:
-            stored = {stored_name(adapter, name): tensor for name, tensor in quantized.items()}
-            write_grid(stage, stored, tuple(stored_name(adapter, name) for name in bf16_names))
+        for place, own in grids.items():
+            if own:
+                stored = {stored_name(adapter, name): tensor for name, tensor in own.items()}
+                write_grid(stage, stored, tuple(stored_name(adapter, name) for name in bf16_names), place)
         (stage / "README.md").write_text(card, encoding="utf-8")
     return dst

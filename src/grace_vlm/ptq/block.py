@@ -36,9 +36,17 @@ both fall to 0 in a straight line. What is right at four bits is then right at e
 
 
 def reconstruct_layer(
-    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule, num_passes: int = NUM_PASSES
+    replay: Replay,
+    number: int,
+    schemes: Mapping[str, QuantScheme],
+    rule: ScaleRule,
+    before: dict[str, torch.Tensor],
+    num_passes: int = NUM_PASSES,
 ) -> dict[str, QuantizedTensor]:
     """(codes, stored scale) of the linears ``schemes`` of layer ``number``, whose weights become the baked ones.
+
+    Args:
+        before: filled with the trained weights that were rounded.
 
     Raises:
         NonFiniteError: NaN or Inf in what the rounded layer gives.
@@ -65,6 +73,7 @@ def reconstruct_layer(
                 break  # it ran away: what was best before stays
             if error < least:
                 best, least = {name: one.on_grid() for name, one in grid.items()}, error
+                before.update((name, one.weight.detach().clone()) for name, one in grid.items())
             for batch in batches if done < num_passes else ():
                 _learn(replay, number, batch, targets[batch], optimizer)
                 decay.step()

@@ -52,11 +52,13 @@ def quantize_layers(
     method: CalibratedMethod,
     rule: ScaleRule,
     progress: Progress = lambda done, total: None,
+    unrounded: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """(codes, scale) on the CPU of every linear of ``schemes``; the model's weights become the baked ones, in place.
 
     Args:
-        model: in FP32 or FP64: what AWQ folds must not be rounded on its way to the grid.
+        unrounded: filled, on the CPU, with what the method made of each weight before it was rounded: folded by awq,
+            trained by block. model: in FP32 or FP64: what AWQ folds must not be rounded on its way to the grid.
         schemes: module name -> grid; every name is ``<layer>.<one of STAGES>``.
         replay: of the model's layers, on the calibration batches.
 
@@ -71,7 +73,10 @@ def quantize_layers(
     quantized: dict[str, QuantizedTensor] = {}
     for number, layer in enumerate(replay.names):
         own = {name.removeprefix(f"{layer}."): s for name, s in schemes.items() if name.startswith(f"{layer}.")}
-        for name, tensor in one_layer(replay, number, own, rule).items():
+        before: dict[str, torch.Tensor] = {}
+        for name, tensor in one_layer(replay, number, own, rule, before).items():
+            if unrounded is not None:
+                unrounded[f"{layer}.{name}"] = before[name].cpu()
             quantized[f"{layer}.{name}"] = QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.scheme)
         replay.advance(number)
         progress(number + 1, len(replay.names))
@@ -79,7 +84,7 @@ def quantize_layers(
 
 
 def _gptq_layer(
-    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule
+    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule, before: dict[str, torch.Tensor]
 ) -> dict[str, QuantizedTensor]:
     layer, found = replay.layers[number], {}
     for stage in STAGES:
@@ -89,23 +94,24 @@ def _gptq_layer(
         (moments,) = replay.moments(number, [layer.get_submodule(names[0])])
         for name in names:
             weight = layer.get_submodule(name).weight
+            before[name] = weight.clone()
             found[name] = gptq_quantize(weight, moments.hessian, schemes[name], rule)
             weight.copy_(bake(found[name]))
     return found
 
 
 def _awq_layer(
-    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule
+    replay: Replay, number: int, schemes: Mapping[str, QuantScheme], rule: ScaleRule, before: dict[str, torch.Tensor]
 ) -> dict[str, QuantizedTensor]:
     layer = replay.layers[number]
     stages = [stage for stage in STAGES if any(name in schemes for name in stage.linears)]
     found = replay.moments(number, [layer.get_submodule(stage.linears[0]) for stage in stages])
-    entered, before = replay.run(number, 0)
+    entered, plain = replay.run(number, 0)
     hessians: dict[str, torch.Tensor] = {}
     for stage, moments in zip(stages, found, strict=True):
         hessians.update(dict.fromkeys(stage.linears, _enlarge(layer, stage, schemes, moments)))
     after = replay.run(number, 0)[1]
-    if not bool((after - before).norm() <= FOLD_TOLERANCE * (before - entered).norm()):
+    if not bool((after - plain).norm() <= FOLD_TOLERANCE * (plain - entered).norm()):
         raise ConfigError(
             f"awq changes what {replay.names[number]} ({type(layer).__name__}) computes, which has norms or heads that "
             "it does not know; use --method gptq"
@@ -117,6 +123,7 @@ def _awq_layer(
             scale = minmax_scale(weight, scheme)
         else:
             scale = clipped_scale(weight, hessians[name], scheme, rule == "mse_signed")
+        before[name] = weight.clone()
         result[name] = quantize_tensor(weight, scale, scheme)
         weight.copy_(bake(result[name]))
     return result

@@ -18,7 +18,7 @@ from grace_vlm.data.pictures import PictureStore, patchify_of
 from grace_vlm.data.reader import Preparer, RowReader
 from grace_vlm.data.rows import RowFile
 from grace_vlm.errors import ConfigError, DataError
-from grace_vlm.formats.folder import GRID, open_grid
+from grace_vlm.formats.folder import GRID, START, open_grid
 from grace_vlm.models.adapter import Adapter, plan_model, stored_name
 from grace_vlm.models.load import (
     Cut,
@@ -160,12 +160,13 @@ def scale_start(recipe: Recipe, student: LoadedModel, plan: QuantPlan) -> ScaleR
     folder, found = Path(student.path), dict[str, torch.Tensor]()
     if not plan.schemes:
         return found
-    if not (folder / GRID).is_dir():
+    place = next((place for place in (START, GRID) if (folder / place).is_dir()), None)
+    if place is None:
         raise ConfigError(
             f"quant.scale_init=stored wants a folder with its grid, as grace quantize and grace train write it, and "
             f"{student.path} has none; take a rule, for example mse"
         )
-    stored = open_grid(folder)[2]
+    stored = open_grid(folder, place)[2]
     for name, scheme in plan.schemes.items():
         tensor = stored.get(stored_name(student.adapter, name))
         if tensor is None or tensor.scheme != scheme:
