@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from record import commit_name
-from smollm2 import OUT, RUNS, SCHEME, WORLD, Job, digest_of, recipe_of, searched_rates
+from smollm2 import WORLD
+from smollm2_jobs import RUNS, SCHEME, Job, recipe_of, searched_rates
+from smollm2_rows import OUT
+from smollm2_table import digest_of
 
 from grace_vlm.checkpoint.atomic import write_json_atomic
 

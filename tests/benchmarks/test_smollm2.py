@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
+import smollm2_jobs as jobs_of  # noqa: E402
+import smollm2_rows as rows_of  # noqa: E402
 import smollm2_why as why  # noqa: E402
 from smollm2_measure import Exam, Examination  # noqa: E402
 
@@ -56,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exam, list[str]]:
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program runs in a new folder, with the recipes of this one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
+    monkeypatch.setattr(jobs_of, "RECIPES", ROOT / "recipes" / "smollm2")
 
 
 def test_rows_of_every_kind_and_a_second_call_makes_none_again(
@@ -65,11 +67,11 @@ def test_rows_of_every_kind_and_a_second_call_makes_none_again(
     exam, overrides = world
     path = tmp_path / "headline.jsonl"
     table = bench.Table(path, overrides, exam)
-    jobs = [bench.Job("student", "bf16"), bench.Job("gptq"), bench.Job("grace", seed=1, rate=1e-4)]
+    jobs = [jobs_of.Job("student", "bf16"), jobs_of.Job("gptq"), jobs_of.Job("grace", seed=1, rate=1e-4)]
     assert not table.make(jobs, bench.Clock(0))
-    assert bench.read_rows(path) == []
+    assert rows_of.read_rows(path) == []
     assert table.make(jobs, bench.Clock(None))
-    student, gptq, grace = bench.read_rows(path)
+    student, gptq, grace = rows_of.read_rows(path)
     for row in (student, gptq, grace):
         assert set(row["suite"]) == {"hallusion", "mmbench", "scienceqa", "ai2d", "mmmu", "seed", "mmstar"}
         assert len(row["questions"]["correct"]) == 3
@@ -103,7 +105,7 @@ def test_a_search_asks_the_validation_half_alone(world: tuple[Exam, list[str]]) 
     marks = asked["questions"]["correct"]
     assert marks == "".join("-" if number % 2 else bit for number, bit in enumerate(whole["correct"]))
     assert sum(total for _, total in asked["questions"]["kinds"].values()) == 2
-    assert bench.right_of(asked) == marks.count("1") / 2
+    assert rows_of.right_of(asked) == marks.count("1") / 2
 
 
 def test_a_variant_of_two_stages_starts_from_its_first(
@@ -111,7 +113,7 @@ def test_a_variant_of_two_stages_starts_from_its_first(
 ) -> None:
     exam, overrides = world
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
-    job = bench.Job("from_w8", seed=0, rate=1e-4)
+    job = jobs_of.Job("from_w8", seed=0, rate=1e-4)
     table._before(job)
     folder = tmp_path / "runs" / "smollm2" / "from_w8_0"
     first = load_model(str(folder), "cpu")
@@ -119,7 +121,7 @@ def test_a_variant_of_two_stages_starts_from_its_first(
     assert "w8g64" in grid.read_text()
     assert table.make([job], bench.Clock(None))
     assert not folder.exists(), "what a row went on from goes with it"
-    (row,) = bench.read_rows(tmp_path / "v.jsonl")
+    (row,) = rows_of.read_rows(tmp_path / "v.jsonl")
     assert row["scheme"] == "w4g64"
     assert row["suite"] == {}
 
@@ -134,9 +136,9 @@ def test_a_variant_goes_on_from_a_quantized_student(
         publish_model(tmp_path / name, build_toy_model("llava", processor), processor, {}, (), "# toy\n")
     overrides = [*overrides, f"model.student={tmp_path / 'student'}", f"model.teacher={tmp_path / 'teacher'}"]
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1), 4)
-    jobs = [bench.Job(name, seed=0, rate=1e-4) for name in bench.QUANTIZED_FIRST]
+    jobs = [jobs_of.Job(name, seed=0, rate=1e-4) for name in jobs_of.QUANTIZED_FIRST]
     assert table.make(jobs, bench.Clock(None))
-    rows = bench.read_rows(tmp_path / "v.jsonl")
+    rows = rows_of.read_rows(tmp_path / "v.jsonl")
     assert [row["steps"] for row in rows] == [2] * 4
     assert len({row["texts"]["prose"]["losses"][0] for row in rows}) == 4
     assert not (tmp_path / "runs" / "smollm2" / "from_blocks_0").exists()
@@ -144,24 +146,24 @@ def test_a_variant_goes_on_from_a_quantized_student(
 
 def test_every_row_is_a_recipe() -> None:
     """Names, overrides and rates make valid recipes that differ from the base where they say."""
-    rates = dict.fromkeys(bench.SEARCHED, 1e-4)
-    cwd = bench.RECIPES
-    bench.RECIPES = ROOT / "recipes" / "smollm2"
+    rates = dict.fromkeys(jobs_of.SEARCHED, 1e-4)
+    cwd = jobs_of.RECIPES
+    jobs_of.RECIPES = ROOT / "recipes" / "smollm2"
     try:
-        for jobs in (bench.search_jobs(), *(make(rates) for make in bench.JOBS.values()), bench.small_jobs()):
+        for jobs in (jobs_of.search_jobs(), *(make(rates) for make in jobs_of.JOBS.values()), jobs_of.small_jobs()):
             keys = [job.key for job in jobs]
             assert len(set(keys)) == len(keys)
             for job in jobs:
-                if job.name in (*bench.METHODS, *bench.VARIANTS):
-                    recipe = bench.recipe_of(job, ())
+                if job.name in (*jobs_of.METHODS, *jobs_of.VARIANTS):
+                    recipe = jobs_of.recipe_of(job, ())
                     assert recipe.runtime.seed == job.seed
                     assert recipe.optim.learning_rate == job.rate
-        base = bench.recipe_of(bench.Job("grace", seed=0, rate=1e-4), ())
-        for name in (*bench.METHODS, *bench.VARIANTS):
-            other = bench.recipe_of(bench.Job(name, seed=0, rate=1e-4), ())
+        base = jobs_of.recipe_of(jobs_of.Job("grace", seed=0, rate=1e-4), ())
+        for name in (*jobs_of.METHODS, *jobs_of.VARIANTS):
+            other = jobs_of.recipe_of(jobs_of.Job(name, seed=0, rate=1e-4), ())
             assert (other == base) == (name == "grace"), name
     finally:
-        bench.RECIPES = cwd
+        jobs_of.RECIPES = cwd
 
 
 def row(name: str, seed: int | None, right: int, loss: float, student: str = "s") -> dict[str, Any]:
@@ -179,7 +181,7 @@ def row(name: str, seed: int | None, right: int, loss: float, student: str = "s"
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     for one in rows:
-        bench.append_row(path, one)
+        rows_of.append_row(path, one)
 
 
 def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
 def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None) -> None:
     exam, overrides = world
     digest = weights_digest(str(STUDENT))
-    rows = [{**row(job.name, job.seed, 40, 1.0, digest), "rate": job.rate} for job in bench.search_jobs()]
+    rows = [{**row(job.name, job.seed, 40, 1.0, digest), "rate": job.rate} for job in jobs_of.search_jobs()]
     write(tmp_path / "search.jsonl", rows)
     why.main([*overrides, f"--data={exam.questions}", "--limit=6", "--device=cpu", f"--out={tmp_path}"])
     assert (tmp_path / "runs" / "smollm2" / "grace" / "final" / "grid").is_dir(), "its weights are kept"
@@ -225,34 +227,34 @@ def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_pa
 
 def test_validation_and_test_halves_are_apart() -> None:
     numbers = range(1000)
-    validation = [number for number in numbers if bench.is_validation(number)]
+    validation = [number for number in numbers if rows_of.is_validation(number)]
     assert len(validation) == 500
     one = row("qat", 0, 40, 1.0)
-    assert bench.validation_score(one) == 1.0
+    assert rows_of.validation_score(one) == 1.0
     assert report.test_right(one) == 40
     searched = [
-        {**row(job.name, job.seed, 40, 1.0), "scheme": job.scheme, "rate": job.rate} for job in bench.search_jobs()
+        {**row(job.name, job.seed, 40, 1.0), "scheme": job.scheme, "rate": job.rate} for job in jobs_of.search_jobs()
     ]
     searched[-2]["questions"] = {"correct": "0" * 200, "kinds": {}}
-    assert bench.best_rates(searched[::-1])["grace"] == searched[-1]["rate"]
+    assert jobs_of.best_rates(searched[::-1])["grace"] == searched[-1]["rate"]
     with pytest.raises(SystemExit, match=r"2 rows of the search are missing \(grace, qat\)"):
-        bench.best_rates(searched[1:-1])
+        jobs_of.best_rates(searched[1:-1])
 
 
-def of_language(job: bench.Job, loss: float) -> dict[str, Any]:
+def of_language(job: jobs_of.Job, loss: float) -> dict[str, Any]:
     made = {**row(job.name, job.seed, 0, loss), "scheme": job.scheme, "rate": job.rate}
     return {**made, "suite": {}, "questions": {}}
 
 
 def test_rates_of_the_language_alone_are_chosen_by_loss_and_shown(tmp_path: Path) -> None:
-    jobs = bench.search_jobs(bench.LANGUAGE_RATES)
+    jobs = jobs_of.search_jobs(jobs_of.LANGUAGE_RATES)
     rows = [of_language(job, 3.0 + abs((job.rate or 0) - 2e-4)) for job in jobs]
-    assert bench.best_rates(rows, bench.LANGUAGE_RATES) == dict.fromkeys(bench.SEARCHED, 2e-4)
-    folder = tmp_path / bench.LANGUAGE_OUT.name
+    assert jobs_of.best_rates(rows, jobs_of.LANGUAGE_RATES) == dict.fromkeys(jobs_of.SEARCHED, 2e-4)
+    folder = tmp_path / rows_of.LANGUAGE_OUT.name
     write(folder / "search.jsonl", rows)
-    seeds = [of_language(bench.Job("grace", seed=seed, rate=2e-4), 2.0 - seed / 100) for seed in range(3)]
-    signed = [of_language(bench.Job("signed_scales", seed=seed, rate=2e-4), 1.9) for seed in range(3)]
-    write(folder / "headline.jsonl", [of_language(bench.Job("student", "bf16"), 1.5), *seeds])
+    seeds = [of_language(jobs_of.Job("grace", seed=seed, rate=2e-4), 2.0 - seed / 100) for seed in range(3)]
+    signed = [of_language(jobs_of.Job("signed_scales", seed=seed, rate=2e-4), 1.9) for seed in range(3)]
+    write(folder / "headline.jsonl", [of_language(jobs_of.Job("student", "bf16"), 1.5), *seeds])
     write(folder / "variants.jsonl", signed)
     text = "\n".join(report.pages(tmp_path, tmp_path))
     assert "### The language alone: four bits, groups of 64" in text
@@ -280,7 +282,7 @@ def test_the_language_has_no_rows_about_pictures(world: tuple[Exam, list[str]], 
     ):
         monkeypatch.setattr(sys, "argv", ["smollm2.py", *words])
         monkeypatch.setattr(bench, "Table", lambda *_: type("Made", (), {"student": "s"}))
-        monkeypatch.setattr(bench, "searched_rates", lambda *_: dict.fromkeys(bench.SEARCHED, 1e-4))
+        monkeypatch.setattr(bench, "searched_rates", lambda *_: dict.fromkeys(jobs_of.SEARCHED, 1e-4))
         with pytest.raises(SystemExit):
             bench.main()
         assert said in capsys.readouterr().err

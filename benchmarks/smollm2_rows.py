@@ -1,0 +1,85 @@
+"""Rows of the SmolLM2 comparison: a line of JSON each, and what is read off one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS
+
+OUT = RESULTS / "smollm2"
+
+LANGUAGE_OUT = OUT / "language"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of a file of rows; none if it does not exist."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """A line, in one piece and on the disk; several processes may write to one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(row, separators=(",", ":")) + "\n").encode()
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["scheme"], row["seed"], row["rate"]
+
+
+def mean_of_suite(row: dict[str, Any]) -> float | None:
+    """Mean over the benchmarks of their own scores."""
+    values = [one["value"] for one in row["suite"].values()]
+    return sum(values) / len(values) if values else None
+
+
+def right_of(row: dict[str, Any]) -> float | None:
+    """Share of the held-out questions that are right, of those that were asked."""
+    bits = row["questions"].get("correct")
+    return bits.count("1") / (len(bits) - bits.count("-")) if bits else None
+
+
+def loss_of(row: dict[str, Any], text: str) -> float:
+    """Mean cross-entropy of a text, nats a token."""
+    losses = row["texts"][text]["losses"]
+    return float(sum(losses) / len(losses))
+
+
+def is_validation(number: int) -> bool:
+    """Questions of one picture follow each other, so blocks of a hundred are dealt out, not single questions."""
+    return number // 100 % 2 == 0
+
+
+def validation_score(row: dict[str, Any]) -> float:
+    """Share of right answers on every second hundred of the questions, the report tests on the others; of a row without
+    questions its loss on the search's windows, negated."""
+    bits = row["questions"].get("correct")
+    if not bits:
+        return -loss_of(row, "prose")
+    own = [bit == "1" for number, bit in enumerate(bits) if is_validation(number)]
+    return sum(own) / len(own)
+
+
+def shown_of(row: dict[str, Any]) -> str:
+
+    words = [str(part) for part in key_of(row) if part is not None]
+    for label, value in (("suite", mean_of_suite(row)), ("questions", right_of(row))):
+        words += [] if value is None else [f"{label} {100 * value:.2f}"]
+    words += [f"{name} {math.exp(loss_of(row, name)):.3f}" for name in row["texts"]]
+    return "  " + " ".join((*words, f"{row['seconds']} s"))

@@ -1,0 +1,173 @@
+"""Makes rows of the SmolLM2 comparison: a job's model, asked everything."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from record import commit_name, device_name
+from smollm2_jobs import OTHER_RULES, QUANTIZED_FIRST, RATES, ROUNDED, RUNS, TWO_STAGES, Job, first_stage, recipe_of
+from smollm2_rows import append_row, key_of, read_rows, shown_of
+
+
+class Deadline(Protocol):
+    """Says when no row may be begun."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+
+CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
+
+
+def digest_of(student: str) -> str:
+    """The hash that rows of a student carry."""
+    from grace_vlm.evals.suite.run import weights_digest
+    from grace_vlm.models.load import resolve_source
+
+    return weights_digest(resolve_source(student))
+
+
+class Table:
+    """Rows of one command, made one after another in one process: what is compiled and decoded once serves all."""
+
+    def __init__(
+        self, path: Path, overrides: Sequence[str], exam: Any, calibration_rows: int = CALIBRATION_ROWS
+    ) -> None:
+        from grace_vlm.models.load import load_model
+
+        self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
+        recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
+        self.student_name = str(recipe.model.student)
+        self.student = digest_of(self.student_name)
+        self.recipe = recipe
+        self.reference = load_model(self.student_name)
+        from smollm2_measure import Examination
+
+        self.examination = Examination(exam, self.reference)
+
+    def done(self) -> set[tuple[Any, ...]]:
+        return {key_of(row) for row in read_rows(self.path) if row["student"] == self.student}
+
+    def make(self, jobs: Sequence[Job], clock: Deadline) -> bool:
+        """The rows that are missing, each appended as it is finished; whether none is left."""
+        done = self.done()
+        left = [job for job in jobs if job.key not in done]
+        print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
+        for job in left:
+            if clock.is_over:
+                return False
+            started = time.monotonic()
+            row = self.row(job)
+            row["seconds"] = round(time.monotonic() - started, 1)
+            append_row(self.path, row)
+            print(shown_of(row), flush=True)
+        return True
+
+    def row(self, job: Job) -> dict[str, Any]:
+        """Make a job's model and ask it everything."""
+        import torch
+        import transformers
+
+        started = time.monotonic()
+        loaded, diary = self._model(job)
+        made_seconds = time.monotonic() - started
+        found = self.examination.of(loaded, self.reference)
+        first, last = (diary[0], diary[-1]) if diary else ({}, {})
+        shown = ("cross_entropy", "distillation", "relational", "gate_mean", "weight")
+        return {
+            "name": job.name,
+            "scheme": job.scheme,
+            "seed": job.seed,
+            "rate": job.rate,
+            "student": self.student,
+            "steps": len(diary) and last["step"] + 1,
+            "made_seconds": round(made_seconds, 1),
+            "first": {name: first.get(name) for name in shown if diary},
+            "last": {name: last.get(name) for name in shown if diary},
+            **found,
+            "device": device_name(next(loaded.model.parameters()).device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": commit_name(),
+        }
+
+    def _model(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+        from grace_vlm.models.load import load_model
+
+        if job.name == "student":
+            return load_model(self.student_name), []
+        if job.name == "teacher":
+            return load_model(str(self.recipe.model.teacher)), []
+        if job.name in (*ROUNDED, *OTHER_RULES):
+            return self._rounded(job), []
+        return self._trained(job)
+
+    def _rounded(self, job: Job) -> Any:
+        """RTN, AWQ, GPTQ or block reconstruction of the student, calibrated on rows of the training file."""
+        from grace_vlm.models.adapter import plan_model
+        from grace_vlm.models.load import load_model
+        from grace_vlm.ptq.calibration import Calibration, calibration_entries, calibration_replay
+        from grace_vlm.ptq.layers import quantize_layers
+        from grace_vlm.ptq.rtn import round_to_nearest
+
+        loaded = load_model(self.student_name)
+        method, rule = (ROUNDED | OTHER_RULES)[job.name]
+        plan = plan_model(loaded.model, loaded.adapter, job.scheme)
+        if method == "rtn":
+            round_to_nearest(loaded.model, plan, rule)
+            return loaded
+        data, dtype = self.recipe.data, loaded.model.dtype
+        loaded.model.float()
+        entries = calibration_entries(loaded, Calibration(data.rows_path, data.images_root, self.calibration_rows))
+        quantize_layers(loaded.model, plan.schemes, calibration_replay(loaded, entries), method, rule)
+        loaded.model.to(dtype)
+        return loaded
+
+    def _trained(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+        from grace_vlm.models.load import load_model
+        from grace_vlm.train.loop import train
+        from grace_vlm.train.record import read_metrics
+
+        first = self._before(job)
+        out = RUNS / "rows" / "_".join(str(part) for part in job.key)
+        final = train(recipe_of(job, self.overrides), out, overwrite=True)
+        loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
+        shutil.rmtree(out)
+        if first is not None:
+            shutil.rmtree(first)
+        return loaded, diary
+
+    def _before(self, job: Job) -> Path | None:
+        """The model that a variant of two stages goes on from, of the same student, seed and rate; None for others."""
+        from grace_vlm.ptq.calibration import Calibration
+        from grace_vlm.ptq.quantize import quantize_folder
+        from grace_vlm.train.loop import train
+
+        first_out = first_stage(job)
+        if job.name in QUANTIZED_FIRST:
+            data = self.recipe.data
+            rows = Calibration(data.rows_path, data.images_root, self.calibration_rows, int(job.seed or 0))
+            method, rule = QUANTIZED_FIRST[job.name]
+            quantize_folder(
+                self.student_name,
+                first_out,
+                job.scheme,
+                method=method,
+                scale=rule,
+                calibration=rows,
+                for_training=True,
+                overwrite=True,
+            )
+        elif job.name in TWO_STAGES:
+            scheme, changes = TWO_STAGES[job.name]
+            first = replace(job, name="grace", scheme=scheme)
+            stated = [change.replace("STUDENT", self.student_name) for change in changes]
+            train(recipe_of(first, (*self.overrides, *stated)), first_out, overwrite=True)
+        else:
+            return None
+        return first_out
