@@ -297,11 +297,11 @@ def rate_table(folder: Path, student: str) -> list[str]:
         f"| {'right %' if has_questions else 'perplexity'}, validation | " + " | ".join(f"{r:g}" for r in rates) + " |",
         "|---" * (len(rates) + 1) + "|",
     ]
-    for name in SEARCHED:
+    for name in dict.fromkeys(row["name"] for row in rows):
         own = [found.get((name, rate)) for rate in rates]
         scores = [None if row is None else validation_score(row) for row in own]
         shown = ["" if s is None else f"{100 * s if has_questions else math.exp(-s):.2f}" for s in scores]
-        lines.append(f"| {LABELS[name]} | " + " | ".join(shown) + " |")
+        lines.append(f"| {LABELS.get(name, f'`{name}`')} | " + " | ".join(shown) + " |")
     return lines
 
 

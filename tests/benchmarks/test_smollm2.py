@@ -232,9 +232,8 @@ def test_validation_and_test_halves_are_apart() -> None:
     one = row("qat", 0, 40, 1.0)
     assert rows_of.validation_score(one) == 1.0
     assert report.test_right(one) == 40
-    searched = [
-        {**row(job.name, job.seed, 40, 1.0), "scheme": job.scheme, "rate": job.rate} for job in jobs_of.search_jobs()
-    ]
+    jobs = [job for job in jobs_of.search_jobs() if job.name in jobs_of.SEARCHED]
+    searched = [{**row(job.name, job.seed, 40, 1.0), "scheme": job.scheme, "rate": job.rate} for job in jobs]
     searched[-2]["questions"] = {"correct": "0" * 200, "kinds": {}}
     assert jobs_of.best_rates(searched[::-1])["grace"] == searched[-1]["rate"]
     with pytest.raises(SystemExit, match=r"2 rows of the search are missing \(grace, qat\)"):
@@ -249,7 +248,9 @@ def of_language(job: jobs_of.Job, loss: float) -> dict[str, Any]:
 def test_rates_of_the_language_alone_are_chosen_by_loss_and_shown(tmp_path: Path) -> None:
     jobs = jobs_of.search_jobs(jobs_of.LANGUAGE_RATES)
     rows = [of_language(job, 3.0 + abs((job.rate or 0) - 2e-4)) for job in jobs]
-    assert jobs_of.best_rates(rows, jobs_of.LANGUAGE_RATES) == dict.fromkeys(jobs_of.SEARCHED, 2e-4)
+    assert jobs_of.best_rates(rows, jobs_of.LANGUAGE_RATES) == dict.fromkeys(
+        (*jobs_of.SEARCHED, *jobs_of.OWN_RATE), 2e-4
+    )
     folder = tmp_path / rows_of.LANGUAGE_OUT.name
     write(folder / "search.jsonl", rows)
     seeds = [of_language(jobs_of.Job("grace", seed=seed, rate=2e-4), 2.0 - seed / 100) for seed in range(3)]
@@ -278,7 +279,7 @@ def test_the_language_has_no_rows_about_pictures(world: tuple[Exam, list[str]], 
     monkeypatch.setattr(bench, "write_language", lambda: STUDENT)
     for words, said in (
         (["others", "--language", "--only", "grace_no_gate,grace_no_relational"], "has no row grace_no_relational; it"),
-        (["search", "--language", "--only", "sft"], "search has no row sft; it has grace, kd, qat"),
+        (["search", "--language", "--only", "sft"], "search has no row sft; it has from_signed_awq, grace, kd"),
     ):
         monkeypatch.setattr(sys, "argv", ["smollm2.py", *words])
         monkeypatch.setattr(bench, "Table", lambda *_: type("Made", (), {"student": "s"}))
