@@ -278,3 +278,7 @@ def main() -> None:
         jobs = [job for job in jobs if job.name in args.only]
     first, count = args.share
     sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
+
+
+if __name__ == "__main__":
+    main()

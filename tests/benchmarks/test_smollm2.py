@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -327,6 +328,16 @@ def test_each_gpu_has_its_share(
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert said == [f"headline --gpus 2 --minutes 9 --gpus=1 --share={index}/2" for index in range(2)]
     assert [bench.share_of(text) for text in ("0/2", "1/2")] == [(0, 2), (1, 2)]
+
+
+def test_the_file_is_a_program(in_a_folder: None) -> None:
+    """Called as the Makefile calls it; nothing heavy is imported before the command is known."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "smollm2.py"), "data"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr == (
+        "runs/world/conversations.jsonl does not exist; make it with grace data prepare world (docs/world.md)\n"
+    )
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
