@@ -304,8 +304,8 @@ def _memory(
         "masters": 4 * trained,
         "gradients": 4 * trained,
         "moments": int((2 + 8 / BLOCK if recipe.optim.moments == "8bit" else 8) * trained),
-        # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding; its sign.
-        "scales": 32 * num_scales,
+        # log-scale, gradient, two moments, the start for the diary; the scale in use and before rounding; a sign.
+        "scales": (32 if recipe.quant.scale_init in ("mse_signed", "stored") else 28) * num_scales,
         "activations": int(kept) + _tower_bytes(recipe, own, patches),
         # What graphs keep for themselves beside a micro-batch of a shape that has none, and their buffers.
         **({"graphs": int(kept) + 10 * tokens * own.hidden * 2} if recipe.runtime.cuda_graphs else {}),
