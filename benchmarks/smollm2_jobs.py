@@ -50,6 +50,14 @@ OTHER_RULES: dict[str, tuple[Any, Any]] = {
 }
 """The same with other scale rules of ours."""
 
+QUANTIZED_FIRST: dict[str, tuple[Any, Any]] = {
+    "from_blocks": ("block", "mse"),
+    "from_signed_blocks": ("block", "mse_signed"),
+    "from_awq": ("awq", "mse"),
+    "from_signed_awq": ("awq", "mse_signed"),
+}
+"""Variants that go on from the student as ``grace quantize --for-training`` leaves it: its method and scale rule."""
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     "kd_global_t1": ("method=kd", "loss.temperature=1"),
     "microbatch": ("loss.normalization=microbatch",),
@@ -69,20 +77,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "frozen_scales": ("optim.scale_learning_rate=0",),
     "twice_as_long": ("optim.num_steps=DOUBLE",),
     "from_w8": ("model.student=FIRST",),
-    "from_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
-    "from_signed_blocks": ("model.student=FIRST", "quant.scale_init=stored"),
-    "from_awq": ("model.student=FIRST", "quant.scale_init=stored"),
-    "from_signed_awq": ("model.student=FIRST", "quant.scale_init=stored"),
+    **dict.fromkeys(QUANTIZED_FIRST, ("model.student=FIRST", "quant.scale_init=stored")),
     "self_first": ("model.student=FIRST",),
 }
-
-QUANTIZED_FIRST: dict[str, tuple[Any, Any]] = {
-    "from_blocks": ("block", "mse"),
-    "from_signed_blocks": ("block", "mse_signed"),
-    "from_awq": ("awq", "mse"),
-    "from_signed_awq": ("awq", "mse_signed"),
-}
-"""Variants that go on from the student as ``grace quantize --for-training`` leaves it: its method and scale rule."""
 
 TWO_STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "from_w8": ("w8g64", ()),

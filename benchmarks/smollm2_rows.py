@@ -77,7 +77,7 @@ def validation_score(row: dict[str, Any]) -> float:
 
 
 def shown_of(row: dict[str, Any]) -> str:
-
+    """Its key, scores and time in a line."""
     words = [str(part) for part in key_of(row) if part is not None]
     for label, value in (("suite", mean_of_suite(row)), ("questions", right_of(row))):
         words += [] if value is None else [f"{label} {100 * value:.2f}"]

@@ -8,8 +8,8 @@ the states x that the quantized layers before it make, W and s of all its linear
 from W_0 and the rule's scale. Norms stay. What is kept is the best of all passes over the batches, the start among
 them, so no layer is worse than rounded.
 
-Memory: what the layer gave, (tokens, d) of all batches, beside the replay's states; of one layer a copy of its
-weights, their gradients and moments, and the activations of one batch.
+Memory: what the layer gave, (tokens, d) of all batches, beside the replay's states; of one layer two copies of
+its weights, their gradients and moments, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from grace_vlm.errors import NonFiniteError
 from grace_vlm.ptq.replay import Replay
 from grace_vlm.quant.affine import bake, compute_dtype, quantize_tensor
-from grace_vlm.quant.lsq import LsqFakeQuantize, scale_of, sign_of
+from grace_vlm.quant.lsq import LsqFakeQuantize, scale_of
 from grace_vlm.quant.scale_init import ScaleRule, init_scale
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme
 
@@ -87,7 +87,7 @@ class _Trained:
     """A linear's weight (out, in) and log-scale (out, groups), which learn; scales keep the sign of their start."""
 
     def __init__(self, weight: torch.Tensor, start: torch.Tensor, scheme: QuantScheme) -> None:
-        self.weight, self.scheme, self.sign = weight.requires_grad_(), scheme, sign_of(start)
+        self.weight, self.scheme, self.sign = weight.requires_grad_(), scheme, start.sign()
         self.log_scale = start.abs().log().requires_grad_()
 
     def groups(self) -> list[dict[str, Any]]:

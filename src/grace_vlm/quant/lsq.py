@@ -72,11 +72,6 @@ def scale_of(log_scale: torch.Tensor, sign: torch.Tensor | None) -> torch.Tensor
     return log_scale.exp() if sign is None else log_scale.exp() * sign
 
 
-def sign_of(scale: torch.Tensor) -> torch.Tensor | None:
-    """+1 and -1 of scales, in their dtype; None if none is negative."""
-    return scale.sign() if bool((scale < 0).any()) else None
-
-
 class LsqFakeQuantize(torch.autograd.Function):
     """w^ with its gradients, as one differentiable operation: the per-forward form.
 

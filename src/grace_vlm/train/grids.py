@@ -54,8 +54,9 @@ class Grids:
         self._raw_scale = self._scale = torch.empty_like(flat)
         self._shapes = [w.start.shape for w in weights]
         self.log_scales = {w.name: nn.Parameter(part) for w, part in zip(weights, self._parts(flat), strict=True)}
-        signs = [] if self._signs is None else self._parts(self._signs)
-        self.signs = {w.name: part for w, part in zip(weights, signs, strict=False)}
+        self.signs = (
+            dict(zip(self.log_scales, self._parts(self._signs), strict=True)) if self._signs is not None else {}
+        )
         self._table = self._make_table()
 
     def _parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
