@@ -52,7 +52,8 @@ SMALL = (
     "data.root=null",
     "data.micro_batch_size=4",
     "data.workers=0",
-    "data.group_by_length=false",
+    "data.packing=false",
+    "runtime.cuda_graphs=false",
     "optim.num_steps=30",
 )
 """Of ``small``: the rows of text, and as many as two cores take in half an hour."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,9 @@ from test_loader import BAD, encoder, make_reader, same, write_rows
 
 from grace_vlm.data.encode import Encoder
 from grace_vlm.data.loader import TrainLoader
-from grace_vlm.data.workers import _next_results, modules_of
+from grace_vlm.data.reader import Entry
+from grace_vlm.data.rows import Fault
+from grace_vlm.data.workers import _next_results, _Results, modules_of
 from grace_vlm.errors import ConfigError, DataError
 
 __all__ = ["encoder"]
@@ -36,6 +39,34 @@ def test_batches_and_ledger_are_those_of_no_workers(tmp_path: Path, encoder: Enc
     assert ledgers[0] == ledgers[1]
     assert ledgers[0].count(b"\n") == len(BAD)
     loaders[1].close()
+
+
+def test_pixels_cross_as_one_tensor(tmp_path: Path, encoder: Encoder) -> None:
+    """Each once, beside rows without a picture, bad rows and pictures whose pixels nobody needs."""
+    preparer = make_reader(write_rows(tmp_path, BAD), encoder).preparer
+    found: list[Entry | Fault] = preparer.prepare(range(len(preparer.rows)))
+    row, sample, pictures = next(entry for entry in found if not isinstance(entry, Fault) and entry[2])
+    bare = [dataclasses.replace(picture, pixels=None) for picture in pictures]
+    entries: list[Entry | Fault] = [*found, (row, sample, []), (row, sample, bare), (row, sample, pictures)]
+    given = [((0, number), entry) for number, entry in enumerate(entries)]
+    packed = _Results.of(given)
+    assert any(isinstance(entry, Fault) for entry in found)
+    distinct = {id(picture.pixels): picture.pixels for entry in entries if not isinstance(entry, Fault)
+                for picture in entry[2] if picture.pixels is not None}  # fmt: skip
+    assert packed.pixels.numel() == sum(pixels.numel() for pixels in distinct.values())
+    assert all(picture.pixels is None for _, entry in packed.results if not isinstance(entry, Fault)
+               for picture in entry[2])  # fmt: skip
+    back = list(packed.unpacked())
+    assert [place for place, _ in back] == [place for place, _ in given]
+    for (_, one), (_, other) in zip(given, back, strict=True):
+        if isinstance(one, Fault) or isinstance(other, Fault):
+            assert one is other
+            continue
+        assert one[:2] == other[:2]
+        for left, right in zip(one[2], other[2], strict=True):
+            assert dataclasses.replace(left, pixels=None) == dataclasses.replace(right, pixels=None)
+            assert (left.pixels is None) == (right.pixels is None)
+            assert left.pixels is None or torch.equal(left.pixels, right.pixels)  # type: ignore[arg-type]
 
 
 def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, encoder: Encoder) -> None:

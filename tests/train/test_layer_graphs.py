@@ -156,21 +156,40 @@ def test_two_forwards_before_a_backward_are_refused(world: Path, tmp_path: Path)
     assert forward().isfinite()
 
 
-def test_where_there_are_no_graphs(world: Path) -> None:
-    for overrides, said in (
-        (
-            {"data__packing": False},
-            "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false",
-        ),
-        (
-            {"data__packing": True, "model__train": "all"},
-            "runtime.cuda_graphs trains the decoder and no vision tower; set model.train=default or "
-            "runtime.cuda_graphs=false",
-        ),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            recipe_from(recipe_tree(world, runtime__cuda_graphs=True, **overrides), "test")
-        assert said in str(caught.value)
+def test_where_there_are_no_graphs(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from(recipe_tree(world, runtime__cuda_graphs=True, data__packing=False), "test")
+    assert "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false" in str(
+        caught.value
+    )
+    with pytest.raises(ConfigError, match=r"this tower adds to 1 layers of the decoder \(DeepStack\), whose graphs"):
+        Run(
+            recipe_from(recipe_tree(world, runtime__cuda_graphs=True, data__packing=True, model__train="all"), "test"),
+            tmp_path / "run",
+        )
+
+
+@pytest.mark.parametrize("train", ["all", "vision"])
+def test_towers_are_trained_through_graphs(world: Path, tmp_path: Path, train: str) -> None:
+    """Of a tower that says all it says before the first layer; ``vision``: of layers without anything to train."""
+    runs = [
+        run_of(
+            world,
+            tmp_path / str(graphs),
+            graphs,
+            method="sft",
+            scheme="bf16",
+            model={"student": "toy:llava", "train": train},
+        )
+        for graphs in (False, True)
+    ]
+    for step in range(5):
+        plain, graphed = (run.stepper.run(step, [run.loader.next()]) for run in runs)
+        assert graphed.loss == pytest.approx(plain.loss, rel=2e-5)
+        assert graphed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
+    assert graphs_of(runs[1]).num_graphs >= 1
+    for (name, plain), (_, graphed) in zip(runs[0].masters.masters(), runs[1].masters.masters(), strict=True):
+        assert torch.allclose(plain, graphed, rtol=0, atol=3e-5), name
 
 
 @pytest.mark.parametrize("size", ["qwen2_vl", "qwen2_5_vl", "llava"])

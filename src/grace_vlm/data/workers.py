@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import multiprocessing
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from grace_vlm.data.pictures import Picture
 from grace_vlm.data.reader import Entry, Preparer
 from grace_vlm.data.rows import Fault
 from grace_vlm.errors import DataError, GraceError
@@ -38,25 +40,76 @@ _OF_WORKERS = re.compile("exited unexpectedly|is killed|timed out|ancdata")
 """In the text of a ``RuntimeError`` that says something of a worker, and not of its work."""
 
 
-class _Results(list[tuple[Position, Entry | Fault]]):
-    """Of a chunk; DataLoader's own thread moves the pixels to pinned memory, which they leave without a wait."""
+Result = tuple[Position, Entry | Fault]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Results:
+    """Of a chunk, as a worker hands them over: the pixels of all pictures in one tensor.
+
+    Each tensor that crosses costs a file descriptor, a connection and a map: those of 64 pictures took 45 ms of the
+    training process, which has a step to launch (docs/log.md).
+
+    Args:
+        results: their pictures have no pixels. pixels: (n,), what they had, one after another. places: of each picture
+            in order the first of its pixels and their shape; None of one that had none.
+    """
+
+    results: list[Result]
+    pixels: torch.Tensor
+    places: list[tuple[int, torch.Size] | None]
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> _Results:
+        parts: list[torch.Tensor] = []
+        begins: dict[int, int] = {}  # by the tensor: a picture that two rows show crosses once
+        places: list[tuple[int, torch.Size] | None] = []
+        end = 0
+        for picture in _pictures(results):
+            if picture.pixels is None:
+                places.append(None)
+                continue
+            if id(picture.pixels) not in begins:
+                begins[id(picture.pixels)] = end
+                parts.append(picture.pixels.flatten())
+                end += picture.pixels.numel()
+            places.append((begins[id(picture.pixels)], picture.pixels.shape))
+        bare = [_with_pixels(result, itertools.repeat(None)) for result in results]
+        return cls(bare, torch.cat(parts) if parts else torch.empty(0), places)
 
     def pin_memory(self) -> _Results:
-        # A worker's tensors lie in shared memory that this process has not touched: of 8 pictures the first touch and
-        # the copy took 60 ms of the training thread's time (docs/log.md).
-        return _Results((place, result if isinstance(result, Fault) else _pinned(result)) for place, result in self)
+        # DataLoader's own thread calls it, and the pixels leave pinned memory without a wait. A worker's tensor lies in
+        # shared memory that this process has not touched: of 8 pictures the first touch and the copy took 60 ms of the
+        # training thread's time (docs/log.md).
+        return dataclasses.replace(self, pixels=self.pixels.pin_memory() if len(self.pixels) else self.pixels)
+
+    def unpacked(self) -> Iterator[Result]:
+        """The results with their pixels, views of the one tensor."""
+        views = (
+            None if place is None else self.pixels[place[0] : place[0] + place[1].numel()].view(place[1])
+            for place in self.places
+        )
+        for result in self.results:
+            yield _with_pixels(result, views)
 
 
-def _pinned(entry: Entry) -> Entry:
-    row, sample, pictures = entry
-    return (
-        row,
-        sample,
-        [
-            picture if picture.pixels is None else dataclasses.replace(picture, pixels=picture.pixels.pin_memory())
-            for picture in pictures
-        ],
-    )
+def _pictures(results: Sequence[Result]) -> Iterator[Picture]:
+    for _, found in results:
+        if not isinstance(found, Fault):
+            yield from found[2]
+
+
+def _with_pixels(result: Result, pixels: Iterator[torch.Tensor | None]) -> Result:
+    place, found = result
+    if isinstance(found, Fault):
+        return result
+    row, sample, pictures = found
+    return place, (row, sample, [dataclasses.replace(picture, pixels=next(pixels)) for picture in pictures])
+
+
+def _results_of(preparer: Preparer, chunk: Chunk) -> list[Result]:
+    found = preparer.prepare([index for _, index in chunk])
+    return [(place, result) for (place, _), result in zip(chunk, found, strict=True)]
 
 
 class _Prepared(Dataset[Any]):
@@ -65,11 +118,10 @@ class _Prepared(Dataset[Any]):
 
     def __getitem__(self, chunk: Chunk) -> _Results | GraceError:
         try:
-            results = self.preparer.prepare([index for _, index in chunk])
+            return _Results.of(_results_of(self.preparer, chunk))
         except GraceError as error:
             # A user's error crosses as a value: raised there, it would come back with the worker's traceback.
             return error
-        return _Results((place, result) for (place, _), result in zip(chunk, results, strict=True))
 
 
 class _Chunks:
@@ -124,16 +176,15 @@ def start_server(preparer: Preparer) -> ForkServerContext:
     return context
 
 
-def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> Iterator[tuple[Position, Entry | Fault]]:
+def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> Iterator[Result]:
     """Each row of ``chunks`` with its position, in order; prepared by ``num_workers`` processes, or here when 0.
 
     Raises:
         DataError: a worker died or gave no answer for ``HANG_SECONDS``.
     """
-    dataset = _Prepared(preparer)
     if num_workers == 0:
         for chunk in chunks:
-            yield from _raised(dataset[chunk])
+            yield from _results_of(preparer, chunk)
         return
     context = start_server(preparer)
     with warnings.catch_warnings():
@@ -141,7 +192,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         device = preparer.pictures.device
         loader: DataLoader[Any] = DataLoader(
-            dataset,
+            _Prepared(preparer),
             sampler=_Chunks(chunks),
             batch_size=None,
             collate_fn=_as_it_is,
@@ -156,7 +207,7 @@ def prepared(preparer: Preparer, chunks: Iterator[Chunk], num_workers: int) -> I
         )
     waiting = iter(loader)
     while (results := _next_results(waiting)) is not None:
-        yield from results
+        yield from results.unpacked()
 
 
 def _raised(results: _Results | GraceError) -> _Results:

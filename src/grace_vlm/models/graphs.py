@@ -119,6 +119,7 @@ class LayerGraphs:
 
     def __init__(self, language: Any, memory: GraphMemory, sums: Sums | None = None) -> None:
         self.language, self.memory, self.sums = language, memory, sums
+        self._is_trained = sums is not None and any(p.requires_grad for p in language.layers.parameters())
         self._graphs: dict[Shape, _Graph | None] = {}
         uses_window = getattr(language.config, "use_sliding_window", False)
         self._window = getattr(language.config, "sliding_window", None) if uses_window else None
@@ -141,8 +142,10 @@ class LayerGraphs:
 
         Arguments as for ``run_decoder``, but ``rotary``: what the layers take as ``position_embeddings``.
         """
-        with_gradient = torch.is_grad_enabled() and self.sums is not None
-        assert embeds.requires_grad == with_gradient, "gradients of layers come with that of their input"
+        with_gradient = torch.is_grad_enabled() and self.sums is not None and embeds.requires_grad
+        assert with_gradient or not (self._is_trained and torch.is_grad_enabled()), (
+            "gradients of layers come with that of their input"
+        )
         assert not any(layer.requires_grad for layer in deepstack)
         is_first = self.sums.are_empty() if with_gradient and self.sums is not None else None
         if embeds.is_cuda and not has_varlen(embeds):

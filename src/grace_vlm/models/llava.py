@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grace_vlm.kernels.upload import upload
+from grace_vlm.kernels.upload import upload_cat
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
 from grace_vlm.models.look_up import look_up
@@ -63,7 +63,7 @@ class LlavaAdapter:
     def tower(self, model: Any, pixels: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[TowerOutput]:
         tower, config = model.model.vision_tower, model.config
         weight = next(tower.parameters())
-        images = torch.stack([upload(part, weight.device) for part in pixels]).to(weight.dtype)
+        images = upload_cat(pixels, weight.device).view(len(pixels), *pixels[0].shape).to(weight.dtype)
         states = tower(images, output_hidden_states=True).hidden_states
         layers = config.vision_feature_layer
         chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grace_vlm.kernels.upload import upload
+from grace_vlm.kernels.upload import upload_cat
 from grace_vlm.models.adapter import DecoderStates, Grid, TowerOutput
 from grace_vlm.models.decoder import place_visual, run_decoder
 from grace_vlm.models.look_up import look_up
@@ -113,7 +113,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         window_index, _ = get_vision_window_index(
             grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size
         )
-        patches = torch.cat([upload(part, weight.device) for part in pixels]).to(weight.dtype)
+        patches = upload_cat(pixels, weight.device).to(weight.dtype)
         state = visual(patches, grid_thw=grid_thw.to(weight.device))
         in_windows = state.last_hidden_state
         tokens = in_windows.reshape(len(window_index), -1, in_windows.shape[-1])

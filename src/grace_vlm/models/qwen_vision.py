@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grace_vlm.kernels.upload import upload
+from grace_vlm.kernels.upload import upload_cat
 from grace_vlm.models.adapter import Grid, TowerOutput
 from grace_vlm.models.decoder import attend_varlen, attention, borders_of, has_varlen
 
@@ -64,7 +64,7 @@ def run_grids(
     outputs: dict[int, TowerOutput] = {}
     with attention(visual, _FRAMES, attend_frames):
         for members in _together(grids, weight):
-            patches = torch.cat([upload(pixels[i], weight.device) for i in members]).to(weight.dtype)
+            patches = upload_cat([pixels[i] for i in members], weight.device).to(weight.dtype)
             own = [grids[i] for i in members]
             tables = [tables_of(grid) for grid in own]
             state = visual(

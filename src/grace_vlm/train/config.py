@@ -301,11 +301,6 @@ class Recipe(_Section):
             raise ConfigError(
                 "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false"
             )
-        if self.runtime.cuda_graphs and self.model.train != "default":
-            raise ConfigError(
-                "runtime.cuda_graphs trains the decoder and no vision tower; set model.train=default or "
-                "runtime.cuda_graphs=false"
-            )
         if self.has_teacher_elsewhere and data.pixel_cache_gib:
             raise ConfigError(
                 "data.pixel_cache_gib keeps pixels on the student's GPU, where a teacher on model.teacher_device would "

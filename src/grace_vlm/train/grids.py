@@ -50,7 +50,7 @@ class Grids:
         self.scheme, self.weights = scheme, tuple(weights)
         flat = torch.cat([w.start.to(torch.float64).abs().log().to(w.master.dtype).flatten() for w in weights])
         self._signs = torch.cat([w.start.flatten() for w in weights]).sign().to(flat) if is_signed else None
-        self._log_scale, self._gradient = flat, torch.zeros_like(flat)
+        self._log_scale, self._gradient, self._first = flat, torch.zeros_like(flat), flat.clone()
         self._raw_scale = self._scale = torch.empty_like(flat)
         self._shapes = [w.start.shape for w in weights]
         self.log_scales = {w.name: nn.Parameter(part) for w, part in zip(weights, self._parts(flat), strict=True)}
@@ -90,6 +90,11 @@ class Grids:
     def scales_in_use(self) -> list[tuple[GridWeight, torch.Tensor]]:
         """(weight, (out, in / group_size) scale as stored) of every weight, as its leaf was written last."""
         return list(zip(self.weights, self._parts(self._scale), strict=True))
+
+    def drift(self) -> torch.Tensor:
+        """(sum of |log s - log s_0|, groups), FP64 on the device; s_0 is what the scales began with."""
+        moved = (self._log_scale - self._first).abs().double().sum()
+        return torch.stack([moved, torch.full_like(moved, self._first.numel())])
 
     def are_finite(self) -> torch.Tensor:
         """Whether every log-scale is a number, a bool scalar: one of -inf makes a group of zeros and no NaN."""

@@ -164,6 +164,8 @@ class Run:
             compile_layers(self.student.model)
             if self.teacher is not None:
                 self.teacher.compile_layers()
+        if recipe.runtime.cuda_graphs:
+            require_plain_tower(self.student.model.config.vision_config, self.vision.trained)
         if recipe.runtime.cuda_graphs and self.device.type == "cuda":
             sums = self.masters.sums_of(self.student.model.model.language_model.layers)
             memory = graph_layers(self.student.model, sums)
@@ -339,6 +341,16 @@ class Run:
 def by_process(values: list[dict[str, Any]]) -> dict[str, Any]:
     """In a form that JSON keeps."""
     return {f"{index}": value for index, value in enumerate(values)}
+
+
+def require_plain_tower(config: Any, trained: bool) -> None:
+    """``ConfigError`` for a trained tower that also adds to layers of the decoder: graphs return the gradient of what
+    enters the first layer only."""
+    if trained and (layers := getattr(config, "deepstack_visual_indexes", ())):
+        raise ConfigError(
+            f"runtime.cuda_graphs: this tower adds to {len(layers)} layers of the decoder (DeepStack), whose graphs "
+            "make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
+        )
 
 
 def recompute_tower(model: Any) -> None:

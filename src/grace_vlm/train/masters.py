@@ -69,11 +69,6 @@ def _may_be_negative(scale_init: ScaleRule | Mapping[str, torch.Tensor]) -> bool
     return any(bool((scale < 0).any()) for scale in scale_init.values())
 
 
-def _count(of: torch.Tensor) -> torch.Tensor:
-    """Its elements, as an FP64 scalar beside it."""
-    return torch.full((), of.numel(), dtype=torch.float64, device=of.device)
-
-
 @dataclass
 class _Tracked:
     """One trained parameter: its leaf, its master, the sum of its gradients, and whether it has a grid."""
@@ -159,7 +154,6 @@ class Masters:
         self._coming: Going | None = None
         is_signed = _may_be_negative(scale_init)
         self._grids = [(Grids(scheme, members, is_signed), shared) for (scheme, shared), members in weights.items()]
-        self._initial_log_scales = {name: scale.detach().clone() for name, scale in self.log_scales()}
         self.materialize()
 
     @torch.no_grad()
@@ -209,11 +203,7 @@ class Masters:
         for tracked in self._tracked.values():
             tracked.gradient.clear()
             tracked.master.grad = None
-            if not tracked.on_grid:
-                # A BF16 leaf rounds as it copies: a rounded table of words beside it would be the peak of a step. FP64
-                # models (tests) keep the master's value: they check gradients, not rounding.
-                rounds = tracked.leaf.dtype == torch.float32
-                tracked.own.copy_(tracked.master.to(torch.bfloat16) if rounds else tracked.master)
+        self._write_plain([tracked for tracked in self._tracked.values() if not tracked.on_grid])
         flipped = torch.zeros(2, dtype=torch.int64, device=self._device)
         for grids, shared in self._grids:
             found = grids.write_leaves(count_flips)
@@ -227,6 +217,16 @@ class Masters:
             self.ranks.sum_(flipped[1])
         self._start_gather([t for t in self._tracked.values() if not (t.is_freed or (as_codes and t.on_grid))])
         return flipped.sum()
+
+    @staticmethod
+    def _write_plain(tracked: Sequence[_Tracked]) -> None:
+        """Leaves without a grid from their masters, in BF16, a few launches for all of them."""
+        # A BF16 leaf rounds as it is copied to: a rounded table of words beside it would be the peak of a step. FP64
+        # models (tests) keep the master's value: they check gradients, not rounding.
+        for dtype in {t.own.dtype for t in tracked}:
+            own = [t.own for t in tracked if t.own.dtype == dtype]
+            masters = [t.master.detach() for t in tracked if t.own.dtype == dtype]
+            torch._foreach_copy_(own, [m.to(torch.bfloat16) for m in masters] if dtype == torch.float32 else masters)
 
     def _start_gather(self, tracked: Sequence[_Tracked]) -> None:
         """Begin to write every process's rows into these leaves: the next step's teacher computes beside it."""
@@ -306,12 +306,11 @@ class Masters:
     def scale_drift(self) -> torch.Tensor:
         """Mean |log s - log s_0| over all groups: how far the scales have moved since the start; 0 without a grid. A
         scalar on the device."""
-        if not self._initial_log_scales:
+        if not self._grids:
             return torch.zeros((), device=self._device)
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self._device)  # (shared or not, (sum, groups))
-        for name, scale in self.log_scales():
-            drift = (scale - self._initial_log_scales[name]).abs()
-            sums[int(self._tracked[name].share is not None)] += torch.stack([drift.double().sum(), _count(drift)])
+        for grids, shared in self._grids:
+            sums[int(shared)] += grids.drift()
         self.ranks.sum_(sums[1])
         total, groups = sums.sum(dim=0)
         return total / groups

@@ -49,8 +49,8 @@ class LeafSums:
         self._sums = sums
 
     def are_empty(self) -> bool:
-        """Whether nothing was added since the step began; of some of them only is an error."""
-        empty = {total.is_empty for total in self._sums.values()}
+        """Whether nothing was added since the step began; of some of them only is an error. Of no leaves: False."""
+        empty = {total.is_empty for total in self._sums.values()} or {False}
         assert len(empty) == 1, "some leaves have a gradient of this micro-batch and some have not"
         return empty.pop()
 
