@@ -34,8 +34,10 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2: rows on two at once, and stages shared out.
+# GPUS=2: rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU.
 GPUS ?= 1
+AT_ONCE ?= 1
+ROWS = $(LIMITED) --gpus $(GPUS) --at-once $(AT_ONCE)
 STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
@@ -79,8 +81,8 @@ smollm2-student: smollm2-teacher  ## GPU
 	$(STAGE) student $(LIMITED)
 
 smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
-	$(SMOLLM2) search $(LIMITED) --gpus $(GPUS)
-	$(SMOLLM2) headline $(LIMITED) --gpus $(GPUS)
+	$(SMOLLM2) search $(ROWS)
+	$(SMOLLM2) headline $(ROWS)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
@@ -88,8 +90,8 @@ smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits h
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants
-	$(SMOLLM2) others $(LIMITED) --gpus $(GPUS)
-	$(SMOLLM2) variants $(LIMITED) --gpus $(GPUS)
+	$(SMOLLM2) others $(ROWS)
+	$(SMOLLM2) variants $(ROWS)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
-from smollm2_rows import LANGUAGE_OUT, OUT, is_validation, loss_of, mean_of_suite, read_rows, validation_score
+from smollm2_rows import (
+    LANGUAGE_OUT,
+    OUT,
+    is_validation,
+    loss_of,
+    mean_of_suite,
+    minutes_of,
+    read_rows,
+    validation_score,
+)
 
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
@@ -167,7 +176,7 @@ def method_table(runs: Runs, scheme: str, names: Sequence[str], is_timed: bool =
             cell(values(runs, key, agreement), 1),
             "" if is_whole else recovered(runs, name, scheme, test_right),
             "" if is_whole else recovered(runs, name, scheme, text_loss),
-            f"{statistics.mean(row['made_seconds'] for row in own.values()) / 60:.1f}" if is_timed else "",
+            f"{statistics.mean(minutes_of(row, 'made_seconds') for row in own.values()):.1f}" if is_timed else "",
         ]
         lines.append(cells)
     kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
@@ -226,7 +235,7 @@ def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
 def provenance(rows: Sequence[dict[str, Any]]) -> str:
     hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
     commits = sorted({row["commit"] for row in rows})
-    minutes = sum(row["seconds"] for row in rows) / 60
+    minutes = sum(minutes_of(row) for row in rows)
     return (
         f"{len(rows)} rows, {minutes:.0f} minutes in all, for the student `{rows[0]['student']}`. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits)}."

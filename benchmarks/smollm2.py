@@ -14,8 +14,9 @@
 is student and teacher, a row is two or three minutes of two cores.
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
-another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them; a stage of N processes
-(torchrun) shares out its batches, and sums in another order than one. Rows are lines of
+another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them, ``--at-once M`` M of them on
+each: a row leaves a GPU idle two thirds of the time, while its host asks, and what it costs is then its time over M. A
+stage of N processes (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
 
@@ -199,20 +200,24 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     import torch
 
     if args.command not in ("search", *JOBS):
-        made.error(f"--gpus is for search, {', '.join(JOBS)}; {args.command} runs on one")
+        made.error(f"--gpus and --at-once are for search, {', '.join(JOBS)}; {args.command} runs alone")
+    if args.at_once < 1:
+        made.error(f"--at-once is {args.at_once}; it is a number of rows, 1 or more")
     if not 1 <= args.gpus <= torch.cuda.device_count():
         made.error(f"--gpus is {args.gpus} and {torch.cuda.device_count()} GPUs are here")
 
 
-def on_gpus(count: int, arguments: Sequence[str]) -> int:
-    """The same command on so many GPUs, each with its share of the rows; the exit code of all together."""
+def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
+    """The same command in so many processes on each of so many GPUs, each with its share of the rows; the exit code of
+    all together."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if given is None else given.split(",")[:count]
+    names *= at_once
     with contextlib.ExitStack() as running:
         started = [
             running.enter_context(
                 subprocess.Popen(
-                    [sys.executable, __file__, *arguments, "--gpus=1", f"--share={index}/{count}"],
+                    [sys.executable, __file__, *arguments, "--gpus=1", f"--share={index}/{len(names)}"],
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": name},
                 )
             )
@@ -234,7 +239,8 @@ def main() -> None:
     made.add_argument("--only", type=lambda text: text.split(","), help="names of rows, with commas; all if left out")
     made.add_argument("--out", type=Path, help=f"folder of the rows; {OUT}, or {LANGUAGE_OUT} with --language")
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
-    made.add_argument("--share", type=share_of, default=(0, 1), help=argparse.SUPPRESS)
+    made.add_argument("--at-once", type=int, default=1, help="rows on each GPU at once")
+    made.add_argument("--share", type=share_of, help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
     if args.command == "data":
@@ -243,11 +249,11 @@ def main() -> None:
     if args.command in STAGES and (args.language or args.only):
         made.error(f"--language and --only are of rows, and {args.command} is a training run of pictures")
     clock = Clock(args.minutes)
-    if args.language and args.gpus != 1:
-        made.error("--language is for a CPU; leave --gpus out")
-    if args.gpus != 1:
+    if args.language and (args.gpus, args.at_once) != (1, 1):
+        made.error("--language is for a CPU; leave --gpus and --at-once out")
+    if args.share is None and (args.gpus, args.at_once) != (1, 1):
         require_gpus(made, args)
-        sys.exit(on_gpus(args.gpus, sys.argv[1:]))
+        sys.exit(on_gpus(args.gpus, args.at_once, sys.argv[1:]))
     if args.command in STAGES:
         sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
     from smollm2_measure import Exam
@@ -264,7 +270,7 @@ def main() -> None:
             exam = replace(exam, first_window=exam.limit or 0)
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
-    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows)
+    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.at_once)
     rates = LANGUAGE_RATES if args.language else RATES
     if args.command in JOBS:
         jobs = JOBS[args.command](searched_rates(out, table.student, rates))
@@ -277,7 +283,7 @@ def main() -> None:
         if unknown := sorted(set(args.only) - set(names)):
             made.error(f"{args.command} has no row {unknown[0]}; it has {', '.join(names)}")
         jobs = [job for job in jobs if job.name in args.only]
-    first, count = args.share
+    first, count = args.share or (0, 1)
     sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
 
 

@@ -61,6 +61,11 @@ def loss_of(row: dict[str, Any], text: str) -> float:
     return float(sum(losses) / len(losses))
 
 
+def minutes_of(row: dict[str, Any], what: str = "seconds") -> float:
+    """Of the machine: rows that shared it had each a part of it."""
+    return float(row[what]) / row.get("at_once", 1) / 60
+
+
 def is_validation(number: int) -> bool:
     """Questions of one picture follow each other, so blocks of a hundred are dealt out, not single questions."""
     return number // 100 % 2 == 0

@@ -33,14 +33,24 @@ def digest_of(student: str) -> str:
 
 
 class Table:
-    """Rows of one command, made one after another in one process: what is compiled and decoded once serves all."""
+    """Rows of one command, made one after another in one process: what is compiled and decoded once serves all.
+
+    Args:
+        at_once: rows that share the GPU, this process's among them; it is noted with what they took.
+    """
 
     def __init__(
-        self, path: Path, overrides: Sequence[str], exam: Any, calibration_rows: int = CALIBRATION_ROWS
+        self,
+        path: Path,
+        overrides: Sequence[str],
+        exam: Any,
+        calibration_rows: int = CALIBRATION_ROWS,
+        at_once: int = 1,
     ) -> None:
         from grace_vlm.models.load import load_model
 
         self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
+        self.at_once = at_once
         recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
         self.student_name = str(recipe.model.student)
         self.student = digest_of(self.student_name)
@@ -63,7 +73,7 @@ class Table:
                 return False
             started = time.monotonic()
             row = self.row(job)
-            row["seconds"] = round(time.monotonic() - started, 1)
+            row |= {"seconds": round(time.monotonic() - started, 1), "at_once": self.at_once}
             append_row(self.path, row)
             print(shown_of(row), flush=True)
         return True

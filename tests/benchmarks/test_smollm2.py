@@ -185,6 +185,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         rows_of.append_row(path, one)
 
 
+def test_rows_that_share_a_machine_cost_their_part_of_it(tmp_path: Path) -> None:
+    rows = [row("student", None, 80, 2.0), {**row("qat", 0, 70, 2.2), "at_once": 3}]
+    write(tmp_path / "headline.jsonl", rows)
+    text = "\n".join(report.pages(tmp_path, tmp_path))
+    assert "2 rows, 1 minutes in all" in text  # 1 and 1 / 3
+    assert next(line for line in text.splitlines() if line.startswith("| QAT")).endswith("| 0.2 |")
+
+
 def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     rows = [
         row("student", None, 80, 2.0),
@@ -324,10 +332,22 @@ def test_each_gpu_has_its_share(
         f"open({str(tmp_path)!r} + f'/{{index}}.txt', 'w').write(' '.join(sys.argv[1:])); sys.exit({codes}[index])\n"
     )
     monkeypatch.setattr(bench, "__file__", str(script))
-    assert bench.on_gpus(2, ["headline", "--gpus", "2", "--minutes", "9"]) == whole
+    assert bench.on_gpus(2, 1, ["headline", "--gpus", "2", "--minutes", "9"]) == whole
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert said == [f"headline --gpus 2 --minutes 9 --gpus=1 --share={index}/2" for index in range(2)]
     assert [bench.share_of(text) for text in ("0/2", "1/2")] == [(0, 2), (1, 2)]
+
+
+def test_rows_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "command.py"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    script.write_text(
+        "import os, sys; share = sys.argv[-1].removeprefix('--share=').partition('/')[0]\n"
+        f"open({str(tmp_path)!r} + f'/{{share}}.txt', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(script))
+    assert bench.on_gpus(2, 3, ["search"]) == 0
+    assert [(tmp_path / f"{index}.txt").read_text() for index in range(6)] == ["5", "6"] * 3
 
 
 def test_the_file_is_a_program(in_a_folder: None) -> None:
@@ -344,7 +364,9 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, ca
     for words, said in (
         (["search", "--gpus", "9"], "--gpus is 9 and"),
         (["search", "--gpus", "0"], "--gpus is 0 and"),
-        (["small", "--gpus", "2"], "--gpus is for search, headline, others, variants; small runs on one"),
+        (["small", "--gpus", "2"], "--gpus and --at-once are for search, headline, others, variants; small runs alone"),
+        (["search", "--at-once", "0"], "--at-once is 0; it is a number of rows, 1 or more"),
+        (["search", "--language", "--at-once", "2"], "--language is for a CPU; leave --gpus and --at-once out"),
     ):
         monkeypatch.setattr(sys, "argv", ["smollm2.py", *words])
         with pytest.raises(SystemExit):

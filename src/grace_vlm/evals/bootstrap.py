@@ -87,10 +87,11 @@ def components_interval(components: Sequence[Sequence[Entry]], seed: int = 0) ->
 
 def _weighted_totals(component: Sequence[Entry], groups: Iterable[str]) -> dict[Hashable, tuple[float, float]]:
     """Group -> (weighted sum of values, sum of weights), (0, 0) of a group that the component has no unit of."""
-    members: dict[str, list[tuple[float, float]]] = {group: [] for group in groups}
+    members: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
     for group, value, weight in component:
         members[group].append((weight * value, weight))
-    return {g: (math.fsum(v for v, _ in own), math.fsum(w for _, w in own)) for g, own in members.items()}
+    own = {g: (math.fsum(v for v, _ in found), math.fsum(w for _, w in found)) for g, found in members.items()}
+    return dict.fromkeys(groups, (0.0, 0.0)) | own
 
 
 def group_totals(values: Sequence[float], groups: Sequence[Hashable]) -> dict[Hashable, tuple[float, int]]:

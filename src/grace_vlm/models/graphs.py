@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.models.decoder import GRAPHS, has_varlen, segment_arguments
 
 MAX_GRAPHS = 16
@@ -194,6 +195,16 @@ def graph_layers(model: Any, sums: Sums | None = None, memory: GraphMemory | Non
         memory = GraphMemory(device)
     setattr(language, GRAPHS, LayerGraphs(language, memory, sums))
     return memory
+
+
+def require_plain_tower(config: Any, trained: bool) -> None:
+    """``ConfigError`` for a trained tower that also adds to layers of the decoder: graphs return the gradient of what
+    enters the first layer only."""
+    if trained and (layers := getattr(config, "deepstack_visual_indexes", ())):
+        raise ConfigError(
+            f"runtime.cuda_graphs: this tower adds to {len(layers)} layers of the decoder (DeepStack), whose graphs "
+            "make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
+        )
 
 
 class _Graph:

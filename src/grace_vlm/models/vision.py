@@ -3,6 +3,8 @@
 The tower is frozen, so its output for a picture never changes; the merger after it is trained and always runs. At
 true size a picture's output is megabytes and the budget is 0 (off); on the toy models it removes the tower from
 every step but the first that sees a picture.
+
+A tower that is trained is asked anew each time, and may keep no activations (``recompute_tower``).
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from grace_vlm.errors import ConfigError
 from grace_vlm.models.adapter import Adapter, Grid, TowerOutput
 
 
@@ -62,3 +66,18 @@ class VisionFeatures:
                 self._kept[key] = kept
                 self._held_bytes += kept.num_bytes
         return [fresh.get(picture.key) or self._kept[picture.key] for picture in pictures]
+
+
+def recompute_tower(model: Any) -> None:
+    """Let a trained vision tower keep no activations; the decoder's are ours to choose (``models/decoder.py``)."""
+    # Renamed in Transformers 5.2x; 5.17 has the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.model.language_model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    # Transformers recomputes only in training mode, which must change nothing else.
+    model.train()
+    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if active:
+        raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")

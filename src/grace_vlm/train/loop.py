@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic
 from grace_vlm.checkpoint.lock import FolderLock
@@ -41,9 +40,9 @@ from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
-from grace_vlm.models.graphs import graph_layers
+from grace_vlm.models.graphs import graph_layers, require_plain_tower
 from grace_vlm.models.look_up import sum_look_ups
-from grace_vlm.models.vision import VisionFeatures
+from grace_vlm.models.vision import VisionFeatures, recompute_tower
 from grace_vlm.train.card import model_card
 from grace_vlm.train.config import Recipe, Sharding, dump_recipe
 from grace_vlm.train.heap import quiet_heap
@@ -341,31 +340,6 @@ class Run:
 def by_process(values: list[dict[str, Any]]) -> dict[str, Any]:
     """In a form that JSON keeps."""
     return {f"{index}": value for index, value in enumerate(values)}
-
-
-def require_plain_tower(config: Any, trained: bool) -> None:
-    """``ConfigError`` for a trained tower that also adds to layers of the decoder: graphs return the gradient of what
-    enters the first layer only."""
-    if trained and (layers := getattr(config, "deepstack_visual_indexes", ())):
-        raise ConfigError(
-            f"runtime.cuda_graphs: this tower adds to {len(layers)} layers of the decoder (DeepStack), whose graphs "
-            "make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
-        )
-
-
-def recompute_tower(model: Any) -> None:
-    """Let a trained vision tower keep no activations; the decoder's are ours to choose (``models/decoder.py``)."""
-    # Renamed in Transformers 5.2x; 5.17 has the old name only.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for module in model.model.language_model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
-    # Transformers recomputes only in training mode, which must change nothing else.
-    model.train()
-    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if active:
-        raise ConfigError(f"{active[0]} has dropout; set it to 0 in config.json, a resumed run must repeat itself")
 
 
 def train(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,7 +85,7 @@ class Ledger:
 
     def add(self, reply: Reply) -> None:
         """Keep one, now."""
-        kept = {name: value for name, value in asdict(reply).items() if value is not None}
+        kept = {name: value for name, value in vars(reply).items() if value is not None}
         self._file.write(json.dumps(kept) + "\n")
         self._file.flush()
         self.replies[reply.key] = reply
