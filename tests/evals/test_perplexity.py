@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grace_vlm.errors import DataError
-from grace_vlm.evals.perplexity import read_windows, score_text
+from grace_vlm.evals.perplexity import _score, read_windows, score_text
 from grace_vlm.models.load import LoadedModel, load_model
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
@@ -54,6 +54,16 @@ def test_numbers_are_those_of_whole_logits(text: Path, size: str) -> None:
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / 3))
     low, high = found.interval
     assert low < found.perplexity < high
+
+
+def test_windows_together_are_windows_alone(text: Path) -> None:
+    """A GPU is given several at a time; in FP64 nothing but the order of sums differs."""
+    model, other = opened("llava", 0), opened("llava", 1)
+    windows = read_windows(text, model.processor.tokenizer, 300, limit=3)
+    together = _score(model, torch.stack(windows), other)
+    alone = torch.cat([_score(model, window[None], other) for window in windows])
+    assert together.shape == (3, 3)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=0)
 
 
 def test_a_model_beside_itself_has_no_divergence(text: Path) -> None:

@@ -23,8 +23,10 @@ from grace_vlm.errors import DataError
 from grace_vlm.evals.student_t import t_interval
 from grace_vlm.models.load import LoadedModel
 
-_ROWS = 256
+_ROWS, _ROWS_ON_GPU = 256, 1024
 """Of logits at a time."""
+_TOKENS = 8192
+"""Of the windows that a GPU is given together; a CPU has one window at a time."""
 Progress = Callable[[int, int], None]
 
 
@@ -88,36 +90,53 @@ def score_text(
     progress: Progress = lambda done, total: None,
 ) -> TextScore:
     """Cross-entropy of each window, and KL(reference || model) in nats, from FP32 logits of the model's own states
-    (FP64 models: FP64)."""
-    losses, divergences, agreed = [], [], 0
-    for number, ids in enumerate(windows):
-        hidden = _states(model, ids)
-        other = None if reference is None else _states(reference, ids)
-        loss = divergence = 0.0
-        for start in range(0, len(ids) - 1, _ROWS):
-            rows = slice(start, min(start + _ROWS, len(ids) - 1))
-            words = _log_probabilities(model, hidden[rows])
-            gold = ids[rows.start + 1 : rows.stop + 1].to(words.device).unsqueeze(1)
-            loss -= float(words.gather(1, gold).double().sum())
-            if reference is not None and other is not None:
-                theirs = _log_probabilities(reference, other[rows])[:, : words.shape[1]].to(words.device)
-                divergence += float((theirs.exp() * (theirs - words[:, : theirs.shape[1]])).double().sum())
-                agreed += int((theirs.argmax(1) == words.argmax(1)).sum())
-        losses.append(loss / (len(ids) - 1))
+    (FP64 models: FP64).
+
+    Args:
+        windows: of one length.
+    """
+    losses: list[float] = []
+    divergences: list[float] = []
+    agreed = 0
+    device = model.adapter.head(model.model).weight.device
+    size = max(1, _TOKENS // len(windows[0])) if device.type == "cuda" else 1
+    for start in range(0, len(windows), size):
+        ids = torch.stack(list(windows[start : start + size])).to(device)
+        found = _score(model, ids, reference).tolist()
+        losses += [-row[0] for row in found]
         if reference is not None:
-            divergences.append(divergence / (len(ids) - 1))
-        progress(number + 1, len(windows))
+            divergences += [row[1] for row in found]
+            agreed += sum(int(row[2]) for row in found)
+        progress(min(start + size, len(windows)), len(windows))
     count = sum(len(ids) - 1 for ids in windows)
     return TextScore(count, tuple(losses), tuple(divergences), agreed / count if reference is not None else None)
 
 
-def _states(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(S, D) after the final norm, of a text without pictures."""
+def _score(model: LoadedModel, ids: torch.Tensor, reference: LoadedModel | None) -> torch.Tensor:
+    """(B, 3) FP64: of each window its mean log-likelihood, its mean divergence and how many likeliest words agree; the
+    host reads nothing before all is asked for."""
+    hidden = _predicting(model, ids)
+    other = None if reference is None else _predicting(reference, ids)
+    gold = ids[:, 1:].flatten().unsqueeze(1)
+    rows: list[torch.Tensor] = []
+    step = _ROWS if ids.device.type == "cpu" else _ROWS_ON_GPU
+    for start in range(0, len(gold), step):
+        words = _log_probabilities(model, hidden[start : start + step])
+        found = [words.gather(1, gold[start : start + step]).squeeze(1)]
+        if reference is not None and other is not None:
+            theirs = _log_probabilities(reference, other[start : start + step])[:, : words.shape[1]].to(words.device)
+            found.append((theirs.exp() * (theirs - words[:, : theirs.shape[1]])).sum(1, dtype=torch.float64))
+            found.append(theirs.argmax(1) == words.argmax(1))
+        rows.append(torch.stack([value.double() for value in found], dim=1))
+    values = torch.cat(rows).unflatten(0, (len(ids), -1))
+    return torch.cat([values[:, :, :2].mean(dim=1), values[:, :, 2:].sum(dim=1)], dim=1)
+
+
+def _predicting(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    """(B (S - 1), D) after the final norm, of windows without pictures: the states that predict a word."""
     device = loaded.adapter.head(loaded.model).weight.device
-    states: torch.Tensor = loaded.model.model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).last_hidden_state[
-        0
-    ]
-    return states
+    states: torch.Tensor = loaded.model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    return states[:, :-1].flatten(0, 1)
 
 
 def _log_probabilities(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
