@@ -34,7 +34,7 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2: rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU.
+# GPUS=2: rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
 GPUS ?= 1
 AT_ONCE ?= 1
 ROWS = $(LIMITED) --gpus $(GPUS) --at-once $(AT_ONCE)

@@ -15,8 +15,9 @@ greedy; case ``toy_student_short_b64``: the folder, and how many questions run t
 ``lmms_*`` run in an environment of their own (the extra ``lmms``), each in its process, which waits while others run.
 Start-up is left out for all: imports, weights, and of lmms-eval also reading the rows. Metrics: ``samples_s``, samples
 a second, and ``samples_cpu_s``, samples a second of processor time, which other programs on the machine disturb less.
-A sample a round, in turns, after a round that is not counted (``--cold``: none; graphs that are captured and kernels
-that are loaded count). One thread each unless ``--threads`` says otherwise.
+A sample a round, in turns, after a round that is not counted; with ``--cold``, and ``_cold`` behind the case, one round
+and none before it, so that graphs that are captured and kernels that are loaded count. One thread each unless
+``--threads`` says otherwise.
 """
 
 from __future__ import annotations
@@ -203,10 +204,10 @@ def lmms_turn(args: argparse.Namespace, impl: str, model: Path, rows: Path) -> T
     return turn
 
 
-def measure(turns: dict[str, Turn], rounds: range, samples: int) -> dict[str, list[Pass]]:
-    """Passes of the counted rounds; round 0 is none. Everyone must have answered every row; what they said is told."""
+def measure(turns: dict[str, Turn], rounds: int, samples: int, is_cold: bool) -> dict[str, list[Pass]]:
+    """Passes of the counted rounds. Everyone must have answered every row; what they said is told."""
     found: dict[str, list[Pass]] = {impl: [] for impl in turns}
-    for number in rounds:
+    for number in range(1 if is_cold else 0, rounds + 1):
         for impl, turn in turns.items():
             one = turn()
             if one.replies != samples:
@@ -229,10 +230,11 @@ def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--impls", default=",".join(IMPLS), help="default: %(default)s")
     made.add_argument("--long", action="store_true", help="answers never end before the longest, 128 tokens")
     made.add_argument("--rounds", type=int, default=5, help="counted ones; default: %(default)s")
-    made.add_argument("--cold", action="store_true", help="no round that is not counted before them")
+    made.add_argument("--cold", action="store_true", help="one round, and none that is not counted before it")
     made.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     made.add_argument("--out", type=Path, default=RESULTS / f"{BENCH}.csv", help="CSV whose rows are replaced")
     args = made.parse_args(argv)
+    args.rounds = 1 if args.cold else args.rounds
     args.impls = names_in(made, args.impls, IMPLS)
     if min(args.samples, args.batch, args.rounds, args.threads) < 1:
         made.error("--samples, --batch, --rounds and --threads must be at least 1")
@@ -260,9 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else lmms_turn(args, impl, model, rows)
             for impl in args.impls
         }
-        found = measure(turns, range(args.cold, args.rounds + 1), args.samples)
+        found = measure(turns, args.rounds, args.samples, args.cold)
     case = f"{args.model.name.replace('-', '_')}_{'long' if args.long else 'short'}_b{args.batch}"
-    case += "_gpu" if args.device == "cuda" else ""
+    case += ("_gpu" if args.device == "cuda" else "") + ("_cold" if args.cold else "")
     written = []
     for impl, passes in found.items():
         for metric, seconds in (

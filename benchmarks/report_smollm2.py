@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from smollm2_rows import (
     is_validation,
     loss_of,
     mean_of_suite,
-    minutes_of,
     read_rows,
     validation_score,
 )
@@ -176,13 +175,24 @@ def method_table(runs: Runs, scheme: str, names: Sequence[str], is_timed: bool =
             cell(values(runs, key, agreement), 1),
             "" if is_whole else recovered(runs, name, scheme, test_right),
             "" if is_whole else recovered(runs, name, scheme, text_loss),
-            f"{statistics.mean(minutes_of(row, 'made_seconds') for row in own.values()):.1f}" if is_timed else "",
+            minutes_each(own.values()) if is_timed else "",
         ]
         lines.append(cells)
     kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
     head = (scheme.upper(), *COLUMNS)
     rows = ([head[column] for column in kept], ["---"] * len(kept), *([line[c] for c in kept] for line in lines))
     return ["| " + " | ".join(row) + " |" for row in rows] if lines else []
+
+
+def was_beside(row: dict[str, Any]) -> bool:
+    """Whether other rows were made on the same GPU meanwhile: its time says nothing of its method."""
+    return bool(row.get("beside", 0))
+
+
+def minutes_each(rows: Iterable[dict[str, Any]]) -> str:
+    """Mean time to make a row, of those that had the GPU for themselves."""
+    seconds = [row["made_seconds"] for row in rows if not was_beside(row)]
+    return f"{statistics.mean(seconds) / 60:.1f}" if seconds else ""
 
 
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
@@ -235,9 +245,10 @@ def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
 def provenance(rows: Sequence[dict[str, Any]]) -> str:
     hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
     commits = sorted({row["commit"] for row in rows})
-    minutes = sum(minutes_of(row) for row in rows)
+    minutes = sum(row["seconds"] / (1 + row.get("beside", 0)) for row in rows) / 60
+    shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
     return (
-        f"{len(rows)} rows, {minutes:.0f} minutes in all, for the student `{rows[0]['student']}`. "
+        f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
     )
 

@@ -14,9 +14,10 @@
 is student and teacher, a row is two or three minutes of two cores.
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
-another day or machine. ``--gpus N`` makes rows on N at once, each with its share of them, ``--at-once M`` M of them on
-each: a row leaves a GPU idle two thirds of the time, while its host asks, and what it costs is then its time over M. A
-stage of N processes (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
+another day or machine. ``--gpus N`` makes rows on N at once, ``--at-once M`` M of them on each (a row leaves a GPU idle
+two thirds of the time, while its host asks; the times of such rows say nothing of a method): whoever is free takes the
+next, and so does the same command begun twice. A stage of N processes (torchrun) shares out its batches, and sums in
+another order than one. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
 
@@ -189,12 +190,6 @@ def write_language() -> Path:
     return out
 
 
-def share_of(text: str) -> tuple[int, int]:
-    """``1/4``: the second of four."""
-    index, _, count = text.partition("/")
-    return int(index), int(count)
-
-
 def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """An error for GPUs that are not there, and for a command that has no rows to share."""
     import torch
@@ -208,8 +203,7 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
-    """The same command in so many processes on each of so many GPUs, each with its share of the rows; the exit code of
-    all together."""
+    """The same command in so many processes on each of so many GPUs; the exit code of all together."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if given is None else given.split(",")[:count]
     names *= at_once
@@ -217,11 +211,11 @@ def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
         started = [
             running.enter_context(
                 subprocess.Popen(
-                    [sys.executable, __file__, *arguments, "--gpus=1", f"--share={index}/{len(names)}"],
+                    [sys.executable, __file__, *arguments, "--gpus=1", "--at-once=1", f"--beside={at_once - 1}"],
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": name},
                 )
             )
-            for index, name in enumerate(names)
+            for name in names
         ]
         before = signal.signal(signal.SIGTERM, lambda number, frame: [one.terminate() for one in started])
         codes = [one.wait() for one in started]
@@ -240,7 +234,7 @@ def main() -> None:
     made.add_argument("--out", type=Path, help=f"folder of the rows; {OUT}, or {LANGUAGE_OUT} with --language")
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
     made.add_argument("--at-once", type=int, default=1, help="rows on each GPU at once")
-    made.add_argument("--share", type=share_of, help=argparse.SUPPRESS)
+    made.add_argument("--beside", type=int, default=0, help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
     if args.command == "data":
@@ -251,7 +245,7 @@ def main() -> None:
     clock = Clock(args.minutes)
     if args.language and (args.gpus, args.at_once) != (1, 1):
         made.error("--language is for a CPU; leave --gpus and --at-once out")
-    if args.share is None and (args.gpus, args.at_once) != (1, 1):
+    if (args.gpus, args.at_once) != (1, 1):
         require_gpus(made, args)
         sys.exit(on_gpus(args.gpus, args.at_once, sys.argv[1:]))
     if args.command in STAGES:
@@ -270,7 +264,7 @@ def main() -> None:
             exam = replace(exam, first_window=exam.limit or 0)
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
-    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.at_once)
+    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.beside)
     rates = LANGUAGE_RATES if args.language else RATES
     if args.command in JOBS:
         jobs = JOBS[args.command](searched_rates(out, table.student, rates))
@@ -283,8 +277,7 @@ def main() -> None:
         if unknown := sorted(set(args.only) - set(names)):
             made.error(f"{args.command} has no row {unknown[0]}; it has {', '.join(names)}")
         jobs = [job for job in jobs if job.name in args.only]
-    first, count = args.share or (0, 1)
-    sys.exit(0 if table.make(jobs[first::count], clock) else LEFT_OVER)
+    sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
 
 
 if __name__ == "__main__":

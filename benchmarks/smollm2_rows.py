@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,17 @@ def loss_of(row: dict[str, Any], text: str) -> float:
     return float(sum(losses) / len(losses))
 
 
-def minutes_of(row: dict[str, Any], what: str = "seconds") -> float:
-    """Of the machine: rows that shared it had each a part of it."""
-    return float(row[what]) / row.get("at_once", 1) / 60
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether nobody else has what ``path`` stands for; until the block or the process ends it is ours then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def is_validation(number: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from record import commit_name, device_name
 from smollm2_jobs import OTHER_RULES, QUANTIZED_FIRST, RATES, ROUNDED, RUNS, TWO_STAGES, Job, first_stage, recipe_of
-from smollm2_rows import append_row, key_of, read_rows, shown_of
+from smollm2_rows import append_row, claim, key_of, read_rows, shown_of
 
 
 class Deadline(Protocol):
@@ -36,7 +36,7 @@ class Table:
     """Rows of one command, made one after another in one process: what is compiled and decoded once serves all.
 
     Args:
-        at_once: rows that share the GPU, this process's among them; it is noted with what they took.
+        beside: so many other processes make rows on the same GPU; it is noted, since times then say nothing.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Table:
         overrides: Sequence[str],
         exam: Any,
         calibration_rows: int = CALIBRATION_ROWS,
-        at_once: int = 1,
+        beside: int = 0,
     ) -> None:
         from grace_vlm.models.load import load_model
 
         self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
-        self.at_once = at_once
+        self.beside = beside
         recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
         self.student_name = str(recipe.model.student)
         self.student = digest_of(self.student_name)
@@ -64,18 +64,22 @@ class Table:
         return {key_of(row) for row in read_rows(self.path) if row["student"] == self.student}
 
     def make(self, jobs: Sequence[Job], clock: Deadline) -> bool:
-        """The rows that are missing, each appended as it is finished; whether none is left."""
+        """The rows that are missing and that no other process is making, each appended as it is finished; whether none
+        is left."""
         done = self.done()
         left = [job for job in jobs if job.key not in done]
         print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
         for job in left:
-            if clock.is_over:
-                return False
-            started = time.monotonic()
-            row = self.row(job)
-            row |= {"seconds": round(time.monotonic() - started, 1), "at_once": self.at_once}
-            append_row(self.path, row)
-            print(shown_of(row), flush=True)
+            with claim(RUNS / "claims" / self.path.stem / "_".join(map(str, job.key))) as is_ours:
+                if not is_ours or job.key in self.done():
+                    continue
+                if clock.is_over:
+                    return False
+                started = time.monotonic()
+                row = self.row(job)
+                row |= {"seconds": round(time.monotonic() - started, 1), "beside": self.beside}
+                append_row(self.path, row)
+                print(shown_of(row), flush=True)
         return True
 
     def row(self, job: Job) -> dict[str, Any]:

@@ -402,7 +402,7 @@ def _suite_table() -> str:
     rows = _plots().read_rows(RESULTS / "eval_suite.csv")
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        if row["metric"] == ("samples_s" if row["case"].endswith("_gpu") else "samples_cpu_s"):
+        if row["metric"] == ("samples_s" if "_gpu" in row["case"] else "samples_cpu_s"):
             found.setdefault((row["case"], row["device"]), {})[row["impl"]] = float(row["p50"])
     lines = "".join(
         f"| {case} | `{impl}` | {value:.1f} | {cells['suite'] / value:.2f} |\n"

@@ -20,6 +20,7 @@ import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
 import smollm2_jobs as jobs_of  # noqa: E402
 import smollm2_rows as rows_of  # noqa: E402
+import smollm2_table as table_of  # noqa: E402
 import smollm2_why as why  # noqa: E402
 from smollm2_measure import Exam, Examination  # noqa: E402
 
@@ -185,12 +186,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         rows_of.append_row(path, one)
 
 
-def test_rows_that_share_a_machine_cost_their_part_of_it(tmp_path: Path) -> None:
-    rows = [row("student", None, 80, 2.0), {**row("qat", 0, 70, 2.2), "at_once": 3}]
+def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
+    rows = [row("student", None, 80, 2.0), {**row("qat", 0, 70, 2.2), "made_seconds": 120.0}]
+    rows += [{**row("qat", 1, 70, 2.2), "beside": 2}, {**row("kd", 0, 70, 2.2), "beside": 2}]
     write(tmp_path / "headline.jsonl", rows)
     text = "\n".join(report.pages(tmp_path, tmp_path))
-    assert "2 rows, 1 minutes in all" in text  # 1 and 1 / 3
-    assert next(line for line in text.splitlines() if line.startswith("| QAT")).endswith("| 0.2 |")
+    assert (
+        "4 rows, 3 minutes in all (those of rows that shared a GPU divided by their number), for" in text
+    )  # 2 + 2 / 3
+    table = text[text.index("minutes each") :].split("\n\n")[0]
+    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
+    assert ends["| QAT"] == "2.0 |"
+    assert ends["| QAT with plain distillation"] == " |"
 
 
 def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
@@ -334,20 +341,46 @@ def test_each_gpu_has_its_share(
     monkeypatch.setattr(bench, "__file__", str(script))
     assert bench.on_gpus(2, 1, ["headline", "--gpus", "2", "--minutes", "9"]) == whole
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
-    assert said == [f"headline --gpus 2 --minutes 9 --gpus=1 --share={index}/2" for index in range(2)]
-    assert [bench.share_of(text) for text in ("0/2", "1/2")] == [(0, 2), (1, 2)]
+    assert said == ["headline --gpus 2 --minutes 9 --gpus=1 --at-once=1 --beside=0"] * 2
 
 
 def test_rows_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "command.py"
+    script, noted = tmp_path / "command.py", tmp_path / "noted"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     script.write_text(
-        "import os, sys; share = sys.argv[-1].removeprefix('--share=').partition('/')[0]\n"
-        f"open({str(tmp_path)!r} + f'/{{share}}.txt', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "import os, sys\n"
+        f"open({str(noted)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + ' '.join(sys.argv[1:]) + '\\n')\n"
     )
     monkeypatch.setattr(bench, "__file__", str(script))
-    assert bench.on_gpus(2, 3, ["search"]) == 0
-    assert [(tmp_path / f"{index}.txt").read_text() for index in range(6)] == ["5", "6"] * 3
+    assert bench.on_gpus(2, 3, ["search", "--at-once", "3"]) == 0
+    words = "search --at-once 3 --gpus=1 --at-once=1 --beside=2"
+    assert sorted(noted.read_text().splitlines()) == [f"{gpu} {words}" for gpu in (5, 5, 5, 6, 6, 6)]
+
+
+def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process has begun is left to it, and what it has finished meanwhile is not made again."""
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+    path = tmp_path / "headline.jsonl"
+    jobs = [jobs_of.Job(name, "w4g64") for name in ("rtn", "awq", "gptq", "block")]
+
+    class Quick(table_of.Table):
+        def __init__(self) -> None:
+            self.path, self.student, self.beside = path, "s", 2
+
+        def row(self, job: jobs_of.Job) -> dict[str, Any]:
+            made.append(job.name)
+            if job.name == "rtn":  # meanwhile, elsewhere
+                rows_of.append_row(path, {**row("gptq", None, 0, 1.0), "rate": None})
+            return row(job.name, None, 0, 1.0)
+
+    with rows_of.claim(jobs_of.RUNS / "claims" / "headline" / "awq_w4g64_None_None") as is_ours:
+        assert is_ours
+        assert Quick().make(jobs, bench.Clock(None))
+    assert made == ["rtn", "block"]
+    assert [one["beside"] for one in rows_of.read_rows(path) if one["name"] != "gptq"] == [2, 2]
+    assert Quick().make(jobs, bench.Clock(None))
+    assert made == ["rtn", "block", "awq"]
 
 
 def test_the_file_is_a_program(in_a_folder: None) -> None:

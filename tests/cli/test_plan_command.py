@@ -214,6 +214,10 @@ def test_the_estimate_counts_what_the_recipe_asks_for(grace: Any) -> None:
     trained = cost("model.train=all", "runtime.cuda_graphs=false")
     assert trained["memory_bytes"]["activations"] > plain["memory_bytes"]["activations"]
     assert trained["flop_by_part"]["student tower"] == 4 * plain["flop_by_part"]["student tower"]
+    assert grace("train", recipe, "--dry-run", "model.train=all")[1] == (
+        "runtime.cuda_graphs with model.train=all: this tower adds to layers of the decoder (DeepStack, 3), whose "
+        "graphs make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
+    )
 
 
 def test_a_teacher_on_a_gpu_of_its_own_is_counted_there(grace: Any) -> None:

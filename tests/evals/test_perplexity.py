@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grace_vlm.errors import DataError
-from grace_vlm.evals.perplexity import _score, read_windows, score_text
+from grace_vlm.evals.perplexity import _windows_together, read_windows, score_text
 from grace_vlm.models.load import LoadedModel, load_model
 from grace_vlm.models.registry import adapter_for
 from grace_vlm.models.toy import build_toy_model, build_toy_processor
@@ -56,14 +56,23 @@ def test_numbers_are_those_of_whole_logits(text: Path, size: str) -> None:
     assert low < found.perplexity < high
 
 
-def test_windows_together_are_windows_alone(text: Path) -> None:
+def test_windows_together_are_windows_alone(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU is given several at a time; in FP64 nothing but the order of sums differs."""
     model, other = opened("llava", 0), opened("llava", 1)
     windows = read_windows(text, model.processor.tokenizer, 300, limit=3)
-    together = _score(model, torch.stack(windows), other)
-    alone = torch.cat([_score(model, window[None], other) for window in windows])
-    assert together.shape == (3, 3)
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=0)
+    assert _windows_together(torch.device("cuda"), 512) == 16
+    assert _windows_together(torch.device("cuda"), 9000) == 1
+    for reference in (other, None):
+        alone = score_text(model, windows, reference)
+        told: list[tuple[int, int]] = []
+        monkeypatch.setattr("grace_vlm.evals.perplexity._windows_together", lambda device, tokens: 2)
+        together = score_text(model, windows, reference, lambda *numbers, told=told: told.append(numbers))
+        monkeypatch.undo()
+        assert told == [(2, 3), (3, 3)]
+        assert together.losses == pytest.approx(alone.losses, rel=1e-10)
+        assert together.divergences == pytest.approx(alone.divergences, rel=1e-10)
+        assert len(together.divergences) == (3 if reference else 0)
+        assert together.agreement == alone.agreement
 
 
 def test_a_model_beside_itself_has_no_divergence(text: Path) -> None:

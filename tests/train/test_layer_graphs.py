@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from toy_run import recipe_tree, write_models, write_rows
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models import decoder
 from grace_vlm.models.decoder import GRAPHS
 from grace_vlm.models.graphs import GraphMemory, LayerGraphs, graph_layers, room_for
 from grace_vlm.models.look_up import sum_look_ups
@@ -162,11 +163,59 @@ def test_where_there_are_no_graphs(world: Path, tmp_path: Path) -> None:
     assert "runtime.cuda_graphs is for packed rows; set data.packing=true or runtime.cuda_graphs=false" in str(
         caught.value
     )
-    with pytest.raises(ConfigError, match=r"this tower adds to 1 layers of the decoder \(DeepStack\), whose graphs"):
+    with pytest.raises(ConfigError) as caught:
         Run(
             recipe_from(recipe_tree(world, runtime__cuda_graphs=True, data__packing=True, model__train="all"), "test"),
             tmp_path / "run",
         )
+    assert str(caught.value) == (
+        "runtime.cuda_graphs with model.train=all: this tower adds to layers of the decoder (DeepStack, 1), whose "
+        "graphs make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
+    )
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_run_that_repeats_does_the_same_with_and_without_a_graph(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeats: bool
+) -> None:
+    """A pack is laid into the shape of a graph also the first time it comes, and where there are too many shapes."""
+    run, plain = run_of(world, tmp_path / "run", graphs=True), []
+    layers = decoder._run_layers
+
+    def noted(*given: Any) -> Any:
+        plain.append(given)
+        return layers(*given)
+
+    monkeypatch.setattr(decoder, "_run_layers", noted)
+    monkeypatch.setattr("grace_vlm.models.graphs.MAX_GRAPHS", 0)
+    torch.use_deterministic_algorithms(repeats)
+    try:
+        for step in range(3):
+            assert run.stepper.run(step, [run.loader.next()]).loss > 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(plain) != repeats
+    assert graphs_of(run).num_graphs == 0
+
+
+def test_a_tower_alone_is_trained_also_where_a_row_has_no_picture(world: Path, tmp_path: Path) -> None:
+    """Such a row has nothing to learn from, and its forward no gradient."""
+    run = run_of(
+        world, tmp_path / "run", True, method="sft", scheme="bf16", model={"student": "toy:llava", "train": "vision"}
+    )
+    batch = run.loader.next()
+    embeds = run.student.model.get_input_embeddings()(batch.input_ids).detach()
+    language = run.student.model.model.language_model
+    rotary = language.rotary_emb(embeds, batch.position_ids[0])
+    assert batch.segments is not None
+    for _ in range(2):
+        with decoder.attention(language, decoder._SEGMENTS, decoder.attend_segments):
+            found = graphs_of(run).run(embeds, rotary, batch.segments, batch.visual, None, 0, ())
+    assert found is not None
+    assert not found[0].requires_grad
+    trained = run_of(world, tmp_path / "trained", True, method="sft", scheme="bf16", model={"student": "toy:llava"})
+    with pytest.raises(AssertionError, match="gradients of layers come with that of their input"):
+        graphs_of(trained).run(embeds, rotary, batch.segments, batch.visual, None, 0, ())
 
 
 @pytest.mark.parametrize("train", ["all", "vision"])

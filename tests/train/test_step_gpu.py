@@ -118,6 +118,19 @@ def test_graphs_say_the_same_and_wait_once(world: Path, tmp_path: Path, options:
     assert launches[1] < launches[0] * (0.8 if options.get("runtime__compile") else 0.5), launches
 
 
+@pytest.mark.parametrize("train", ["all", "vision"])
+def test_towers_are_trained_through_recorded_layers(world: Path, tmp_path: Path, train: str) -> None:
+    found = []
+    for graphs in (False, True):
+        models = {"student": "toy:llava", "train": train}
+        options: dict[str, Any] = {"method": "sft", "scheme": "bf16", "model": models}
+        run = Run(recipe(world, data__packing=True, runtime__cuda_graphs=graphs, **options), tmp_path / str(graphs))
+        batch = run.loader.next()
+        reports = [run.stepper.run(step, [batch]) for step in range(6)]
+        found.append(torch.tensor([[report.loss, report.grad_norm] for report in reports]))
+    assert torch.allclose(found[0], found[1], rtol=3e-2), found
+
+
 def test_a_teacher_on_a_cpu_is_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.teacher_device is cpu and the student computes on cuda; "):
         Run(recipe(world, model__teacher_device="cpu"), tmp_path / "run")

@@ -23,11 +23,12 @@ class Described:
         supervised_share: float | None,
         num_processes: int = 1,
     ) -> None:
-        from grace_vlm.train.open import check_relational_layer, describe_student, plan_for
+        from grace_vlm.train.open import check_relational_layer, check_trained_tower, describe_student, plan_for
 
         self.num_processes = num_processes
         self.student = describe_student(recipe)
         check_relational_layer(recipe, self.student[0])
+        check_trained_tower(recipe, self.student[0])
         self.load = load_of(recipe, self.student[0].config, row_tokens, visual_tokens, supervised_share)
         self.teacher = teacher_of(recipe)
         self.plan = plan_for(recipe, self.student)

@@ -23,7 +23,7 @@ from grace_vlm.errors import DataError
 from grace_vlm.evals.student_t import t_interval
 from grace_vlm.models.load import LoadedModel
 
-_ROWS, _ROWS_ON_GPU = 256, 1024
+_ROWS = 256
 """Of logits at a time."""
 _TOKENS = 8192
 """Of the windows that a GPU is given together; a CPU has one window at a time."""
@@ -93,55 +93,66 @@ def score_text(
     (FP64 models: FP64).
 
     Args:
-        windows: of one length.
+        windows: one at least, of one length.
     """
-    losses: list[float] = []
-    divergences: list[float] = []
-    agreed = 0
-    device = model.adapter.head(model.model).weight.device
-    size = max(1, _TOKENS // len(windows[0])) if device.type == "cuda" else 1
+    asked = _Asked.of(model)
+    other = None if reference is None else _Asked.of(reference)
+    size = _windows_together(asked.head.device, len(windows[0]))
+    found: list[list[float]] = []
     for start in range(0, len(windows), size):
-        ids = torch.stack(list(windows[start : start + size])).to(device)
-        found = _score(model, ids, reference).tolist()
-        losses += [-row[0] for row in found]
-        if reference is not None:
-            divergences += [row[1] for row in found]
-            agreed += sum(int(row[2]) for row in found)
-        progress(min(start + size, len(windows)), len(windows))
+        ids = torch.stack(list(windows[start : start + size])).to(asked.head.device)
+        found += _score(asked, ids, other).tolist()
+        progress(len(found), len(windows))
     count = sum(len(ids) - 1 for ids in windows)
-    return TextScore(count, tuple(losses), tuple(divergences), agreed / count if reference is not None else None)
+    losses = tuple(-row[0] for row in found)
+    if other is None:
+        return TextScore(count, losses, (), None)
+    return TextScore(count, losses, tuple(row[1] for row in found), sum(int(row[2]) for row in found) / count)
 
 
-def _score(model: LoadedModel, ids: torch.Tensor, reference: LoadedModel | None) -> torch.Tensor:
+def _windows_together(device: torch.device, window_tokens: int) -> int:
+    return max(1, _TOKENS // window_tokens) if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model and its head (V, D) in FP32, from BF16 too: logits that are rounded to BF16 move a KL by 1e-4 nats."""
+
+    loaded: LoadedModel
+    head: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> _Asked:
+        head = loaded.adapter.head(loaded.model)
+        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        return cls(loaded, head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
+
+    def predicting(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B (S - 1), D) after the final norm, of windows without pictures: the states that predict a word."""
+        out = self.loaded.model.model(input_ids=ids.to(self.head.device), use_cache=False).last_hidden_state
+        states: torch.Tensor = out[:, :-1].flatten(0, 1)
+        return states
+
+    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden.to(self.head.dtype), self.head, self.bias).log_softmax(-1)
+
+
+def _score(model: _Asked, ids: torch.Tensor, reference: _Asked | None) -> torch.Tensor:
     """(B, 3) FP64: of each window its mean log-likelihood, its mean divergence and how many likeliest words agree; the
     host reads nothing before all is asked for."""
-    hidden = _predicting(model, ids)
-    other = None if reference is None else _predicting(reference, ids)
+    hidden = model.predicting(ids)
+    other = None if reference is None else reference.predicting(ids)
     gold = ids[:, 1:].flatten().unsqueeze(1)
     rows: list[torch.Tensor] = []
-    step = _ROWS if ids.device.type == "cpu" else _ROWS_ON_GPU
-    for start in range(0, len(gold), step):
-        words = _log_probabilities(model, hidden[start : start + step])
-        found = [words.gather(1, gold[start : start + step]).squeeze(1)]
+    for start in range(0, len(gold), _ROWS):
+        part = slice(start, start + _ROWS)
+        words = model.log_probabilities(hidden[part])
+        found = [words.gather(1, gold[part]).squeeze(1)]
         if reference is not None and other is not None:
-            theirs = _log_probabilities(reference, other[start : start + step])[:, : words.shape[1]].to(words.device)
+            theirs = reference.log_probabilities(other[part])[:, : words.shape[1]].to(words.device)
             found.append((theirs.exp() * (theirs - words[:, : theirs.shape[1]])).sum(1, dtype=torch.float64))
             found.append(theirs.argmax(1) == words.argmax(1))
         rows.append(torch.stack([value.double() for value in found], dim=1))
     values = torch.cat(rows).unflatten(0, (len(ids), -1))
     return torch.cat([values[:, :, :2].mean(dim=1), values[:, :, 2:].sum(dim=1)], dim=1)
-
-
-def _predicting(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(B (S - 1), D) after the final norm, of windows without pictures: the states that predict a word."""
-    device = loaded.adapter.head(loaded.model).weight.device
-    states: torch.Tensor = loaded.model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    return states[:, :-1].flatten(0, 1)
-
-
-def _log_probabilities(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """In FP32 from BF16 states and a BF16 head too: logits that are rounded to BF16 move a KL by 1e-4 nats."""
-    head = loaded.adapter.head(loaded.model)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return functional.linear(hidden.to(dtype), head.weight.to(dtype), bias).log_softmax(-1)

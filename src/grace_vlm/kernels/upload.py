@@ -21,17 +21,32 @@ def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 def upload_cat(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """``torch.cat`` of tensors, on ``device``. Those that lie end to end in memory, as the loader's workers hand pixels
     over, go up in one copy: a copy each of 64 small pictures took 5 ms of the host."""
-    whole = _end_to_end(parts)
-    return torch.cat([upload(part, device) for part in parts]) if whole is None else upload(whole, device)
-
-
-def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The one tensor that the parts are pieces of along the first dimension, without a copy; None if they are not."""
-    first, end = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
+    runs: list[list[torch.Tensor]] = []
     for part in parts:
-        is_next = part.data_ptr() == end and part.untyped_storage().data_ptr() == storage
-        if not is_next or part.dtype != first.dtype or part.shape[1:] != first.shape[1:] or not part.is_contiguous():
-            return None
-        end += part.numel() * part.element_size()
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+        if runs and _lies_behind(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    wholes = [upload(_whole(run), device) for run in runs]
+    return wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+
+
+def _lies_behind(part: torch.Tensor, following: torch.Tensor) -> bool:
+    """Whether one begins where the other ends, so that both are pieces of one tensor along the first dimension."""
+    return (
+        following.data_ptr() == part.data_ptr() + part.numel() * part.element_size()
+        and following.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        and following.dtype == part.dtype
+        and following.shape[1:] == part.shape[1:]
+        and part.is_contiguous()
+        and following.is_contiguous()
+    )
+
+
+def _whole(run: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor that the parts are pieces of, without a copy."""
+    if len(run) == 1:
+        return run[0]
+    # A stride of a dimension of one element may be anything.
+    flat = run[0].flatten().as_strided((sum(part.numel() for part in run),), (1,))
+    return flat.view(-1, *run[0].shape[1:])

@@ -3,7 +3,9 @@
 A GPU computes a layer of 2,048 channels and 1,000 tokens faster than a host can ask for it, compiled or not, and hosts
 differ by half among machines with the same GPU. A graph asks once. It is made for one shape, so packed rows are laid
 into a slightly larger one (``room_for``): what is added is segments of zeros, of which nothing learns and which no
-token sees. A shape gets its graph when it comes the second time; rare ones run as they are.
+token sees. A shape gets its graph when it comes the second time; rare ones run as they are. Where torch is to repeat
+itself bit for bit (``runtime.deterministic``) they are laid into the larger shape too: what a step computes must not
+hang on which shapes came before it, or since a resume.
 
 The backward pass is written down layer by layer, with autograd inside a layer only: gradients of weights go straight to
 where they are summed (``Sums``), and a layer that keeps no activations is computed again right before it is needed.
@@ -22,7 +24,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from grace_vlm.errors import ConfigError
 from grace_vlm.models.decoder import GRAPHS, has_varlen, segment_arguments
 
 MAX_GRAPHS = 16
@@ -155,6 +156,8 @@ class LayerGraphs:
         longest, tokens, lengths = room_for(segments, self._window)
         shape = Shape(tokens, len(lengths), longest, tap, recompute, len(deepstack), is_first)
         graph = self._graph_of(shape, lengths, embeds, rotary)
+        if graph is None and torch.are_deterministic_algorithms_enabled():
+            graph = _Graph(self, shape, lengths, embeds, rotary, is_recorded=False)
         if graph is None:
             return None
         graph.load(embeds, rotary, lengths, visual, deepstack)
@@ -197,18 +200,9 @@ def graph_layers(model: Any, sums: Sums | None = None, memory: GraphMemory | Non
     return memory
 
 
-def require_plain_tower(config: Any, trained: bool) -> None:
-    """``ConfigError`` for a trained tower that also adds to layers of the decoder: graphs return the gradient of what
-    enters the first layer only."""
-    if trained and (layers := getattr(config, "deepstack_visual_indexes", ())):
-        raise ConfigError(
-            f"runtime.cuda_graphs: this tower adds to {len(layers)} layers of the decoder (DeepStack), whose graphs "
-            "make no gradient for it; set model.train=default or runtime.cuda_graphs=false"
-        )
-
-
 class _Graph:
-    """One shape: its buffers, and the two graphs over them. Without a GPU the same functions run as they are."""
+    """One shape: its buffers, and the two graphs over them; without a GPU, or not ``is_recorded``, the same functions
+    run as they are."""
 
     def __init__(
         self,
@@ -217,6 +211,7 @@ class _Graph:
         lengths: Sequence[int],
         embeds: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        is_recorded: bool = True,
     ) -> None:
         self.layers, self.shape, self.sums = list(owner.language.layers), shape, owner.sums
 
@@ -234,7 +229,7 @@ class _Graph:
         self.how = self._arguments(lengths)
         self._kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._play: list[Callable[[], None]] = [self._forward, self._backward]
-        if owner.memory.stream is not None:
+        if is_recorded and owner.memory.stream is not None:
             self._capture(owner.memory.stream, owner.memory.pool)
 
     def _capture(self, stream: torch.cuda.Stream, pool: Any) -> None:

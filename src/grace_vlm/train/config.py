@@ -187,7 +187,8 @@ class RuntimeConfig(_Section):
     cuda_graphs: bool = Field(
         False,
         description="on a GPU in BF16, ask for all layers of a packed micro-batch at once instead of kernel by kernel, "
-        "where the host is what a step waits for; a resumed run then repeats the first up to rounding",
+        "where the host is what a step waits for; unless deterministic, a resumed run then repeats the first up to "
+        "rounding",
     )
     deterministic: bool = Field(
         False, description="on a GPU, take only what adds up in the same order every time: a run repeats, more slowly"

@@ -40,7 +40,7 @@ from grace_vlm.formats.publish import publish_model
 from grace_vlm.losses.controller import AdaptiveWeight
 from grace_vlm.models.adapter import stored_name
 from grace_vlm.models.compiled import compile_layers
-from grace_vlm.models.graphs import graph_layers, require_plain_tower
+from grace_vlm.models.graphs import graph_layers
 from grace_vlm.models.look_up import sum_look_ups
 from grace_vlm.models.vision import VisionFeatures, recompute_tower
 from grace_vlm.train.card import model_card
@@ -50,6 +50,7 @@ from grace_vlm.train.launcher import asked_for, resolved
 from grace_vlm.train.masters import Masters
 from grace_vlm.train.open import (
     check_relational_layer,
+    check_trained_tower,
     choose_trained,
     open_loader,
     open_rows,
@@ -112,6 +113,7 @@ class Run:
         self.student = open_student(recipe, rows)
         self.plan = plan_for(recipe, (self.student.model, self.student.adapter))
         check_relational_layer(recipe, self.student.model)
+        check_trained_tower(recipe, self.student.model)
         choose_trained(recipe, self.student)
         cache_bytes = int(recipe.runtime.tower_cache_gib * GIB)
         self.vision = VisionFeatures(self.student.adapter, self.student.model, cache_bytes, recipe.trains_tower)
@@ -163,8 +165,6 @@ class Run:
             compile_layers(self.student.model)
             if self.teacher is not None:
                 self.teacher.compile_layers()
-        if recipe.runtime.cuda_graphs:
-            require_plain_tower(self.student.model.config.vision_config, self.vision.trained)
         if recipe.runtime.cuda_graphs and self.device.type == "cuda":
             sums = self.masters.sums_of(self.student.model.model.language_model.layers)
             memory = graph_layers(self.student.model, sums)

@@ -221,12 +221,14 @@ class Masters:
     @staticmethod
     def _write_plain(tracked: Sequence[_Tracked]) -> None:
         """Leaves without a grid from their masters, in BF16, a few launches for all of them."""
-        # A BF16 leaf rounds as it is copied to: a rounded table of words beside it would be the peak of a step. FP64
+        # A BF16 leaf rounds as it is copied to: rounded masters beside the leaves would be the peak of a step. FP64
         # models (tests) keep the master's value: they check gradients, not rounding.
-        for dtype in {t.own.dtype for t in tracked}:
-            own = [t.own for t in tracked if t.own.dtype == dtype]
-            masters = [t.master.detach() for t in tracked if t.own.dtype == dtype]
-            torch._foreach_copy_(own, [m.to(torch.bfloat16) for m in masters] if dtype == torch.float32 else masters)
+        direct = [(t.own, t.master.detach()) for t in tracked if t.own.dtype != torch.float32]
+        if direct:
+            torch._foreach_copy_([own for own, _ in direct], [master for _, master in direct])
+        for one in tracked:
+            if one.own.dtype == torch.float32:
+                one.own.copy_(one.master.detach().to(torch.bfloat16))
 
     def _start_gather(self, tracked: Sequence[_Tracked]) -> None:
         """Begin to write every process's rows into these leaves: the next step's teacher computes beside it."""

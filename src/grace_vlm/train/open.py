@@ -91,6 +91,18 @@ def check_relational_layer(recipe: Recipe, model: Any) -> None:
         )
 
 
+def check_trained_tower(recipe: Recipe, model: Any) -> None:
+    """``ConfigError`` for CUDA graphs of a decoder that a trained tower also adds to behind its first layers (a meta
+    model will do): graphs return the gradient of what enters the first one only."""
+    layers = getattr(model.config.vision_config, "deepstack_visual_indexes", ())
+    if recipe.runtime.cuda_graphs and recipe.trains_tower and layers:
+        raise ConfigError(
+            f"runtime.cuda_graphs with model.train={recipe.model.train}: this tower adds to layers of the decoder "
+            f"(DeepStack, {len(layers)}), whose graphs make no gradient for it; set model.train=default or "
+            "runtime.cuda_graphs=false"
+        )
+
+
 def _is_run_to_come(recipe: Recipe) -> bool:
     """Whether the student is a run of ours that is not there yet; a hub id or a random start never is."""
     name = recipe.model.student
