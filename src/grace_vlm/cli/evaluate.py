@@ -26,7 +26,7 @@ def evaluate(
     data: Path = typer.Option(
         ...,
         "--data",
-        help="Rows with one question each, the last answer is the gold one; with --suite a folder of them.",
+        help="Rows of one question each, the last answer is the gold one; with --suite the benchmarks' folder, or hub.",
     ),
     suite: str = typer.Option(None, "--suite", help="card (the seven of the model card) or all; needs --out."),
     task: list[str] = typer.Option([], "--task", help="Of the suite only this one; again for more of them."),

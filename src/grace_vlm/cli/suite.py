@@ -54,8 +54,18 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     from grace_vlm.checkpoint.lock import FolderLock
     from grace_vlm.evals.suite.ledger import Ledger
     from grace_vlm.evals.suite.questions import MOST_NEW_TOKENS
-    from grace_vlm.evals.suite.run import SUITES, ask, missing_answers, questions_of, read_benchmarks, write_scores
+    from grace_vlm.evals.suite.run import (
+        SUITES,
+        ask,
+        missing_answers,
+        questions_of,
+        read_benchmarks,
+        strange_answers,
+        what_is_here,
+        write_scores,
+    )
     from grace_vlm.evals.tasks.registry import task_named
+    from grace_vlm.evals.toy.suite import is_toy_suite
 
     if asked.suite not in SUITES:
         raise ConfigError(f"--suite is {asked.suite}; expected one of {', '.join(SUITES)}")
@@ -75,10 +85,18 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
             say(f"{one.task.about.title} has no profile {', '.join(without)}; it has {known}")
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
+        if asked.limit is None and not is_toy_suite(asked.data) and (said := what_is_here(one)) is not None:
+            say(f"{said}; the score is of these")
     if not any(one.known(profiles) for one in benchmarks):
         raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
     with FolderLock(asked.out / f".part{part.number + 1}"):
         ledger = Ledger(asked.out, _identity(asked, benchmarks, by), asked.resume, (part.number, part.of))
+        if asked.limit is None and (strange := strange_answers(benchmarks, ledger.replies)):
+            asked_names = ", ".join(one.task.about.name for one in benchmarks)
+            raise ConfigError(
+                f"{asked.out} has answers to {strange} questions of {asked_names} that {asked.data} does not ask: its "
+                "files are others now; pass another --out"
+            )
         # Only where a question has no answer a model is opened.
         if not all(ledger.has(question.key) for question in questions_of(benchmarks, profiles, part)):
             with ProgressBar("answering") as bar:
@@ -132,6 +150,8 @@ def _identity(asked: Asked, benchmarks: Sequence[Benchmark], by: By) -> dict[str
 
     model = asked.model
     stated: dict[str, Any] = {"model": model, "grace_vlm": __version__}
+    if asked.max_new_tokens is not None:
+        stated["max_new_tokens"] = asked.max_new_tokens
     if (control := benchmarks[0].control) is not None:
         stated["control"] = control.name
         if asked.control == "majority":

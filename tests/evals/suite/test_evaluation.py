@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 from boards import NUM_ROWS, write_mmstar
 from worlds import loaded_toy, on_a_cpu
@@ -17,11 +20,12 @@ from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
 from grace_vlm.evals.suite.questions import Benchmark, Question
 from grace_vlm.evals.suite.responders import EngineResponder, Responder, TransformersResponder
-from grace_vlm.evals.suite.run import Part, ask, missing_answers, read_benchmarks, write_scores
-from grace_vlm.evals.tasks.task import Profile
+from grace_vlm.evals.suite.run import Part, ask, missing_answers, read_benchmarks, what_is_here, write_scores
+from grace_vlm.evals.tasks.task import Docs, Profile
 
 PROFILES: list[Profile] = ["card", "strict"]
 IDENTITY = {"model": "toy"}
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +176,50 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         read_benchmarks(["mmstar", "seed"], tmp_path, wants_all=True)
     with pytest.raises(ConfigError, match="there is no task 'mmvet'"):
         read_benchmarks(["mmvet"], tmp_path)
+
+
+def test_benchmarks_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the hub's end is replaced."""
+    write_mmstar(tmp_path / "snapshot")
+    asked: list[str] = []
+
+    def fetched(name: str, **options: object) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    monkeypatch.chdir(tmp_path)
+    found, missing = read_benchmarks(["mmstar"], Path("hub"))
+    assert (asked, missing) == (["Lin-Chen/MMStar"], [])
+    assert len(found[0].docs) == NUM_ROWS
+    Path("hub").mkdir()
+    with pytest.raises(ConfigError, match="hub has no folder mmstar; "):
+        read_benchmarks(["mmstar"], Path("hub"))
+
+
+def test_a_part_of_a_benchmark_is_said(board: list[Benchmark]) -> None:
+    assert what_is_here(board[0]) == (
+        f"MMStar: {NUM_ROWS} rows are here, published are 1,500 (questions), 6 (categories), 18 (sub-categories)"
+    )
+    docs = board[0].docs.docs
+    whole = tuple(dataclasses.replace(docs[0], id=str(number)) for number in range(1500))
+    assert what_is_here(dataclasses.replace(board[0], docs=Docs(whole))) is None
+
+
+def test_answers_of_other_files_and_options_are_refused(grace: Any, tmp_path: Path) -> None:
+    write_mmstar(tmp_path / "data" / "mmstar")
+    model = ROOT / "assets" / "toy-student"
+    words = ("eval", model, "--suite", "card", "--task", "mmstar", "--out", tmp_path / "out", "--data")
+    code, _, said = grace(*words, tmp_path / "data")
+    assert code == 0
+    assert f"MMStar: {NUM_ROWS} rows are here, published are 1,500 (questions)" in said
+    code, _, said = grace(*words, tmp_path / "data", "--resume", "--max-new-tokens", 1)
+    assert code == 2
+    assert "has answers of another evaluation (max_new_tokens was None, now 1); pass another --out" in said
+    write_mmstar(tmp_path / "other" / "mmstar", broken=5)
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+    code, _, said = grace(*words, tmp_path / "other", "--resume")
+    assert code == 2
+    assert f"has answers to {NUM_ROWS} questions of mmstar that {tmp_path / 'other'} does not ask: its files" in said
+    assert (tmp_path / "out" / "scores.json").read_bytes() == before
+    assert grace(*words, tmp_path / "data", "--resume")[0] == 0

@@ -19,7 +19,7 @@ from task_files import PICTURE, png, write_parquet, write_tsv
 
 from grace_vlm.errors import DataError
 from grace_vlm.evals.tasks.columns import Cells, Column, is_empty
-from grace_vlm.evals.tasks.readers import local_source, read_json, read_table
+from grace_vlm.evals.tasks.readers import find_files, local_source, read_json, read_table
 from grace_vlm.evals.tasks.registry import TASKS
 
 HERE = Path("set.tsv")
@@ -222,3 +222,21 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError) as caught:
         local_source("owner/name", TASKS["mmmu"].about)
     assert str(caught.value) == expected
+
+
+def test_files_that_say_how_many_they_are(tmp_path: Path) -> None:
+    """Two of three files of a benchmark are no benchmark."""
+    whole = next(task_files.mmmu(tmp_path / "given").glob("*/validation-*.parquet"))
+    for number in range(3):
+        path = tmp_path / "mmmu" / "Art" / f"validation-{number:05d}-of-00003.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(whole.read_bytes())
+    about = TASKS["mmmu"].about
+    assert len(find_files(tmp_path / "mmmu", ("*/validation-*.parquet",), about=about)) == 3
+    (tmp_path / "mmmu" / "Art" / "validation-00001-of-00003.parquet").unlink()
+    with pytest.raises(DataError) as caught:
+        find_files(tmp_path / "mmmu", ("*/validation-*.parquet",), about=about)
+    assert str(caught.value) == (
+        f"{tmp_path}/mmmu/Art has 2 of the 3 files validation-*-of-00003.parquet; "
+        "fetch validation-00001-of-00003.parquet too"
+    )

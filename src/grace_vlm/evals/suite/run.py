@@ -17,6 +17,7 @@ from grace_vlm.evals.suite.ledger import Ledger, Reply, read_identity
 from grace_vlm.evals.suite.questions import MOST_NEW_TOKENS, Benchmark, Question, digest_of, in_shard
 from grace_vlm.evals.suite.responders import Responder
 from grace_vlm.evals.suite.score import as_json, score, write_lines
+from grace_vlm.evals.tasks.readers import local_source
 from grace_vlm.evals.tasks.registry import TASKS, task_named
 from grace_vlm.evals.tasks.task import Docs, Profile, Report
 
@@ -26,6 +27,10 @@ SUITES: Mapping[str, tuple[str, ...]] = {
 }
 """Names of tasks by suite; ``card`` has the columns of the model card's table, in its order."""
 _EDGE = 1 << 20
+
+
+HUB = Path("hub")
+"""In place of a folder of benchmarks: each from where it is published."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,18 @@ def read_benchmarks(
     """(benchmarks of ``folder``, names that it has no sub-folder for).
 
     Args:
-        folder: has a folder, or a link to one, of each task's name. limit: of rows of each. wants_all: a missing one is
-            an error. most_new_tokens: of an answer.
+        folder: has a folder, or a link to one, of each task's name; ``hub``, where no such folder is: each task's own
+            data set on the Hub is fetched. limit: of rows of each. wants_all: a missing one is an error.
+            most_new_tokens: of an answer.
 
     Raises:
         ConfigError: none of them is there, or one is missing that was asked for. DataError: files that cannot be read.
     """
     found, missing = [], []
+    from_hub = folder == HUB and not folder.exists()
     for name in names:
-        task, source = task_named(name), folder / name
+        task = task_named(name)
+        source = local_source(task.about.source, task.about) if from_hub else folder / name
         if not source.exists():
             missing.append(name)
             continue
@@ -111,6 +119,24 @@ def ask(
             ledger.add(reply)
             done += 1
             progress(done, len(wanted))
+
+
+def what_is_here(benchmark: Benchmark) -> str | None:
+    """A sentence on a benchmark that has not as many rows as any published form of it; None for one that has."""
+    about, count = benchmark.task.about, len(benchmark.docs.docs)
+    if count in about.num_rows.values():
+        return None
+    published = ", ".join(f"{number:,} ({name})" for name, number in about.num_rows.items())
+    return f"{about.title}: {count:,} rows are here, published are {published}"
+
+
+def strange_answers(benchmarks: Sequence[Benchmark], replies: Mapping[str, Reply]) -> int:
+    """Answers to questions of these tasks that their rows do not ask under any profile: of other files."""
+    asked = {one.task.about.name for one in benchmarks}
+    if not any(reply.task in asked for reply in replies.values()):
+        return 0
+    known = {question.key for one in benchmarks for question in one.questions(one.task.about.profiles)}
+    return sum(reply.task in asked and reply.key not in known for reply in replies.values())
 
 
 def missing_answers(benchmarks: Sequence[Benchmark], profiles: Sequence[Profile], replies: Mapping[str, Reply]) -> int:

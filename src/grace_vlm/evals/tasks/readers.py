@@ -20,6 +20,7 @@ from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.evals.tasks.columns import Cells, Column, check_names, has_picture, inside
 from grace_vlm.evals.tasks.task import About, Picture
 
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.parquet)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -53,13 +54,15 @@ def find_files(source: Path, *choices: Sequence[str], about: About) -> list[Path
     ``data`` and, for patterns with a ``/``, below. A source that is a file is that file.
 
     Raises:
-        DataError: no choice has a file.
+        DataError: no choice has a file, or files that say how many of them there are (``...-00000-of-00003.parquet``)
+            are not all there.
     """
     if source.is_file():
         return [source]
     for patterns in choices:
         found = [path for pattern in patterns for path in _matching(source, pattern)]
         if found:
+            _require_all_shards(found)
             return found
     wanted = " or ".join(pattern for patterns in choices for pattern in patterns)
     raise DataError(f"{source} has no file {wanted}, which {about.title} is stored in; give the folder that has it")
@@ -71,6 +74,21 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
         if found:
             return found
     return []
+
+
+def _require_all_shards(found: Sequence[Path]) -> None:
+    """By their names; a score of a part of a benchmark looks like one of all."""
+    for path in found:
+        if (shard := _SHARD.fullmatch(path.name)) is None:
+            continue
+        stem, _, count, suffix = shard.groups()
+        wanted = [path.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in range(int(count))]
+        if missing := [one.name for one in wanted if not one.is_file()]:
+            there, others = len(wanted) - len(missing), ", ...," if len(missing) > 1 else ""
+            raise DataError(
+                f"{path.parent} has {there} of the {len(wanted)} files {stem}-*-of-{count}{suffix}; "
+                f"fetch {missing[0]}{others} too"
+            )
 
 
 def read_table(file: Path, columns: Sequence[Column], task: str) -> Iterator[tuple[Cells, dict[str, Picture]]]:

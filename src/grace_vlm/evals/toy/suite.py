@@ -27,6 +27,15 @@ PICTURE_FOLDERS = ("images", "SEED-Bench-image")
 """Folders of single pictures, which the manifest digests together."""
 
 
+def is_toy_suite(folder: Path) -> bool:
+    """Whether ``write_toy_suite`` made it."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("source") == SOURCE
+
+
 def write_toy_suite(
     folder: Path,
     seed: int = 0,
