@@ -117,6 +117,11 @@ class Job:
     def key(self) -> tuple[Any, ...]:
         return self.name, self.scheme, self.seed, self.rate
 
+    @property
+    def label(self) -> str:
+        """The key as a file's name."""
+        return "_".join(map(str, self.key))
+
 
 def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
     """The comparison's recipe as a trained row has it."""
@@ -140,8 +145,8 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
 
 
 def first_stage(job: Job) -> Path:
-    """The run that a variant of two stages goes on from; one for each seed, which several GPUs may have at once."""
-    return RUNS / f"{job.name}_{job.seed}"
+    """What a variant of two stages goes on from, of this row alone: another of the same seed may be made meanwhile."""
+    return RUNS / "first" / job.label
 
 
 def search_jobs(rates: Sequence[float] = RATES) -> list[Job]:

@@ -70,7 +70,7 @@ class Table:
         left = [job for job in jobs if job.key not in done]
         print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
         for job in left:
-            with claim(RUNS / "claims" / self.path.stem / "_".join(map(str, job.key))) as is_ours:
+            with claim(RUNS / "claims" / self.path.stem / job.label) as is_ours:
                 if not is_ours or job.key in self.done():
                     continue
                 if clock.is_over:
@@ -148,7 +148,7 @@ class Table:
         from grace_vlm.train.record import read_metrics
 
         first = self._before(job)
-        out = RUNS / "rows" / "_".join(str(part) for part in job.key)
+        out = RUNS / "rows" / job.label
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)

@@ -117,7 +117,7 @@ def test_a_variant_of_two_stages_starts_from_its_first(
     table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
     job = jobs_of.Job("from_w8", seed=0, rate=1e-4)
     table._before(job)
-    folder = tmp_path / "runs" / "smollm2" / "from_w8_0"
+    folder = tmp_path / jobs_of.first_stage(job)
     first = load_model(str(folder), "cpu")
     grid = Path(first.path) / "grid" / "plan.json"
     assert "w8g64" in grid.read_text()
@@ -143,7 +143,7 @@ def test_a_variant_goes_on_from_a_quantized_student(
     rows = rows_of.read_rows(tmp_path / "v.jsonl")
     assert [row["steps"] for row in rows] == [2] * 4
     assert len({row["texts"]["prose"]["losses"][0] for row in rows}) == 4
-    assert not (tmp_path / "runs" / "smollm2" / "from_blocks_0").exists()
+    assert not list((tmp_path / "runs" / "smollm2" / "first").iterdir())
 
 
 def test_every_row_is_a_recipe() -> None:
@@ -357,6 +357,11 @@ def test_rows_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(noted.read_text().splitlines()) == [f"{gpu} {words}" for gpu in (5, 5, 5, 6, 6, 6)]
 
 
+def test_rows_that_are_made_at_once_have_places_of_their_own() -> None:
+    jobs = jobs_of.search_jobs()
+    assert len({jobs_of.first_stage(job) for job in jobs}) == len({job.label for job in jobs}) == len(jobs)
+
+
 def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another process has begun is left to it, and what it has finished meanwhile is not made again."""
     monkeypatch.chdir(tmp_path)
@@ -374,7 +379,7 @@ def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.
                 rows_of.append_row(path, {**row("gptq", None, 0, 1.0), "rate": None})
             return row(job.name, None, 0, 1.0)
 
-    with rows_of.claim(jobs_of.RUNS / "claims" / "headline" / "awq_w4g64_None_None") as is_ours:
+    with rows_of.claim(jobs_of.RUNS / "claims" / "headline" / jobs[1].label) as is_ours:
         assert is_ours
         assert Quick().make(jobs, bench.Clock(None))
     assert made == ["rtn", "block"]
