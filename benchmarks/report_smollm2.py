@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
-from smollm2_rows import (
-    LANGUAGE_OUT,
-    OUT,
-    is_validation,
-    loss_of,
-    mean_of_suite,
-    read_rows,
-    validation_score,
-)
+from smollm2_rows import LANGUAGE_OUT, OUT, is_validation, loss_of, mean_of_suite, read_rows, validation_score
 
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test

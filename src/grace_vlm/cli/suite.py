@@ -79,19 +79,21 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         benchmarks = [controlled(one, asked.control) for one in benchmarks]
     if absent:
         say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
+    is_whole = asked.limit is None
+    may_be_a_part = is_whole and not is_toy_suite(asked.data)
     for one in benchmarks:
         if without := [profile for profile in profiles if profile not in one.known(profiles)]:
             known = ", ".join(one.task.about.profiles)
             say(f"{one.task.about.title} has no profile {', '.join(without)}; it has {known}")
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
-        if asked.limit is None and not is_toy_suite(asked.data) and (said := what_is_here(one)) is not None:
+        if may_be_a_part and (said := what_is_here(one)) is not None:
             say(f"{said}; the score is of these")
     if not any(one.known(profiles) for one in benchmarks):
         raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
     with FolderLock(asked.out / f".part{part.number + 1}"):
         ledger = Ledger(asked.out, _identity(asked, benchmarks, by), asked.resume, (part.number, part.of))
-        if asked.limit is None and (strange := strange_answers(benchmarks, ledger.replies)):
+        if is_whole and (strange := strange_answers(benchmarks, ledger.replies)):
             asked_names = ", ".join(one.task.about.name for one in benchmarks)
             raise ConfigError(
                 f"{asked.out} has answers to {strange} questions of {asked_names} that {asked.data} does not ask: its "

@@ -18,8 +18,7 @@ import torch
 
 from grace_vlm.data.collate import Batch, Layout, collate
 from grace_vlm.data.reader import Entry, RowReader
-from grace_vlm.data.rows import Fault
-from grace_vlm.data.workers import Position, prepared, start_server
+from grace_vlm.data.workers import Position, Result, prepared, start_server
 from grace_vlm.errors import DataError
 
 _PACKED_READ = 8
@@ -62,7 +61,7 @@ class TrainLoader:
             start_server(reader.preparer)
         self._lengths = self.rows.text_lengths if group_by_length else ()
         self._order_of: tuple[int, list[int]] | None = None
-        self._stream: Iterator[tuple[Position, Entry | Fault]] | None = None
+        self._stream: Iterator[Result] | None = None
         self._ahead: tuple[Position, Entry] | None = None
 
     def _order(self, epoch: int) -> list[int]:
@@ -108,7 +107,7 @@ class TrainLoader:
             # Ranks that take whole shares stand at the same place when each has taken its part.
             yield [(last if number == len(own) - 1 else place, index) for number, (place, index) in enumerate(own)]
 
-    def _next(self) -> tuple[Position, Entry | Fault]:
+    def _next(self) -> Result:
         if self._stream is None:
             self._stream = prepared(self.reader.preparer, self._chunks(), self.num_workers)
         return next(self._stream)

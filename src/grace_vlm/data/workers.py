@@ -30,6 +30,8 @@ from grace_vlm.errors import DataError, GraceError
 
 Position = tuple[int, int]
 """(epoch, rows taken from its order)."""
+Result = tuple[Position, Entry | Fault]
+"""(position after the row, what it came to)."""
 Chunk = list[tuple[Position, int]]
 """(position after the row, row number) of the rows that are prepared together."""
 
@@ -38,9 +40,6 @@ POLL_SECONDS = 5
 HANG_SECONDS = 120
 _OF_WORKERS = re.compile("exited unexpectedly|is killed|timed out|ancdata")
 """In the text of a ``RuntimeError`` that says something of a worker, and not of its work."""
-
-
-Result = tuple[Position, Entry | Fault]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from grace_vlm.errors import ConfigError, DataError
 from grace_vlm.evals.tasks.columns import Cells, Column, check_names, has_picture, inside
 from grace_vlm.evals.tasks.task import About, Picture
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.parquet)")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -78,15 +78,13 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 def _require_all_shards(found: Sequence[Path]) -> None:
     """By their names; a score of a part of a benchmark looks like one of all."""
-    for path in found:
-        if (shard := _SHARD.fullmatch(path.name)) is None:
-            continue
-        stem, _, count, suffix = shard.groups()
-        wanted = [path.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in range(int(count))]
-        if missing := [one.name for one in wanted if not one.is_file()]:
+    sets = {(path.parent, shard[1], shard[2]) for path in found if (shard := _SHARD.fullmatch(path.name))}
+    for folder, stem, count in sorted(sets):
+        wanted = [f"{stem}-{number:05d}-of-{count}.parquet" for number in range(int(count))]
+        if missing := [name for name in wanted if not (folder / name).is_file()]:
             there, others = len(wanted) - len(missing), ", ...," if len(missing) > 1 else ""
             raise DataError(
-                f"{path.parent} has {there} of the {len(wanted)} files {stem}-*-of-{count}{suffix}; "
+                f"{folder} has {there} of the {len(wanted)} files {stem}-*-of-{count}.parquet; "
                 f"fetch {missing[0]}{others} too"
             )
 
