@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -57,9 +57,16 @@ class Benchmark:
     data: str
     most_new_tokens: int = MOST_NEW_TOKENS
     control: Control | None = None
+    _asked: dict[tuple[str, Profile], Question] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def question(self, doc: Doc, profile: Profile) -> Question:
-        """What a row asks under a profile."""
+        """What a row asks under a profile; made once, since asking and scoring both need it."""
+        place = doc.id, profile
+        if place not in self._asked:
+            self._asked[place] = self._question(doc, profile)
+        return self._asked[place]
+
+    def _question(self, doc: Doc, profile: Profile) -> Question:
         parts = self.task.prompt(doc, profile)
         if self.control is not None:
             parts = self.control.parts(doc, parts)

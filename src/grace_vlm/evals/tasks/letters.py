@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 
 from grace_vlm.evals.tasks.task import Extract
 
@@ -75,11 +76,14 @@ _LMMS_FORMS = (
 def _marked(text: str, options: Options) -> list[_Candidate]:
     """(C) C. C: C) and C followed by a space, in falling order of trust."""
     return [
-        (trust, text.rfind(form.format(letter)), letter, rule)
-        for trust, form, rule in _LMMS_FORMS
-        for letter in options
-        if form.format(letter) in text
+        (trust, text.rfind(mark), letter, rule) for trust, mark, letter, rule in _marks(tuple(options)) if mark in text
     ]
+
+
+@lru_cache(maxsize=64)
+def _marks(letters: tuple[str, ...]) -> list[tuple[int, str, str, str]]:
+    """(trust, text, letter, rule) of every form with every letter."""
+    return [(trust, form.format(letter), letter, rule) for trust, form, rule in _LMMS_FORMS for letter in letters]
 
 
 def _after_phrases(text: str, options: Options) -> list[_Candidate]:
