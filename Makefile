@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -47,6 +47,9 @@ runs/.smollm2-packages: .venv/.stamp
 runs/text/manifest.json: | runs/.smollm2-packages
 	$(BIN)/grace data prepare text runs/text
 
+runs/prose/manifest.json: | runs/.smollm2-packages
+	$(BIN)/grace data prepare text runs/prose --rows 14900 --most-words 250
+
 # scikit-learn is read as files, beside the environment: with it Transformers imports SciPy everywhere.
 runs/npm/.stamp: | .venv/.stamp
 	@command -v npm > /dev/null || { echo "error: npm is needed, for the packages of emoji and flags (docs/world.md)"; exit 1; }
@@ -71,7 +74,7 @@ smollm2-language: runs/text/manifest.json  ## the same with searched rates, five
 	$(SMOLLM2) variants --language $(LIMITED)
 	$(BIN)/python benchmarks/report_smollm2.py
 
-smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
+smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
 	$(SMOLLM2) data
 
 smollm2-teacher: smollm2-data  ## GPU
@@ -87,6 +90,10 @@ smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, a
 
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
 	$(BIN)/python benchmarks/smollm2_why.py
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-runtimes: smollm2-why  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
+	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants

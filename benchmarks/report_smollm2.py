@@ -10,8 +10,10 @@ perplexity and on right answers, with RTN by min-max scales as the field uses it
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +59,7 @@ PAIRS = (
     ("grace", "kd"),
     *((name, "student") for name in SEARCHED),
 )
+RUNTIMES = {"engine": "our engine", "llama_cpp": "llama.cpp (xllamacpp)", "vllm": "vLLM, CPU build"}
 Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
 """(name, scheme) -> seed -> row."""
 
@@ -255,6 +258,7 @@ def pages(folder: Path, images: Path) -> list[str]:
     lines, student = comparison(folder, "")
     if student:
         lines += section("Why", why_pages(folder, student, images))
+    lines += section("The W4 student in other programs", runtime_pages(folder))
     lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     small, rows = collect([folder / "small.jsonl"])
     if rows:
@@ -346,6 +350,29 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     one = content["grace"]
     where = f"{one['dtype']} on {one['hardware']}, torch {one['versions']['torch']}, commit {content['commit']}"
     return [*lines, "", f"{where}; `python benchmarks/smollm2_why.py`."]
+
+
+def runtime_pages(folder: Path) -> list[str]:
+    """What ``smollm2_runtimes.py`` found: who says what our engine says, and one question of each source."""
+    path = folder / "runtimes.json"
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = content["answers"]
+    lines = ["| asked | as our engine | right |", "|---|---|---|"]
+    for name in found[0]["said"]:
+        title = " ".join((RUNTIMES[name], content["versions"].get(name, "")))
+        same = sum(one["said"][name] == one["said"]["engine"] for one in found)
+        lines.append(f"| {title.strip()} | {same} | {sum(one['right'][name] for one in found)} |")
+    lines += ["", "| picture | question | answer | gold |", "|---|---|---|---|"]
+    for one in found:
+        if one["picture"] is not None:
+            asked = "<br>".join(html.escape(one["question"]).replace("|", "\\|").splitlines())
+            said, gold = (html.escape(text).replace("|", "\\|") for text in (one["said"]["engine"], one["gold"]))
+            shown = f"![{one['source']}]({os.path.relpath(folder / 'chat' / one['picture'], PAGE.parent)})"
+            lines.append(f"| {shown} | {asked} | {said} | {gold} |")
+    about = f"{content['model']}, {len(found)} held-out questions, commit {content['commit']}"
+    return [*lines, "", f"{about}; `python benchmarks/smollm2_runtimes.py`."]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,11 +26,16 @@ CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
 
 
 def digest_of(student: str) -> str:
-    """The hash that rows of a student carry."""
-    from grace_vlm.evals.suite.run import weights_digest
+    """The hash that rows of a student carry: of its weights alone, which another version of Transformers writes with
+    another configuration beside them."""
+    from grace_vlm.checkpoint.manifest import sha256_file
     from grace_vlm.models.load import resolve_source
 
-    return weights_digest(resolve_source(student))
+    folder = Path(resolve_source(student))
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return found.hexdigest()[:32]
 
 
 class Table:

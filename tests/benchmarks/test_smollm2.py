@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +22,13 @@ import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
 import smollm2_jobs as jobs_of  # noqa: E402
 import smollm2_rows as rows_of  # noqa: E402
+import smollm2_runtimes as runtimes  # noqa: E402
 import smollm2_table as table_of  # noqa: E402
 import smollm2_why as why  # noqa: E402
 from smollm2_measure import Exam, Examination  # noqa: E402
 
 from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
-from grace_vlm.evals.suite.run import weights_digest  # noqa: E402
 from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
 from grace_vlm.formats.publish import publish_model  # noqa: E402
 from grace_vlm.models.load import load_model  # noqa: E402
@@ -227,7 +229,7 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
 
 def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None) -> None:
     exam, overrides = world
-    digest = weights_digest(str(STUDENT))
+    digest = table_of.digest_of(str(STUDENT))
     rows = [{**row(job.name, job.seed, 40, 1.0, digest), "rate": job.rate} for job in jobs_of.search_jobs()]
     write(tmp_path / "search.jsonl", rows)
     why.main([*overrides, f"--data={exam.questions}", "--limit=6", "--device=cpu", f"--out={tmp_path}"])
@@ -394,8 +396,64 @@ def test_the_file_is_a_program(in_a_folder: None) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert found.stderr == (
-        "runs/world/conversations.jsonl does not exist; make it with grace data prepare world (docs/world.md)\n"
+        "runs/world/conversations.jsonl does not exist; make it with make smollm2-data (docs/world.md)\n"
     )
+
+
+def test_rows_of_pictures_are_there_twice(in_a_folder: None) -> None:
+    for folder, text in ((bench.WORLD, "a\n"), (bench.PROSE, "b\nc\n")):
+        folder.mkdir(parents=True)
+        name = "conversations.jsonl" if folder == bench.WORLD else "train.jsonl"
+        (folder / name).write_text(text)
+    assert bench.join_rows(Path("out.jsonl")) == 4
+    assert Path("out.jsonl").read_text() == "a\na\nb\nc\n"
+
+
+def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:
+    """Another Transformers writes another configuration and the same weights."""
+    shutil.copytree(STUDENT, tmp_path / "other")
+    with (tmp_path / "other" / "config.json").open("a") as file:
+        file.write("\n")
+    assert table_of.digest_of(str(tmp_path / "other")) == table_of.digest_of(str(STUDENT))
+    with (tmp_path / "other" / "model.safetensors").open("ab") as file:
+        file.write(b"0")
+    assert table_of.digest_of(str(tmp_path / "other")) != table_of.digest_of(str(STUDENT))
+
+
+def test_questions_for_other_programs(world: tuple[Exam, list[str]], tmp_path: Path) -> None:
+    exam, _ = world
+    assert exam.questions is not None
+    rows = runtimes.read_rows_evenly(exam.questions, 4)
+    whole = runtimes.read_rows_evenly(exam.questions, 10_000)
+    assert [row["id"] for row in rows] == [whole[len(whole) * k // 4]["id"] for k in range(4)]
+    root = exam.questions.parent
+    said = runtimes.by_engine(STUDENT, rows, root)
+    assert list(said) == [row["id"] for row in rows]
+    assert all(said.values())
+    picture, text = runtimes.content_of(rows[0], root)
+    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": runtimes.question_of(rows[0])}
+    assert "<image>" not in text["text"]
+
+
+def test_the_page_shows_what_other_programs_said(tmp_path: Path) -> None:
+    answers = [
+        {
+            "id": str(n),
+            "source": "a|b",
+            "question": "What | is\n<it>?",
+            "gold": "yes",
+            "picture": "a.png" if n else None,
+        }
+        | {"said": {"engine": "yes", "vllm": "yes" if n else "no"}, "right": {"engine": True, "vllm": bool(n)}}
+        for n in range(3)
+    ]
+    content = {"model": "GRACE", "commit": "abc", "versions": {"vllm": "0.32.0"}, "answers": answers}
+    (tmp_path / "runtimes.json").write_text(json.dumps(content))
+    text = "\n".join(report.runtime_pages(tmp_path))
+    assert "| our engine | 3 | 3 |\n| vLLM, CPU build 0.32.0 | 2 | 2 |" in text
+    assert text.count("What \\| is<br>&lt;it&gt;? | yes | yes |") == 2
+    assert not report.runtime_pages(tmp_path / "nothing")
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

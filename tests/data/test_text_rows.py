@@ -49,6 +49,21 @@ def test_rows_can_be_trained_on(made: Path) -> None:
     assert manifest["kinds"]["train"]["text_continue"] == text.NUM_CONTINUATIONS
 
 
+def test_more_prose_of_longer_paragraphs(made: Path, tmp_path: Path) -> None:
+    more = prepare_text(tmp_path / "more", num_continuations=9_000, most_words=250).out
+    rows = [row for row in rows_of(more, "train.jsonl") if row["kind"] == "text_continue"]
+    assert len(rows) == 9_000
+    words = [len(row["conversations"][1]["value"].split()) for row in rows]
+    assert 90 < max(words) <= 250
+    assert min(words) >= text.MIN_WORDS
+    assert (more / "heldout.txt").read_bytes() == (made / "heldout.txt").read_bytes()
+    held_out = set((more / "heldout.txt").read_text(encoding="utf-8").split("\n\n"))
+    assert not held_out & {row["conversations"][1]["value"] for row in rows}
+    with pytest.raises(ConfigError, match=r"50,000 rows of prose are wanted; of 25 to 90 words there are [\d,]+: give"):
+        prepare_text(tmp_path / "none", num_continuations=50_000)
+    assert not (tmp_path / "none").exists()
+
+
 def test_held_out_prose_is_in_no_row_and_long_enough(made: Path) -> None:
     prose = (made / "heldout.txt").read_text(encoding="utf-8")
     assert len(prose.split()) > 50_000

@@ -170,6 +170,15 @@ def test_a_tokenizer_that_is_none(models: Path, tmp_path: Path, change: Change) 
         tokenizer_values(folder, 384)
 
 
+def test_bytes_before_merges_are_gpt2_s_whatever_the_model_says_of_fallback(models: Path, tmp_path: Path) -> None:
+    """Transformers 5.17 reads SmolLM2 so. As words of Llama's kind llama.cpp opened them, and answered nothing."""
+    folder = copy_of(models / "w4", tmp_path / "copy")
+    expected = tokenizer_values(folder, 384)
+    assert expected["tokenizer.ggml.model"] == "gpt2"
+    edit_json(folder / "tokenizer.json", lambda t: t["model"].update(byte_fallback=True, unk_token="<|endoftext|>"))
+    assert tokenizer_values(folder, 384) == expected
+
+
 def test_odd_settings_of_a_tokenizer_say_nothing(models: Path, tmp_path: Path) -> None:
     folder = copy_of(models / "w4", tmp_path / "copy")
     edit_json(folder / "tokenizer.json", lambda t: t.update(post_processor={"processors": [{"single": {"a": 1}}]}))

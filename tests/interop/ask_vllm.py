@@ -52,8 +52,14 @@ def multiply(
     return torch.nn.functional.linear(x, layer.dense, bias)
 
 
-def ask(folder: str, questions: list[dict[str, object]]) -> tuple[list[dict[str, object]], dict[str, int]]:
-    model = LLM(
+def replace_product() -> None:
+    kernel._CPUWNA16_SUPPORTED_QUANT_TYPES += (scalar_types.uint8b128,)
+    kernel.CPUWNA16LinearKernel._process_gptq_weights_w4a16 = dequantize
+    kernel.CPUWNA16LinearKernel.apply_weights = multiply
+
+
+def opened(folder: str) -> LLM:
+    return LLM(
         model=folder,
         dtype="bfloat16",
         max_model_len=1024,
@@ -63,7 +69,10 @@ def ask(folder: str, questions: list[dict[str, object]]) -> tuple[list[dict[str,
         enable_prefix_caching=False,
         max_num_seqs=1,
     )
-    prompts = []
+
+
+def ask(folder: str, questions: list[dict[str, object]]) -> tuple[list[dict[str, object]], dict[str, int]]:
+    model, prompts = opened(folder), []
     for question in questions:
         prompt = {"prompt": question["prompt"]}
         if question["pictures"]:
@@ -92,9 +101,7 @@ def main() -> int:
         sys.exit("grace_vlm can be imported here: this environment proves nothing")
     questions, out, *folders = sys.argv[1:]
     stated = json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]
-    kernel._CPUWNA16_SUPPORTED_QUANT_TYPES += (scalar_types.uint8b128,)
-    kernel.CPUWNA16LinearKernel._process_gptq_weights_w4a16 = dequantize
-    kernel.CPUWNA16LinearKernel.apply_weights = multiply
+    replace_product()
     report: dict[str, object] = {"linears": {}}
     for folder in folders:
         name = Path(folder).name

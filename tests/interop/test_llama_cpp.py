@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from environments import REPOSITORY, environment, format_tests, record, run_script
+from environments import REPOSITORY, environment, format_tests, module_of, record, run_script
 from questions import as_vector, easy_vqa_rows, inputs_of, random_rows, read_questions, write_questions
 from smollm2_folder import write_smollm2
 
@@ -137,8 +137,8 @@ def test_a_family_with_random_weights(python: Path, tmp_path: Path, family: str,
         assert figures["logprob_difference_max"] < largest, kind
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_trained_student(python: Path, tmp_path: Path, scheme: str) -> None:
+def write_student(folder: Path, scheme: str) -> tuple[Path, Any, int]:
+    """The trained toy student on a grid, its processor, and the size of its vocabulary."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from grace_vlm.formats.publish import publish_model
@@ -149,13 +149,43 @@ def test_the_trained_student(python: Path, tmp_path: Path, scheme: str) -> None:
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     plan = plan_model(model, adapter_for(model.config.model_type), scheme)
     quantized = round_to_nearest(model, plan, "mse_signed" if scheme == "w4g128" else "minmax")
-    folder = publish_model(tmp_path / "model", model, processor, quantized, plan.bf16_names, "the toy student\n")
-    vocab_size = model.config.get_text_config().vocab_size
+    publish_model(folder, model, processor, quantized, plan.bf16_names, "the toy student\n")
+    return folder, processor, model.config.get_text_config().vocab_size
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_trained_student(python: Path, tmp_path: Path, scheme: str) -> None:
+    folder, processor, vocab_size = write_student(tmp_path / "model", scheme)
     questions = write_questions(tmp_path / "q.json", processor, vocab_size, easy_vqa_rows(tmp_path, 100))
     report = compare(python, folder, questions)
     record(f"llama_cpp-trained-{scheme}", report)
     for kind, figures in report.items():
         assert figures["with_picture"] == figures["top1_equal"] == 100, kind
+
+
+def test_whole_answers_in_its_chat_form(python: Path, tmp_path: Path) -> None:
+    """``benchmarks/smollm2_runtimes.py``: llama.cpp's own template and pictures, asked as a server is."""
+    folder, _, _ = write_student(tmp_path / "model", "w4g128")
+    rows = [
+        {
+            "id": str(number),
+            "image": picture.name,
+            "category": "easy",
+            "conversations": [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "yes"}],
+        }
+        for number, (text, picture) in enumerate(easy_vqa_rows(tmp_path, 20))
+        if picture is not None
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    runtimes = module_of("benchmarks", "smollm2_runtimes")
+    runtimes.main([str(folder), f"--llama-python={python}", f"--data={data}", f"--out={tmp_path / 'out'}"])
+    content = json.loads((tmp_path / "out" / "runtimes.json").read_text(encoding="utf-8"))
+    same = [one["said"]["llama_cpp"] == one["said"]["engine"] != "" for one in content["answers"]]
+    assert len(same) == 20
+    assert sum(same) >= 19
+    assert content["versions"] == {"llama_cpp": "2026.10.11549"}
+    assert [path.name for path in (tmp_path / "out" / "chat").iterdir()] == ["easy.png"]
 
 
 def test_smollm2(python: Path, tmp_path: Path) -> None:

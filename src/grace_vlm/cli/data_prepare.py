@@ -37,7 +37,7 @@ _SUITES = ("toy-suite",)
 _MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # made from packages: (what they need, what they may have)
     "world": (("--emoji", "--flags"), ("--rows", "--seed", "--workers")),
-    "text": ((), ("--seed",)),
+    "text": ((), ("--most-words", "--rows", "--seed")),
 }
 _GENERATED: tuple[tuple[str, ...], tuple[str, ...]] = ((), ("--seed",))
 _WEB_DATA = "https://github.com/InternLM/InternLM-XComposer/blob/main/projects/ShareGPT4V/docs/Data.md (web data)"
@@ -79,7 +79,10 @@ def prepare_data(
     config: str = typer.Option(None, "--config", help="hf: configuration, of a data set that has several."),
     emoji: Path = typer.Option(None, "--emoji", help="world: npm package emoji-datasource-google, .tgz or folder."),
     flags: Path = typer.Option(None, "--flags", help="world: npm package flag-icons, .tgz or folder."),
-    num_rows: int = typer.Option(None, "--rows", help="world: rows to train on, about; default: 165000."),
+    num_rows: int = typer.Option(
+        None, "--rows", help="world: rows to train on, about; default: 165000. text: of prose; default: 3000."
+    ),
+    most_words: int = typer.Option(None, "--most-words", help="text: of a paragraph of prose; default: 90."),
     workers: int = typer.Option(None, "--workers", help="world: processes that draw; default: the cores."),
     split: str = typer.Option(None, "--split", help="hf: default: train."),
     image_column: str = typer.Option(None, "--image-column", help="hf: default: image or images."),
@@ -98,6 +101,7 @@ def prepare_data(
         "--emoji": emoji,
         "--flags": flags,
         "--rows": num_rows,
+        "--most-words": most_words,
         "--workers": workers,
     }
     options = {name: value for name, value in given.items() if value is not None}
@@ -107,7 +111,7 @@ def prepare_data(
     elif source == "world":
         _prepare_world(out, options, overwrite, as_json)
     elif source == "text":
-        _prepare_text(out, seed or 0, overwrite, as_json)
+        _prepare_text(out, options, overwrite, as_json)
     elif source in _SUITES:
         _prepare_suite(out, seed or 0, overwrite, as_json)
     else:
@@ -171,11 +175,17 @@ def _prepare_world(out: Path, options: dict[str, Any], overwrite: bool, as_json:
     print_table(("part", "rows to train on", "rows of the test"), rows)
 
 
-def _prepare_text(out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
-    from grace_vlm.data.sources.text import prepare_text
+def _prepare_text(out: Path, options: dict[str, Any], overwrite: bool, as_json: bool) -> None:
+    from grace_vlm.data.sources.text import MAX_WORDS, NUM_CONTINUATIONS, prepare_text
 
     say("preparing text")
-    info = prepare_text(out, seed=seed, overwrite=overwrite)
+    info = prepare_text(
+        out,
+        seed=options.get("--seed", 0),
+        num_continuations=options.get("--rows", NUM_CONTINUATIONS),
+        most_words=options.get("--most-words", MAX_WORDS),
+        overwrite=overwrite,
+    )
     if as_json:
         emit_json({"out": str(info.out), **info.manifest})
         return

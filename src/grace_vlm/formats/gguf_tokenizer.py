@@ -41,7 +41,9 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
     state, settings = read_object(path, FormatError), _object(folder / "tokenizer_config.json")
     try:
         model, added = state["model"], state["added_tokens"]
-        is_bytes = bool(model.get("byte_fallback"))
+        # Where bytes are characters before any merge nothing is left to fall back from, whatever the model says.
+        kinds = [part.get("type") for part in _parts(state, "pre_tokenizer", "pretokenizers")]
+        is_bytes = bool(model.get("byte_fallback")) and "ByteLevel" not in kinds
         ids: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
         special = {token["content"]: bool(token["special"]) for token in added}
         merges = _merges(model["merges"])

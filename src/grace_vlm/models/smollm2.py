@@ -10,6 +10,7 @@ Width 576 is 4.5 groups of 128: grids have groups of 64 or 32.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,13 @@ def find_gguf() -> Path:
 
 def build_smollm2_processor() -> Any:
     """``LlavaProcessor`` with SmolLM2's tokenizer and squares of ``SIDE`` pixels, nothing cropped."""
-    from tokenizers import AddedToken, pre_tokenizers
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+    from tokenizers import AddedToken
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    gguf = find_gguf()
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says "smollm", which Transformers does not know: its words end before every digit.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    names |= dict.fromkeys(("pad_token", "unk_token"), "<|endoftext|>")
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=_words(), **names)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -88,6 +85,26 @@ def build_smollm2_processor() -> Any:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def _words() -> Any:
+    """SmolLM2's ``tokenizers.Tokenizer``, the same whichever Transformers reads the file: 5.17 takes it for one of
+    Llama's kind, later ones for GPT-2's, and none knows that "smollm" ends words before every digit."""
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    gguf = find_gguf()
+    read: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    words = read.backend_tokenizer
+    state = json.loads(words.to_str())["model"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    words.model = models.BPE(state["vocab"], merges, continuing_subword_prefix="", end_of_word_suffix="")
+    words.normalizer = None
+    words.decoder = decoders.ByteLevel()
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return words
 
 
 def smollm2_config(name: str, tokenizer: Any) -> Any:

