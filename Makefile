@@ -48,7 +48,7 @@ runs/text/manifest.json: | runs/.smollm2-packages
 	$(BIN)/grace data prepare text runs/text
 
 runs/prose/manifest.json: | runs/.smollm2-packages
-	$(BIN)/grace data prepare text runs/prose --rows 14900 --most-words 250
+	$(BIN)/grace data prepare text runs/prose --rows 14500 --most-words 225
 
 # scikit-learn is read as files, beside the environment: with it Transformers imports SciPy everywhere.
 runs/npm/.stamp: | .venv/.stamp

@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -94,17 +96,18 @@ class Clock:
         if self.end is None:
             yield
             return
-        before = {
-            signal.SIGALRM: signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGUSR1)),
-            signal.SIGUSR1: signal.signal(signal.SIGUSR1, _stop_at_once),
-        }
-        signal.setitimer(signal.ITIMER_REAL, max(0.1, self.end - time.monotonic()))
+        before = signal.signal(signal.SIGUSR1, _stop_at_once)
+        # To the thread that trains: one of a timer of the process may wait in a driver's thread (docs/log.md).
+        main, seconds = threading.get_ident(), max(0.1, self.end - time.monotonic())
+        timer = threading.Timer(seconds, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            timer.cancel()
+            timer.join()  # or its signal might come when nobody takes it
+            signal.signal(signal.SIGUSR1, before)
 
 
 def _stop_at_once(number: int, frame: Any) -> None:
@@ -116,12 +119,14 @@ def _stop_at_once(number: int, frame: Any) -> None:
 def join_rows(out: Path) -> int:
     """Conversations about pictures, twice, and rows of text in one file; how many rows. An answer about a picture is a
     few tokens and a paragraph a hundred: so a run reads its text about twice, and learns pictures all the while."""
-    pictures = WORLD / "conversations.jsonl"
-    parts = (pictures, pictures, PROSE / "train.jsonl")
-    for part in parts:
+    pictures, text = WORLD / "conversations.jsonl", PROSE / "train.jsonl"
+    for part in (pictures, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
-    content = b"".join(part.read_bytes() for part in parts)
+    once = pictures.read_bytes()
+    again = [json.loads(line) for line in once.splitlines()]
+    twice = "".join(json.dumps({**row, "id": f"{row['id']}-again"}, ensure_ascii=False) + "\n" for row in again)
+    content = once + twice.encode() + text.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(out, content)
     return content.count(b"\n")

@@ -27,6 +27,7 @@ import smollm2_table as table_of  # noqa: E402
 import smollm2_why as why  # noqa: E402
 from smollm2_measure import Exam, Examination  # noqa: E402
 
+from grace_vlm.data.check import check_file  # noqa: E402
 from grace_vlm.errors import StoppedError  # noqa: E402
 from grace_vlm.evals.run import QuestionFile, answer_all, open_engine  # noqa: E402
 from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
@@ -401,12 +402,15 @@ def test_the_file_is_a_program(in_a_folder: None) -> None:
 
 
 def test_rows_of_pictures_are_there_twice(in_a_folder: None) -> None:
-    for folder, text in ((bench.WORLD, "a\n"), (bench.PROSE, "b\nc\n")):
-        folder.mkdir(parents=True)
-        name = "conversations.jsonl" if folder == bench.WORLD else "train.jsonl"
-        (folder / name).write_text(text)
-    assert bench.join_rows(Path("out.jsonl")) == 4
-    assert Path("out.jsonl").read_text() == "a\na\nb\nc\n"
+    turns = [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "yes"}]
+    one, two = ({"id": name, "conversations": turns} for name in ("one", "two"))
+    write(bench.WORLD / "conversations.jsonl", [one])
+    write(bench.PROSE / "train.jsonl", [two])
+    assert bench.join_rows(Path("out.jsonl")) == 3
+    found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert found == [one, {**one, "id": "one-again"}, two]
+    result = check_file(Path("out.jsonl"), None)
+    assert (result.num_rows, result.num_good) == (3, 3), "no row is another's double"
 
 
 def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:
