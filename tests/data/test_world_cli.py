@@ -50,9 +50,14 @@ def test_errors_of_options(tmp_path: Path, grace: Any) -> None:
         2,
         "error: the source world needs --emoji and --flags; --flags not given\n",
     )
-    assert grace("data", "prepare", "text", tmp_path / "out", "--rows", 5)[::2] == (
+    assert grace("data", "prepare", "text", tmp_path / "out", "--workers", 5)[::2] == (
         2,
-        "error: --rows is no option of the source text; it has --seed\n",
+        "error: --workers is no option of the source text; it has --most-words, --rows, --seed\n",
+    )
+    assert grace("data", "prepare", "text", tmp_path / "out", "--rows", 5, "--most-words", 24)[::2] == (
+        2,
+        "preparing text\nerror: 5 rows of prose are wanted; of 25 to 24 words there are 0: give fewer --rows, or more "
+        "--most-words\n",
     )
 
 
