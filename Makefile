@@ -92,7 +92,9 @@ smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits h
 	$(BIN)/python benchmarks/smollm2_why.py
 	$(BIN)/python benchmarks/report_smollm2.py
 
-smollm2-runtimes: smollm2-why  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
+smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
+	@test -n "$(LLAMA_PYTHON)$(VLLM_PYTHON)" || { echo "error: nobody is asked but our engine; set LLAMA_PYTHON or VLLM_PYTHON (benchmarks/smollm2_runtimes.py)"; exit 1; }
+	@test -d runs/smollm2/grace/final || $(MAKE) smollm2-why
 	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python benchmarks/report_smollm2.py
 

@@ -367,12 +367,13 @@ def runtime_pages(folder: Path) -> list[str]:
     lines += ["", "| picture | question | answer | gold |", "|---|---|---|---|"]
     for one in found:
         if one["picture"] is not None:
-            asked = "<br>".join(html.escape(one["question"]).replace("|", "\\|").splitlines())
-            said, gold = (html.escape(text).replace("|", "\\|") for text in (one["said"]["engine"], one["gold"]))
+            cells = (one["question"], one["said"]["engine"], one["gold"])
+            asked, said, gold = ("<br>".join(html.escape(text).replace("|", "\\|").splitlines()) for text in cells)
             shown = f"![{one['source']}]({os.path.relpath(folder / 'chat' / one['picture'], PAGE.parent)})"
             lines.append(f"| {shown} | {asked} | {said} | {gold} |")
-    about = f"{content['model']}, {len(found)} held-out questions, commit {content['commit']}"
-    return [*lines, "", f"{about}; `python benchmarks/smollm2_runtimes.py`."]
+    about = f"{content['model']} (weights `{content['weights'][:12]}`), {len(found)} held-out questions"
+    engine = f"our engine on {content['device']}, commit {content['commit']}"
+    return [*lines, "", f"{about}; {engine}; `python benchmarks/smollm2_runtimes.py MODEL --count {len(found)}`."]
 
 
 def main() -> None:

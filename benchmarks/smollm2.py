@@ -50,8 +50,8 @@ from grace_vlm.checkpoint.atomic import write_bytes_atomic
 WORLD, TEXT, SUITE = Path("runs/world"), Path("runs/text"), Path("runs/toy-suite")
 
 PROSE = Path("runs/prose")
-"""As ``TEXT``, with every paragraph to train on: of the 3,000 rows there a teacher that had read each five times knew
-them by heart (perplexity 8) and the language no more (104 of other paragraphs, from 36)."""
+"""As ``TEXT``, with nearly every paragraph to train on: a teacher that had read the 3,000 there five times knew them by
+heart (perplexity 8), and the language no more (104 of other paragraphs, from 36)."""
 
 ROWS = RUNS / "train.jsonl"
 
@@ -71,6 +71,9 @@ SMALL_WINDOWS = 8
 
 LEFT_OVER = 3
 """Exit code: the time is up and work is left."""
+
+ASK_AGAIN = 5.0
+"""Seconds, twice, after which a run that did not hear that its time is up is told again."""
 
 STAGES = {
     "teacher": ("teacher_1_vision", "teacher_2_all"),
@@ -97,16 +100,25 @@ class Clock:
             yield
             return
         before = signal.signal(signal.SIGUSR1, _stop_at_once)
-        # To the thread that trains: one of a timer of the process may wait in a driver's thread (docs/log.md).
-        main, seconds = threading.get_ident(), max(0.1, self.end - time.monotonic())
-        timer = threading.Timer(seconds, lambda: signal.pthread_kill(main, signal.SIGUSR1))
-        timer.daemon = True
-        timer.start()
+        is_left, main, seconds = threading.Event(), threading.get_ident(), max(0.1, self.end - time.monotonic())
+
+        def ask() -> None:
+            """Until training has noted it: what is raised while a run is opened, somebody else's code may swallow."""
+            wait = seconds
+            while not is_left.wait(wait):
+                signal.pthread_kill(main, signal.SIGUSR1)
+                wait = ASK_AGAIN
+                if is_left.wait(wait) or signal.getsignal(signal.SIGUSR1) is not _stop_at_once:
+                    return
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
         try:
             yield
         finally:
-            timer.cancel()
-            timer.join()  # or its signal might come when nobody takes it
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            is_left.set()
+            asking.join()
             signal.signal(signal.SIGUSR1, before)
 
 

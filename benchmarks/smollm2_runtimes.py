@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import ROOT, commit_name
 from smollm2 import WORLD
 from smollm2_rows import OUT
@@ -40,14 +41,23 @@ _VERSION = "import importlib.metadata, sys; print(importlib.metadata.version(sys
 
 
 def read_rows_evenly(path: Path, count: int) -> list[dict[str, Any]]:
-    """``count`` rows of a file, as far apart as they can be: those of a source stand together."""
+    """``count`` rows of a file, as far apart as they can be: those of a source stand together. Questions with several
+    pictures, or one within the text, are left out: programs differ in what they make of them."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if _is_plain(row)]
     count = min(count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    text = row["conversations"][0]["value"]
+    if not row.get("image"):
+        return "<image>" not in text
+    return isinstance(row["image"], str) and text.count("<image>") == 1 and text.startswith("<image>\n")
+
+
 def question_of(row: Mapping[str, Any]) -> str:
-    return str(row["conversations"][0]["value"]).removeprefix("<image>").removeprefix("\n")
+    return str(row["conversations"][0]["value"]).removeprefix("<image>\n")
 
 
 def content_of(row: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
@@ -144,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": args.name,
         "weights": digest_of(str(args.model)),
         "commit": commit_name(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": versions,
         "answers": found,
     }

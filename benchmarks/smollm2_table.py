@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,8 +33,10 @@ def digest_of(student: str) -> str:
     from grace_vlm.models.load import resolve_source
 
     folder = Path(resolve_source(student))
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    found, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    if not files:
+        sys.exit(f"{folder} has no *.safetensors; a student of this comparison is a folder with weights")
+    for path in files:
         found.update(f"{path.name} {sha256_file(path)}\n".encode())
     return found.hexdigest()[:32]
 

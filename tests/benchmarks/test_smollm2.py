@@ -314,12 +314,22 @@ def test_a_method_of_two_rates_is_no_method(tmp_path: Path) -> None:
         report.pages(tmp_path, tmp_path)
 
 
-def test_the_clock_stops_a_run_wherever_it_is() -> None:
-    """Training takes the signal for itself and writes a checkpoint; what takes none is stopped all the same."""
+def test_the_clock_stops_a_run_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training takes the signal for itself and writes a checkpoint; what takes none is stopped all the same, and what
+    swallows it is told again."""
+    monkeypatch.setattr(bench, "ASK_AGAIN", 0.1)
     clock = bench.Clock(0.0)
     with pytest.raises(StoppedError, match="the time was up"), clock.stopping():
         time.sleep(5)
-    noted = []
+
+    def swallow() -> None:
+        with pytest.raises(StoppedError):
+            time.sleep(5)
+        time.sleep(5)
+
+    with pytest.raises(StoppedError, match="the time was up"), clock.stopping():
+        swallow()
+    noted: list[int] = []
     with clock.stopping():
         signal.signal(signal.SIGUSR1, lambda number, frame: noted.append(number))
         time.sleep(0.5)
@@ -352,12 +362,15 @@ def test_rows_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     script.write_text(
         "import os, sys\n"
-        f"open({str(noted)!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+        "said = [os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:]]\n"
+        f"open({str(noted)!r}, 'a').write(' '.join(said) + '\\n')\n"
     )
     monkeypatch.setattr(bench, "__file__", str(script))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(32)))
     assert bench.on_gpus(2, 3, ["search", "--at-once", "3"]) == 0
     words = "search --at-once 3 --gpus=1 --at-once=1 --beside=2"
-    assert sorted(noted.read_text().splitlines()) == [f"{gpu} {words}" for gpu in (5, 5, 5, 6, 6, 6)]
+    assert sorted(noted.read_text().splitlines()) == [f"5 {gpu} {words}" for gpu in (5, 5, 5, 6, 6, 6)]
 
 
 def test_rows_that_are_made_at_once_have_places_of_their_own() -> None:
@@ -436,8 +449,17 @@ def test_questions_for_other_programs(world: tuple[Exam, list[str]], tmp_path: P
     assert all(said.values())
     picture, text = runtimes.content_of(rows[0], root)
     assert picture["image_url"]["url"].startswith("data:image/png;base64,")
-    assert text == {"type": "text", "text": runtimes.question_of(rows[0])}
-    assert "<image>" not in text["text"]
+    assert text == {"type": "text", "text": rows[0]["conversations"][0]["value"].split("\n", 1)[1]}
+    asked = {"several": "<image>\n<image>\na?", "within": "in <image> a?", "plain": "<image>\na?", "text": "a?"}
+    odd = [
+        {"id": name, "conversations": [{"from": "human", "value": value}]}
+        | ({} if name == "text" else {"image": ["a.png", "b.png"] if name == "several" else "a.png"})
+        for name, value in asked.items()
+    ]
+    write(tmp_path / "odd.jsonl", odd)
+    kept = runtimes.read_rows_evenly(tmp_path / "odd.jsonl", 9)
+    assert [(row["id"], runtimes.question_of(row)) for row in kept] == [("plain", "a?"), ("text", "a?")]
+    assert runtimes.content_of(kept[1], tmp_path) == [{"type": "text", "text": "a?"}]
 
 
 def test_the_page_shows_what_other_programs_said(tmp_path: Path) -> None:
@@ -452,7 +474,14 @@ def test_the_page_shows_what_other_programs_said(tmp_path: Path) -> None:
         | {"said": {"engine": "yes", "vllm": "yes" if n else "no"}, "right": {"engine": True, "vllm": bool(n)}}
         for n in range(3)
     ]
-    content = {"model": "GRACE", "commit": "abc", "versions": {"vllm": "0.32.0"}, "answers": answers}
+    content = {
+        "model": "GRACE",
+        "weights": "0" * 32,
+        "device": "cpu",
+        "commit": "abc",
+        "versions": {"vllm": "0.32.0"},
+        "answers": answers,
+    }
     (tmp_path / "runtimes.json").write_text(json.dumps(content))
     text = "\n".join(report.runtime_pages(tmp_path))
     assert "| our engine | 3 | 3 |\n| vLLM, CPU build 0.32.0 | 2 | 2 |" in text

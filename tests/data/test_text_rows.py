@@ -61,6 +61,8 @@ def test_more_prose_of_longer_paragraphs(made: Path, tmp_path: Path) -> None:
     assert not held_out & {row["conversations"][1]["value"] for row in rows}
     with pytest.raises(ConfigError, match=r"50,000 rows of prose are wanted; of 25 to 90 words there are [\d,]+: give"):
         prepare_text(tmp_path / "none", num_continuations=50_000)
+    with pytest.raises(ConfigError, match="--rows is -1; expected a number of rows of prose, 0 or more"):
+        prepare_text(tmp_path / "none", num_continuations=-1)
     assert not (tmp_path / "none").exists()
 
 

@@ -80,7 +80,9 @@ def prepare_text(
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)
     pairs = _pairs(kept, set("\n\n".join(held_out.values()).split("\n\n")), most_words)
-    if not 0 <= num_continuations <= len(pairs):
+    if num_continuations < 0:
+        raise ConfigError(f"--rows is {num_continuations}; expected a number of rows of prose, 0 or more")
+    if num_continuations > len(pairs):
         raise ConfigError(
             f"{num_continuations:,} rows of prose are wanted; of {MIN_WORDS} to {most_words} words there are "
             f"{len(pairs):,}: give fewer --rows, or more --most-words"
@@ -92,6 +94,7 @@ def prepare_text(
     manifest: dict[str, Any] = {
         "source": "text",
         "seed": seed,
+        "most_words": most_words,
         "packages": [one.record() for one in (speeches, facts)],
         "held_out_addresses": list(held_out),
         "held_out_countries": countries,
