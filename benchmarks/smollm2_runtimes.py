@@ -12,7 +12,6 @@ its chat form, greedily, and renders the template and prepares the pictures itse
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from grace_vlm.engine.llm import LLM, Asked, Parts
 from grace_vlm.engine.sampling import SamplingParams
 from grace_vlm.evals.answers import is_correct
 from grace_vlm.evals.run import EXACT, MAX_NEW_TOKENS
+from grace_vlm.evals.suite.responders import data_url
 from grace_vlm.formats.pack import pack
 
 FORMATS = {"llama_cpp": "gguf", "vllm": "compressed-tensors"}
@@ -65,10 +65,7 @@ def content_of(row: Mapping[str, Any], root: Path) -> list[dict[str, Any]]:
     text = {"type": "text", "text": question_of(row)}
     if not row.get("image"):
         return [text]
-    data = (root / row["image"]).read_bytes()
-    kind = "png" if row["image"].endswith(".png") else "jpeg"
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return [{"type": "image_url", "image_url": {"url": url}}, text]
+    return [{"type": "image_url", "image_url": {"url": data_url((root / row["image"]).read_bytes())}}, text]
 
 
 def by_engine(model: Path, rows: Sequence[Mapping[str, Any]], root: Path) -> dict[str, str]:
