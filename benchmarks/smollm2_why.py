@@ -41,9 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("overrides", nargs="*", help="key=value of the recipe")
     made.add_argument("--data", type=Path, default=WORLD / "test.jsonl", help="default: %(default)s")
     made.add_argument("--limit", type=int, default=2400, help="rows to look at; default: %(default)s")
+    made.add_argument("--kept", action="store_true", help=f"look at the GRACE model in {KEPT}, and train none")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda")
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows; default: %(default)s")
     args = made.parse_intermixed_args(argv)
+    if args.kept and not (KEPT / "final").is_dir():
+        made.error(f"--kept is for a model that is there, and {KEPT / 'final'} is not; leave it out to train it")
 
     from grace_vlm.ptq.quantize import quantize_folder
     from grace_vlm.train.loop import train
@@ -52,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     student, teacher = str(recipe.model.student), str(recipe.model.teacher)
     digest = digest_of(student)
     rates = searched_rates(args.out, digest)
-    # What was kept before may be of another student.
-    train(recipe_of(Job("grace", seed=0, rate=rates["grace"]), args.overrides), KEPT, overwrite=True, notify=print)
+    wanted = recipe_of(Job("grace", seed=0, rate=rates["grace"]), args.overrides)
+    # Without --kept it is made anew: what is there may be of another student. With it, another recipe is an error.
+    train(wanted, KEPT, resume=args.kept, overwrite=not args.kept, notify=print)
     quantize_folder(student, ROUNDED, SCHEME, scale="minmax", overwrite=True)
     content = {
         "student": digest,

@@ -397,19 +397,20 @@ def _lmms_table() -> str:
 
 
 def _suite_table() -> str:
-    """Cases and implementations down, in samples a second: of one core's time, or by the clock on a GPU; then what
-    ``suite`` is faster by."""
+    """Runs of a case and their implementations down, in samples a second: of one core's time, or by the clock on a GPU;
+    then what ``suite`` is faster by."""
     rows = _plots().read_rows(RESULTS / "eval_suite.csv")
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["metric"] == ("samples_s" if "_gpu" in row["case"] else "samples_cpu_s"):
-            found.setdefault((row["case"], row["device"]), {})[row["impl"]] = float(row["p50"])
+            found.setdefault((row["case"], row["commit"]), {})[row["impl"]] = float(row["p50"])
     lines = "".join(
-        f"| {case} | `{impl}` | {value:.1f} | {cells['suite'] / value:.2f} |\n"
-        for (case, _), cells in found.items()
+        f"| {case} | {commit} | `{impl}` | {value:.1f} | {cells['suite'] / value:.2f} |\n"
+        for (case, commit), cells in found.items()
         for impl, value in cells.items()
     )
-    head = "| case | | samples/s of processor time; `_gpu`: by the clock | `suite` is faster by |\n|---|---|---|---|\n"
+    head = "| case | commit | | samples/s of processor time; `_gpu`: by the clock | `suite` is faster by |\n"
+    head += "|---|---|---|---|---|\n"
     where = "; ".join(sorted({"{device}, torch {torch}, commit {commit}, {date}".format(**row) for row in rows}))
     return f"{head}{lines}\n{where}; `benchmarks/bench_eval_suite.py` says what each is.\n"
 
