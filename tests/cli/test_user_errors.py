@@ -219,8 +219,12 @@ def test_disk_that_fills_up(
 
 def test_usage_errors_are_lines_too(world: Path, fails: Any) -> None:
     fails(2, "No such command 'nosuch'; see grace --help", "nosuch")
-    fails(2, "Missing argument 'src'; see grace pack --help", "pack")
-    fails(2, "Missing argument 'file'; see grace data check --help", "data", "check")
+    fails(
+        2,
+        "Missing argument 'src' (Quantized model folder of any readable layout, or run folder); see grace pack --help",
+        "pack",
+    )
+    fails(2, "Missing argument 'file' (Rows: JSON array or JSONL); see grace data check --help", "data", "check")
     fails(2, "No such command 'nosuch'; see grace data --help", "data", "nosuch")
 
 

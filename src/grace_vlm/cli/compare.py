@@ -46,8 +46,11 @@ def compare(
         page = render_report(paths[0])
         result = json.loads((paths[0] / "results.json").read_text(encoding="utf-8"))
     elif data is None:
-        missing = "does not exist" if not paths[0].exists() else "holds no results.json"
-        raise ConfigError(f"{paths[0]} {missing}; give models and --data FILE to compare them")
+        missing = "is a model" if (paths[0] / "config.json").is_file() else "holds no results.json"
+        missing = missing if paths[0].exists() else "does not exist"
+        raise ConfigError(
+            f"{paths[0]} {missing}; give models and --data FILE to compare them, or two --out of grace eval"
+        )
     else:
         names = [path.name for path in paths]
         if len(set(names)) < len(names):

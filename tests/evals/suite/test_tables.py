@@ -19,6 +19,8 @@ from grace_vlm.evals.suite.questions import Question
 from grace_vlm.evals.suite.run import ask, read_benchmarks, write_scores
 from grace_vlm.evals.suite.tables import FORMATS, read_line, table
 
+STUDENT = Path(__file__).parents[3] / "assets" / "toy-student"
+
 
 class Scripted:
     """Right on the rows that it is told, else a wrong letter."""
@@ -111,7 +113,17 @@ def test_the_command(
     assert err == "error: --profile is fair; expected one of card, lmms, kit, strict\n"
     code, _, err = grace("scores", folders["base"].parent)
     assert code == 2
-    assert "has no readable scores.json" in err
+    assert "has no scores.json; expected what grace eval MODEL --suite card --data DIR --out DIR wrote" in err
+    code, _, err = grace("scores", STUDENT)
+    assert code == 2
+    assert err.startswith(f"error: {STUDENT} is a model; expected what grace eval MODEL")
+    code, _, err = grace("scores", folders["base"] / "nowhere")
+    assert code == 2
+    assert "nowhere is no folder; expected what grace eval MODEL" in err
+    (folders["base"].parent / "scores.json").write_text("{")
+    code, _, err = grace("scores", folders["base"].parent)
+    assert code == 2
+    assert "has no readable scores.json (Expecting" in err
 
 
 def test_other_files_are_not_compared(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -73,11 +73,15 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
     """
     if (folder / "run.json").is_file() and not (folder / "scores.json").is_file():
         raise ConfigError(f"{folder} has answers and no scores yet; end it with grace eval --suite ... --resume")
+    if not (folder / "scores.json").is_file():
+        what = "is a model" if (folder / "config.json").is_file() else "has no scores.json"
+        what = what if folder.is_dir() else "is no folder"
+        raise ConfigError(f"{folder} {what}; expected what grace eval MODEL --suite card --data DIR --out DIR wrote")
     try:
         content: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         scores = content["scores"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} has no readable scores.json ({error}); run grace eval --suite first") from None
+        raise ConfigError(f"{folder} has no readable scores.json ({error}); run grace eval --suite again") from None
     if profile not in scores:
         known = ", ".join(scores)
         raise ConfigError(f"{folder} has scores of {known}; for {profile} run grace eval with --profile {profile}")
