@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
-from smollm2_rows import LANGUAGE_OUT, OUT, is_validation, loss_of, mean_of_suite, read_rows, validation_score
+from smollm2_rows import (
+    LANGUAGE_OUT,
+    OUT,
+    STAGES_FILE,
+    is_validation,
+    loss_of,
+    mean_of_suite,
+    read_rows,
+    read_stages,
+    validation_score,
+)
 
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
@@ -240,12 +250,30 @@ def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
 def provenance(rows: Sequence[dict[str, Any]]) -> str:
     hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
     commits = sorted({row["commit"] for row in rows})
-    minutes = sum(row["seconds"] / (1 + row.get("beside", 0)) for row in rows) / 60
+    minutes = minutes_of(rows)
     shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
     return (
         f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
     )
+
+
+def minutes_of(rows: Iterable[dict[str, Any]]) -> float:
+    """Of GPUs; rows that shared one have their share of it."""
+    return sum(row["seconds"] / (1 + row.get("beside", 0)) for row in rows) / 60
+
+
+def cost_line(folder: Path, student: str) -> list[str]:
+    """What the whole comparison took, from the first stage to the headline; nothing of another student."""
+    stages = read_stages(folder / STAGES_FILE)
+    if stages.get("student", {}).get("weights") != student:
+        return []
+    parts = {f"`{name}`": one["seconds"] / 60 for name, one in stages.items()}
+    for name in ("search", "headline"):
+        rows = [row for row in read_rows(folder / f"{name}.jsonl") if row["student"] == student]
+        parts[f"{name} ({len(rows)} rows)"] = minutes_of(rows)
+    shown = ", ".join(f"{name} {minutes:.1f}" for name, minutes in parts.items())
+    return [f"GPU minutes: {shown}; {sum(parts.values()):.0f} in all."]
 
 
 def section(title: str, *parts: list[str]) -> list[str]:
@@ -283,6 +311,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
             lines += section(
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],
+                cost_line(folder, rows[0]["student"]) if not lines else [],
                 method_table(runs, scheme, names, is_timed=not title),
                 benchmark_table(runs, scheme, names),
                 pair_table(runs, pairs),

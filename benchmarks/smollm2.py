@@ -41,11 +41,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from record import commit_name, device_name
 from smollm2_jobs import JOBS, LANGUAGE_RATES, PICTURED, RATES, RECIPES, RUNS, search_jobs, searched_rates, small_jobs
-from smollm2_rows import LANGUAGE_OUT, OUT, is_validation
-from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table
+from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_validation, read_stages
+from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of
 
-from grace_vlm.checkpoint.atomic import write_bytes_atomic
+from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
 
 WORLD, TEXT, SUITE = Path("runs/world"), Path("runs/text"), Path("runs/toy-suite")
 
@@ -144,8 +145,9 @@ def join_rows(out: Path) -> int:
     return content.count(b"\n")
 
 
-def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
-    """Train a stage's recipes, going on where they stopped; whether all are complete."""
+def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) -> bool:
+    """Train a stage's recipes, going on where they stopped; whether all are complete. What each took goes to the folder
+    ``noted``."""
     from grace_vlm.errors import StoppedError
     from grace_vlm.train.loop import train
 
@@ -163,6 +165,7 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str]) -> bool:
             if _is_first():
                 _add_seconds(out, time.monotonic() - started)
         if _is_first():
+            note_stage(recipe, noted / STAGES_FILE)
             print(f"{recipe} is complete: {out / 'final'}", flush=True)
     return True
 
@@ -198,6 +201,19 @@ def _add_seconds(out: Path, seconds: float) -> None:
     path = out / "seconds.txt"
     before = float(path.read_text()) if path.is_file() else 0.0
     path.write_text(f"{before + seconds:.1f}\n")
+
+
+def note_stage(name: str, path: Path) -> None:
+    """The hash, seconds, device and commit of a run that is complete; one that is noted already stays as it is."""
+    import torch
+
+    stages, weights = read_stages(path), digest_of(str(RUNS / name))
+    if stages.get(name, {}).get("weights") != weights:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seconds = float((RUNS / name / "seconds.txt").read_text())
+        made = {"weights": weights, "seconds": seconds, "device": device_name(device), "commit": commit_name()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, {**stages, name: made})
 
 
 def write_language() -> Path:
@@ -274,7 +290,7 @@ def main() -> None:
         require_gpus(made, args)
         sys.exit(on_gpus(args.gpus, args.at_once, sys.argv[1:]))
     if args.command in STAGES:
-        sys.exit(0 if run_stage(args.command, clock, args.overrides) else LEFT_OVER)
+        sys.exit(0 if run_stage(args.command, clock, args.overrides, args.out or OUT) else LEFT_OVER)
     from smollm2_measure import Exam
 
     out = args.out or (LANGUAGE_OUT if args.language else OUT)

@@ -17,12 +17,21 @@ OUT = RESULTS / "smollm2"
 
 LANGUAGE_OUT = OUT / "language"
 
+STAGES_FILE = "stages.json"
+"""Beside the rows: what teacher and student took."""
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Lines of a file of rows; none if it does not exist."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def read_stages(path: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> hash of its weights, seconds, device, commit; none if the file does not exist."""
+    content: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

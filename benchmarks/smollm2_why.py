@@ -23,6 +23,8 @@ from smollm2_table import digest_of
 from grace_vlm.checkpoint.atomic import write_json_atomic
 
 KEPT, ROUNDED = RUNS / "grace", RUNS / "rtn_minmax"
+KEPT_OF = KEPT / "student.txt"
+"""The hash of the student that it went on from."""
 
 
 def analysis_of(model: Path, teacher: str | None, before: str, args: argparse.Namespace, linears: bool) -> Any:
@@ -31,7 +33,11 @@ def analysis_of(model: Path, teacher: str | None, before: str, args: argparse.Na
     from grace_vlm.evals.why.rows import Sampled
 
     sampled = Sampled(args.data, None, args.limit, 0, None)
-    found = Analysis(str(model), teacher, before, sampled, args.device, linears).run()
+
+    def say(done: int, total: int) -> None:
+        print(f"  {model.name}: {done} of {total} rows", flush=True)
+
+    found = Analysis(str(model), teacher, before, sampled, args.device, linears).run(say)
     del found["codes"]["linears"]
     return found
 
@@ -45,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--device", default="auto", help="auto, cpu, cuda")
     made.add_argument("--out", type=Path, default=OUT, help="folder of the rows; default: %(default)s")
     args = made.parse_intermixed_args(argv)
-    if args.kept and not (KEPT / "final").is_dir():
-        made.error(f"--kept is for a model that is there, and {KEPT / 'final'} is not; leave it out to train it")
 
     from grace_vlm.ptq.quantize import quantize_folder
     from grace_vlm.train.loop import train
@@ -55,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     student, teacher = str(recipe.model.student), str(recipe.model.teacher)
     digest = digest_of(student)
     rates = searched_rates(args.out, digest)
-    wanted = recipe_of(Job("grace", seed=0, rate=rates["grace"]), args.overrides)
-    # Without --kept it is made anew: what is there may be of another student. With it, another recipe is an error.
-    train(wanted, KEPT, resume=args.kept, overwrite=not args.kept, notify=print)
+    if args.kept:
+        if not KEPT_OF.is_file() or KEPT_OF.read_text().strip() != digest:
+            made.error(f"{KEPT} holds no GRACE model of the student {student}; leave out --kept to train one")
+    else:  # what is there may be of another student, or unfinished
+        KEPT_OF.unlink(missing_ok=True)
+        train(recipe_of(Job("grace", seed=0, rate=rates["grace"]), args.overrides), KEPT, overwrite=True, notify=print)
+        KEPT_OF.write_text(f"{digest}\n")
     quantize_folder(student, ROUNDED, SCHEME, scale="minmax", overwrite=True)
     content = {
         "student": digest,

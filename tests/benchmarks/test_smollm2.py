@@ -203,6 +203,25 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
     assert ends["| QAT with plain distillation"] == " |"
 
 
+def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
+    for name in ("teacher_2_all", "student"):
+        shutil.copytree(STUDENT, jobs_of.RUNS / name / "final")
+        (jobs_of.RUNS / name / "seconds.txt").write_text("90.0\n")
+        bench.note_stage(name, tmp_path / "stages.json")
+    digest = table_of.digest_of(str(jobs_of.RUNS / "student"))
+    first = rows_of.read_stages(tmp_path / "stages.json")
+    assert first["student"]["weights"] == digest
+    (jobs_of.RUNS / "student" / "seconds.txt").write_text("99.0\n")  # asked once more, it was complete
+    bench.note_stage("student", tmp_path / "stages.json")
+    assert rows_of.read_stages(tmp_path / "stages.json") == first
+    searched = [row("qat", 100, 70, 2.2, digest), row("qat", 100, 70, 2.2)]
+    write(tmp_path / "search.jsonl", [{**one, "rate": 1e-4} for one in searched])
+    write(tmp_path / "headline.jsonl", [row(name, None, 80, 2.0, digest) for name in ("student", "rtn_minmax")])
+    said = "GPU minutes: `teacher_2_all` 1.5, `student` 1.5, search (1 rows) 1.0, headline (2 rows) 2.0; 6 in all."
+    assert said in report.pages(tmp_path, tmp_path)
+    assert report.cost_line(tmp_path, "s") == []
+
+
 def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     rows = [
         row("student", None, 80, 2.0),
@@ -242,6 +261,15 @@ def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_pa
     assert len(list(tmp_path.glob("smollm2_*.svg"))) == text.count("](images/smollm2_") == len(report.WHY) - 1
     write(tmp_path / "headline.jsonl", [row("student", None, 80, 2.0, "another student")])
     assert "Why" not in "\n".join(report.pages(tmp_path, tmp_path)), "it is not of that student"
+    first, stated = (tmp_path / "why.json").read_text(), [*overrides, f"--data={exam.questions}", "--limit=6", "--kept"]
+    before = (why.KEPT / "final" / "manifest.json").stat().st_mtime_ns
+    why.main([*stated, "--device=cpu", f"--out={tmp_path}"])
+    assert (why.KEPT / "final" / "manifest.json").stat().st_mtime_ns == before, "it is looked at and not made again"
+    own, again = json.loads(first), json.loads((tmp_path / "why.json").read_text())
+    assert own["grace"]["codes"] == again["grace"]["codes"]
+    why.KEPT_OF.write_text("another student")
+    with pytest.raises(SystemExit):
+        why.main([*stated, "--device=cpu", f"--out={tmp_path}"])
 
 
 def test_validation_and_test_halves_are_apart() -> None:

@@ -231,3 +231,14 @@ def test_a_sliding_window_that_a_row_exceeds_is_refused() -> None:
     assert out.shape == (1, 9, 2, 8)
     with pytest.raises(ConfigError, match="a sliding window of 4 tokens and a row has 5"):
         attend_segments(module, states, states, states, None, segments=(4, 5), sliding_window=4)
+
+
+def test_many_pictures_are_prepared_as_one_is(family: Family) -> None:
+    """LLaVA's go to the image processor some at a time."""
+    images = [picture(128, 96 + 32 * (seed % 2), seed) for seed in range(35)]
+    together = family.patchify(images)
+    assert len(together) == 35
+    for image, (grid, pixels) in zip(images, together, strict=True):
+        ((own_grid, own_pixels),) = family.patchify([image])
+        assert own_grid == grid
+        assert torch.equal(own_pixels, pixels)

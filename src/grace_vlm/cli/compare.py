@@ -38,6 +38,7 @@ def compare(
     from grace_vlm.evals.compare import Comparison, Contestant, table
     from grace_vlm.evals.report import render_report
     from grace_vlm.evals.run import EXACT
+    from grace_vlm.formats.folder import is_model
 
     if any((path / "run.json").is_file() for path in paths):
         _suites(paths, data, out, profile, baseline, as_json)
@@ -46,7 +47,7 @@ def compare(
         page = render_report(paths[0])
         result = json.loads((paths[0] / "results.json").read_text(encoding="utf-8"))
     elif data is None:
-        missing = "is a model" if (paths[0] / "config.json").is_file() else "holds no results.json"
+        missing = "is a model" if is_model(paths[0]) else "holds no results.json"
         missing = missing if paths[0].exists() else "does not exist"
         raise ConfigError(
             f"{paths[0]} {missing}; give models and --data FILE to compare them, or two --out of grace eval"

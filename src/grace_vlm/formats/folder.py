@@ -42,6 +42,11 @@ def is_model_folder(path: Path) -> bool:
     return ((path / "config.json").is_file() and has_weights) or any(path.glob("*.gguf"))
 
 
+def is_model(path: Path) -> bool:
+    """A model folder, or the folder of a run that has one."""
+    return is_model_folder(path) or is_model_folder(path / "final")
+
+
 def resolve_model(path: Path) -> Path:
     """A model folder as it is; a run folder's ``final/``; ``CheckpointError`` for anything else."""
     for candidate in (path, path / "final"):

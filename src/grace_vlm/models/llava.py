@@ -20,7 +20,7 @@ from grace_vlm.models.look_up import look_up
 from grace_vlm.quant.plan import Part
 
 _STACKED = 16
-"""Pictures of one call of the image processor: larger stacks are fresh memory each time, and three times as slow."""
+"""Pictures of one call of the image processor: larger stacks are fresh memory each time, at half the speed."""
 
 
 class LlavaAdapter:

@@ -74,7 +74,9 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
     if (folder / "run.json").is_file() and not (folder / "scores.json").is_file():
         raise ConfigError(f"{folder} has answers and no scores yet; end it with grace eval --suite ... --resume")
     if not (folder / "scores.json").is_file():
-        what = "is a model" if (folder / "config.json").is_file() else "has no scores.json"
+        from grace_vlm.formats.folder import is_model  # brings torch, which a table does without
+
+        what = "is a model" if is_model(folder) else "has no scores.json"
         what = what if folder.is_dir() else "is no folder"
         raise ConfigError(f"{folder} {what}; expected what grace eval MODEL --suite card --data DIR --out DIR wrote")
     try:
