@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from grace_vlm.cli.output import emit_json, print_table, say
+from grace_vlm.cli.scores import one_profile
 from grace_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def compare(
         None, "--data", help="Rows with one question each, for models; the benchmarks' folder, for evaluations."
     ),
     out: Path = typer.Option(Path("runs/compare"), "--out", help="Where answers and the page go; not for a demo."),
-    profile: str = typer.Option("strict", "--profile", help="Of two evaluations: strict, card, lmms or kit."),
+    profile: list[str] = typer.Option(["strict"], "--profile", help="Of two evaluations: strict, card, lmms or kit."),
     baseline: str = typer.Option(None, "--baseline", help="Folder name of the baseline; default: the first."),
     cpu_activations: str = typer.Option("fp32", "--cpu-activations", help="fp32: exact; int8: faster, rounded."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
@@ -74,17 +75,16 @@ def compare(
         print(f"page: {page}")
 
 
-def _suites(paths: list[Path], data: Path | None, out: Path, profile: str, baseline: str | None, as_json: bool) -> None:
+def _suites(
+    paths: list[Path], data: Path | None, out: Path, given: list[str], baseline: str | None, as_json: bool
+) -> None:
     """Two evaluations by ``grace eval --suite``."""
     from grace_vlm.evals.suite.flips import asked_again, compare_suites
     from grace_vlm.evals.suite.flips_page import write_flips
-    from grace_vlm.evals.tasks.task import PROFILES
 
     if len(paths) != 2:
         raise ConfigError(f"{len(paths)} folders were given; evaluations are compared two at a time: base, then other")
-    checked = next((known for known in PROFILES if known == profile), None)
-    if checked is None:
-        raise ConfigError(f"--profile is {profile}; expected one of {', '.join(PROFILES)}")
+    checked = one_profile(given)
     base, own = paths
     if baseline is not None and baseline != base.name:
         if baseline != own.name:
@@ -98,6 +98,7 @@ def _suites(paths: list[Path], data: Path | None, out: Path, profile: str, basel
     if as_json:
         emit_json({"page": str(page), **_document(comparison)})
         return
+    print(f"{names[1]} against {names[0]}, profile {checked}:\n")
     _print_counts(comparison)
     if data is None:
         say("prompts and pictures are left out of the page; give --data, the folder of the benchmarks")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from grace_vlm.cli.output import emit_json, print_table
+from grace_vlm.cli.output import emit_json
 from grace_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from grace_vlm.evals.suite.tables import Line
+    from grace_vlm.evals.tasks.task import Profile
 
 HELP = """The table of several evaluations by grace eval --suite, and what one lost against another.
 
@@ -23,19 +25,21 @@ def scores(
     reference: list[str] = typer.Option(
         [], "--reference", help="One that is shown and not compared, such as a teacher."
     ),
-    profile: str = typer.Option("strict", "--profile", help="Whose prompts, parsers and aggregates."),
+    profiles: list[str] = typer.Option(["strict"], "--profile", help="Whose prompts, parsers and aggregates."),
     form: str = typer.Option("markdown", "--format", help="markdown, latex, csv or html."),
-    baseline: str = typer.Option(None, "--baseline", help="NAME of the one that others are compared with, row by row."),
+    baseline: str = typer.Option(
+        None, "--baseline", help="NAME of the one that others are compared with, row by row; as csv alone."
+    ),
     by: str = typer.Option(
         None, "--by", help="Also by category: each benchmark's own (category), a column by name, or all; as csv alone."
     ),
     as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output."),
 ) -> None:
-    from grace_vlm.evals.suite.tables import category_table, read_line, table
-    from grace_vlm.evals.tasks.task import PROFILES
+    from grace_vlm.evals.suite.tables import category_table, difference_table, read_line, table
 
-    if profile not in PROFILES:
-        raise ConfigError(f"--profile is {profile}; expected one of {', '.join(PROFILES)}")
+    profile = one_profile(profiles)
+    if form == "csv" and by is not None and baseline is not None:
+        raise ConfigError("--by and --baseline are a csv each; leave one out, or take another --format")
     named, shown = [_named(run) for run in runs], [_named(run) for run in reference]
     _require_own_names([*named, *shown])
     lines = [read_line(folder, label, profile, by=by) for label, folder in named]
@@ -48,32 +52,25 @@ def scores(
         documents = [{**asdict(line), "categories": _categories(line)} for line in lines]
         emit_json({"profile": profile, "rows": documents, "differences": compared})
         return
-    if by is None or form != "csv":  # one file has one table
+    if form != "csv" or (by is None and baseline is None):  # one file has one table
         print(table(lines, profile, form), end="" if by is None else "\n")
     if by is not None:
         print(category_table(lines, profile, form), end="")
-    for label, found in compared.items():
-        print(f"\n{said[label]} against {said[baseline]}, profile {profile}:\n")
-        rows = [
-            (
-                one["task"],
-                f"{one['num_rows']:,}",
-                f"{100 * one['mean']:+.2f} [{100 * one['low']:+.2f}, {100 * one['high']:+.2f}]",
-                _p(one["p_value"]),
-                _p(one["holm"]),
-                f"{100 * one['disagreement']:.1f}",
-                f"{len(one['lost'])} / {len(one['won'])}",
-            )
-            for one in found
-        ]
-        print_table(
-            ("task", "rows", "mean difference of a row, points", "p", "p by Holm", "answers apart %", "lost / won"),
-            rows,
-        )
+    if compared:
+        found = {said[label]: own for label, own in compared.items()}
+        print(("" if form == "csv" else "\n") + difference_table(found, said[baseline], profile, form), end="")
 
 
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
+def one_profile(given: Sequence[str]) -> Profile:
+    """The profile of a table; ``ConfigError`` for another name, or several."""
+    from grace_vlm.evals.tasks.task import PROFILES
+
+    if len(given) > 1:
+        raise ConfigError(f"--profile is given {len(given)} times ({', '.join(given)}); numbers of one stand together")
+    known = next((name for name in PROFILES if name == given[0]), None)
+    if known is None:
+        raise ConfigError(f"--profile is {given[0]}; expected one of {', '.join(PROFILES)}")
+    return known
 
 
 def _categories(line: Line) -> list[dict[str, Any]]:

@@ -60,16 +60,17 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         missing_answers,
         questions_of,
         read_benchmarks,
+        require_no_fewer_rows,
         strange_answers,
         what_is_here,
         write_scores,
     )
     from grace_vlm.evals.tasks.registry import task_named
-    from grace_vlm.evals.toy.suite import is_toy_suite
+    from grace_vlm.evals.toy.suite import rows_of_toy_suite
 
     if asked.suite not in SUITES:
         raise ConfigError(f"--suite is {asked.suite}; expected one of {', '.join(SUITES)}")
-    names = tuple(task_named(name).about.name for name in asked.tasks) or SUITES[asked.suite]
+    names = tuple(dict.fromkeys(task_named(name).about.name for name in asked.tasks)) or SUITES[asked.suite]
     profiles, part = _profiles(asked.profiles), _part(asked.part)
     most = MOST_NEW_TOKENS if asked.max_new_tokens is None else asked.max_new_tokens
     benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, bool(asked.tasks), most)
@@ -80,14 +81,14 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     if absent:
         say(f"{asked.data} has no {', '.join(absent)}; the others are evaluated")
     is_whole = asked.limit is None
-    may_be_a_part = is_whole and not is_toy_suite(asked.data)
+    toy_rows = rows_of_toy_suite(asked.data)
     for one in benchmarks:
         if without := [profile for profile in profiles if profile not in one.known(profiles)]:
             known = ", ".join(one.task.about.profiles)
             say(f"{one.task.about.title} has no profile {', '.join(without)}; it has {known}")
         for reason, count in one.docs.skipped.items():
             say(f"{one.task.about.title}: {count} rows left out, {reason}")
-        if may_be_a_part and (said := what_is_here(one)) is not None:
+        if is_whole and (said := what_is_here(one, toy_rows)) is not None:
             say(f"{said}; the score is of these")
     if not any(one.known(profiles) for one in benchmarks):
         raise ConfigError(f"none of the benchmarks has the profile {', '.join(profiles)}; choose another --profile")
@@ -99,6 +100,7 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
                 f"{asked.out} has answers to {strange} questions of {asked_names} that {asked.data} does not ask: its "
                 "files are others now; pass another --out"
             )
+        require_no_fewer_rows(asked.out, asked.limit)
         # Only where a question has no answer a model is opened.
         if not all(ledger.has(question.key) for question in questions_of(benchmarks, profiles, part)):
             with ProgressBar("answering") as bar:

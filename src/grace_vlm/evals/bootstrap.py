@@ -71,8 +71,8 @@ def components_interval(components: Sequence[Sequence[Entry]], seed: int = 0) ->
     """95 % interval of the mean of several weighted means, as fractions: one component for an accuracy, three for the
     mean of aAcc, fAcc and qAcc, one a category for a macro mean.
 
-    Where every unit is right, or every one wrong, draws have no spread: then it is Wilson's interval of that many
-    groups. (0, 1) of nothing. Any order of the units gives the same interval.
+    Where draws have no spread (every unit is right, every one wrong, all groups are alike) it is Wilson's interval of
+    that many groups. (0, 1) of nothing. Any order of the units gives the same interval.
     """
     entries = [entry for component in components for entry in component]
     groups = {group for group, _, _ in entries}
@@ -82,7 +82,7 @@ def components_interval(components: Sequence[Sequence[Entry]], seed: int = 0) ->
     if values in ({0.0}, {1.0}):
         return wilson_interval(len(groups) if values == {1.0} else 0, len(groups))
     _, low, high = ratio_interval([_weighted_totals(c, groups) for c in components if c], seed=seed)
-    return low, high
+    return (low, high) if low < high else wilson_interval(low * len(groups), len(groups))
 
 
 def _weighted_totals(component: Sequence[Entry], groups: Iterable[str]) -> dict[Hashable, tuple[float, float]]:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 
-def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % score interval of num_correct / num_total, as fractions (Wilson 1927); (0, 1) without data."""
     if num_total == 0:
         return 0.0, 1.0

@@ -198,12 +198,15 @@ def test_benchmarks_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_part_of_a_benchmark_is_said(board: list[Benchmark]) -> None:
-    assert what_is_here(board[0]) == (
+    assert what_is_here(board[0], {}) == (
         f"MMStar: {NUM_ROWS} rows are here, published are 1,500 (questions), 6 (categories), 18 (sub-categories)"
     )
     docs = board[0].docs.docs
     whole = tuple(dataclasses.replace(docs[0], id=str(number)) for number in range(1500))
-    assert what_is_here(dataclasses.replace(board[0], docs=Docs(whole))) is None
+    assert what_is_here(dataclasses.replace(board[0], docs=Docs(whole)), {}) is None
+    said = f"MMStar: {NUM_ROWS} rows are here, the toy suite has {NUM_ROWS + 1}"
+    assert what_is_here(board[0], {"mmstar": NUM_ROWS + 1}) == said
+    assert what_is_here(board[0], {"mmstar": NUM_ROWS}) is None
 
 
 def test_answers_of_other_files_and_options_are_refused(grace: Any, tmp_path: Path) -> None:
@@ -223,3 +226,12 @@ def test_answers_of_other_files_and_options_are_refused(grace: Any, tmp_path: Pa
     assert f"has answers to {NUM_ROWS} questions of mmstar that {tmp_path / 'other'} does not ask: its files" in said
     assert (tmp_path / "out" / "scores.json").read_bytes() == before
     assert grace(*words, tmp_path / "data", "--resume")[0] == 0
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+    code, _, said = grace(*words, tmp_path / "data", "--resume", "--limit", 1)
+    assert code == 2
+    assert (
+        said == f"error: {tmp_path / 'out'} has scores of all rows, which --limit 1 would replace; pass another --out\n"
+    )
+    assert (tmp_path / "out" / "scores.json").read_bytes() == before
+    twice = ("--task", "mmstar", "--limit", 2, "--out", tmp_path / "twice")
+    assert grace(*words, tmp_path / "data", *twice)[0] == 0, "a task that is said twice is asked once"

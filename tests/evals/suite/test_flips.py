@@ -171,12 +171,13 @@ def test_errors(world: Path, grace: Any, tmp_path: Path) -> None:
     code, _, err = grace("compare", before, after, "--profile", "kit")
     assert (code, err) == (
         2,
-        f"error: {before} has no records of the profile kit; run grace eval --suite with it first\n",
+        f"error: {before} has no records of the profile kit (but of: strict); pass one of those as --profile, or run "
+        "grace eval --suite with it first\n",
     )
     code, _, err = grace("compare", before, tmp_path)
     assert (code, err) == (
         2,
-        f"error: {tmp_path} has no records of the profile strict; run grace eval --suite with it first\n",
+        f"error: {tmp_path} is no evaluation (no run.json); expected what grace eval MODEL --suite --out wrote\n",
     )
 
 

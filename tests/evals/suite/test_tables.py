@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,7 @@ from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
 from grace_vlm.evals.suite.paired import difference, read_records, require_same_data
 from grace_vlm.evals.suite.questions import Question
 from grace_vlm.evals.suite.run import ask, read_benchmarks, write_scores
-from grace_vlm.evals.suite.tables import FORMATS, read_line, table
+from grace_vlm.evals.suite.tables import FORMATS, Cell, read_line, table
 
 STUDENT = Path(__file__).parents[3] / "assets" / "toy-student"
 
@@ -58,11 +60,29 @@ def test_the_formats(folders: dict[str, Path]) -> None:
     assert "profile strict" in texts["markdown"]
     assert "base\\_\\& & \\textbf{75.0} {\\small [59.8, 85.8]}" in texts["latex"]
     assert "<td>base_&amp;</td><td><b>75.0</b> <small>[59.8, 85.8]</small></td>" in texts["html"]
-    assert texts["csv"].splitlines()[2].startswith("base_&,mmstar,strict,75.0000,")
+    assert texts["csv"].splitlines()[2].startswith("base_&,mmstar,strict,mean,75.0000,")
     with pytest.raises(ConfigError, match="--format is pdf; expected one of markdown, latex, csv, html"):
         table(lines, "strict", "pdf")
-    with pytest.raises(ConfigError, match="has scores of strict; for kit run grace eval with --profile kit"):
+    with pytest.raises(
+        ConfigError, match="has scores of strict; pass --profile strict, or run grace eval with --profile kit"
+    ):
         read_line(folders["base"], "base", "kit")
+
+
+def test_other_numbers_of_rows_are_said_and_nothing_is_best(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_mmstar(tmp_path / "data" / "mmstar", 40)
+    board, _ = read_benchmarks(["mmstar"], tmp_path / "data", limit=5)
+    ask(board, ["strict"], Scripted(range(40)), Ledger(tmp_path / "short", {}, False))
+    write_scores(board, ["strict"], read_replies(tmp_path / "short"), tmp_path / "short", 5)
+    lines = [read_line(folder, folder.name, "strict") for folder in (folders["base"], tmp_path / "short")]
+    assert table(lines, "strict", "markdown").splitlines()[:4] == [
+        "| model | MMStar mean |",
+        "| --- | --- |",
+        "| base | 75.0 [59.8, 85.8] |",
+        "| short [first 5 rows] | 100.0 [56.6, 100.0] (5 of 40) |",
+    ]
+    none = dataclasses.replace(lines[0], cells={"mmstar": Cell(0.0, 0.0, 100.0, 0, 0)})
+    assert "| base | - |" in table([none], "strict", "markdown")
 
 
 def test_differences(folders: dict[str, Path]) -> None:
@@ -98,6 +118,22 @@ def test_the_command(
     code, out, _ = grace("scores", *runs, "--baseline", "base", "--json")
     found = json.loads(out)
     assert found["differences"]["w4"][0]["holm"] == pytest.approx(0.03125)
+    code, out, _ = grace("scores", *runs, "--baseline", "base", "--format", "csv")
+    head, *rows = csv.reader(out.splitlines())
+    assert dict(zip(head, rows[0], strict=True)) | {"p_value": "", "low": "", "high": "", "disagreement": ""} == {
+        "model": "w4", "baseline": "base", "task": "mmstar", "profile": "strict", "num_rows": "40", "mean": "-0.15",
+        "low": "", "high": "", "p_value": "", "holm": "0.03125", "disagreement": "", "lost": "6", "won": "0",
+    }  # fmt: skip
+    assert len(rows) == 1
+    out = grace("scores", *runs, "--baseline", "base", "--format", "latex")[1]
+    assert out.count("\\begin{tabular}") == out.count("\\end{tabular}") == 2
+    assert "% w4 against base, profile strict" in out
+    out = grace("scores", *runs, "--baseline", "base", "--format", "html")[1]
+    assert "<caption>w4 against base, profile strict</caption>" in out
+    code, _, err = grace("scores", *runs, "--baseline", "base", "--by", "category", "--format", "csv")
+    assert (code, err) == (2, "error: --by and --baseline are a csv each; leave one out, or take another --format\n")
+    code, _, err = grace("scores", *runs, "--profile", "lmms", "--profile", "strict")
+    assert err == "error: --profile is given 2 times (lmms, strict); numbers of one stand together\n"
     code, _, err = grace("scores", *runs, "--baseline", "w8")
     assert code == 2
     assert err == "error: --baseline is w8; expected one of base, w4\n"

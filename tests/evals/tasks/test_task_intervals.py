@@ -40,11 +40,13 @@ def test_the_width_is_that_of_the_clusters_spread() -> None:
 
 
 def test_a_mean_of_components_draws_them_together() -> None:
-    """Twice the same component is that component; a component and its opposite is always one half."""
+    """Twice the same component is that component; a component and its opposite is one half in every draw, which says
+    nothing: then it is Wilson's interval of the groups."""
     rows = entries(100, 2)
     opposite = [(cluster, 1 - value, 1.0) for cluster, value, _ in rows]
     assert components_interval([rows, rows]) == pytest.approx(components_interval([rows]))
-    assert components_interval([rows, opposite]) == pytest.approx((0.5, 0.5))
+    groups = len({group for group, _, _ in rows})
+    assert components_interval([rows, opposite]) == pytest.approx(wilson_interval(groups / 2, groups), abs=1e-6)
 
 
 def test_a_weight_is_as_many_rows() -> None:

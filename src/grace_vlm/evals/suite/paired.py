@@ -45,9 +45,17 @@ class Difference:
 
 def read_records(folder: Path, profile: str) -> dict[str, Lines]:
     """Records of an evaluation by task; ``ConfigError`` if it has none of the profile."""
+    if not (folder / "run.json").is_file():
+        raise ConfigError(
+            f"{folder} is no evaluation (no run.json); expected what grace eval MODEL --suite --out wrote"
+        )
     files = sorted((folder / "records" / profile).glob("*.jsonl"))
     if not files:
-        raise ConfigError(f"{folder} has no records of the profile {profile}; run grace eval --suite with it first")
+        known = ", ".join(sorted(path.name for path in (folder / "records").glob("*"))) or "none"
+        raise ConfigError(
+            f"{folder} has no records of the profile {profile} (but of: {known}); pass one of those as --profile, or "
+            "run grace eval --suite with it first"
+        )
     return {file.stem: read_lines(file) for file in files}
 
 

@@ -121,9 +121,16 @@ def ask(
             progress(done, len(wanted))
 
 
-def what_is_here(benchmark: Benchmark) -> str | None:
-    """A sentence on a benchmark that has not as many rows as any published form of it; None for one that has."""
+def what_is_here(benchmark: Benchmark, toy_rows: Mapping[str, int]) -> str | None:
+    """A sentence on a benchmark that has not as many rows as any published form of it; None for one that has.
+
+    Args:
+        toy_rows: of a toy suite, how many rows each benchmark was made with.
+    """
     about, count = benchmark.task.about, len(benchmark.docs.docs)
+    if about.name in toy_rows:
+        whole = toy_rows[about.name]
+        return None if count == whole else f"{about.title}: {count:,} rows are here, the toy suite has {whole:,}"
     if count in about.num_rows.values():
         return None
     published = ", ".join(f"{number:,} ({name})" for name, number in about.num_rows.items())
@@ -177,6 +184,17 @@ def write_scores(
     }
     write_json_atomic(out / "scores.json", content)
     return reports
+
+
+def require_no_fewer_rows(out: Path, limit: int | None) -> None:
+    """``ConfigError`` where ``out`` has scores of more rows than ``limit`` asks: they would be replaced."""
+    path = out / "scores.json"
+    if limit is None or not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["limit"]
+    if before is None or before > limit:
+        of = "all rows" if before is None else f"the first {before} rows"
+        raise ConfigError(f"{out} has scores of {of}, which --limit {limit} would replace; pass another --out")
 
 
 def _scores_before(path: Path, data: Mapping[str, str]) -> dict[str, Any]:

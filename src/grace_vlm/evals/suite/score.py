@@ -70,7 +70,9 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def said(metric: Metric) -> str:
-    """A metric as it is printed: value, interval, and how many of how many were scored."""
+    """A metric as it is printed: value, interval, and how many of how many were scored; of no rows there is none."""
+    if not metric.num_total:
+        return f"- 0/0 {metric.unit}"
     scale = 100.0 if metric.upper == 1.0 else 1.0
     value, low, high = (format(scale * number, ".1f") for number in (metric.value, metric.low, metric.high))
     return f"{value} [{low}, {high}] {metric.num_scored}/{metric.num_total} {metric.unit}"

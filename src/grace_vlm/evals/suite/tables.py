@@ -3,8 +3,8 @@ same by category, a category a row and a model a column.
 
 Intervals have both ends: near 0 and 100, and by Wilson's rule anywhere, they do not lie evenly about the number.
 Numbers of one profile stand together, and the profile is said. The best of each column is bold, and so is all that
-prints the same digits: a tie is no difference. A reference (a teacher) is not compared. ``markdown``, ``latex``,
-``csv`` and ``html``.
+prints the same digits: a tie is no difference. Where models were asked different numbers of rows, none is, and fewer
+rows than another's are said. A reference (a teacher) is not compared. ``markdown``, ``latex``, ``csv`` and ``html``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Cell:
     high: float
     num_scored: int
     num_total: int
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ class Line:
 
 def read_line(folder: Path, label: str, profile: str, is_reference: bool = False, by: str | None = None) -> Line:
     """Of an evaluation's ``scores.json``. ``by``: a column of the breakdown (``categories.py``). A control is said in
-    its label and is a reference: it is no model's score.
+    its label and is a reference: it is no model's score; so are the rows that ``--limit`` left.
 
     Raises:
         ConfigError: there is none, none of the profile, or no such column.
     """
-    reports = read_reports(folder, profile)
+    reports, limit = read_reports(folder, profile), read_scores(folder)["limit"]
     control = control_of(folder)
     label, is_reference = (label, is_reference) if control is None else (f"{label} [control: {control}]", True)
-    cells = {name: _cell(report["metrics"][report["headline"]]) for name, report in reports.items()}
+    label = label if limit is None else f"{label} [first {limit} rows]"
+    cells = {
+        name: replace(_cell(report["metrics"][report["headline"]]), metric=report["headline"])
+        for name, report in reports.items()
+    }
     found = [] if by is None else category_scores(reports, by)
     categories = {(one.task, one.column, one.value): _cell(one.metric) for one in found}
     return Line(label, cells, is_reference, categories)
@@ -71,6 +76,18 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: there is none, or none of the profile.
     """
+    scores: dict[str, dict[str, Any]] = read_scores(folder)["scores"]
+    if profile not in scores:
+        known = ", ".join(scores)
+        raise ConfigError(
+            f"{folder} has scores of {known}; pass --profile {next(iter(scores))}, or run grace eval with --profile "
+            f"{profile}"
+        )
+    return scores[profile]
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """An evaluation's ``scores.json``; ``ConfigError`` if there is none."""
     if (folder / "run.json").is_file() and not (folder / "scores.json").is_file():
         raise ConfigError(f"{folder} has answers and no scores yet; end it with grace eval --suite ... --resume")
     if not (folder / "scores.json").is_file():
@@ -81,14 +98,11 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{folder} {what}; expected what grace eval MODEL --suite card --data DIR --out DIR wrote")
     try:
         content: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        scores = content["scores"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} has no readable scores.json ({error}); run grace eval --suite again") from None
-    if profile not in scores:
-        known = ", ".join(scores)
-        raise ConfigError(f"{folder} has scores of {known}; for {profile} run grace eval with --profile {profile}")
-    found: dict[str, dict[str, Any]] = scores[profile]
-    return found
+    if not {"scores", "limit", "data"} <= content.keys():
+        raise ConfigError(f"{folder / 'scores.json'} is no file of grace eval --suite; expected scores, limit and data")
+    return content
 
 
 def control_of(folder: Path) -> str | None:
@@ -115,11 +129,21 @@ def table(lines: Sequence[Line], profile: str, form: str) -> str:
     if form == "csv":
         return _csv(ordered, names, profile)
     best = {name: _best([line.cells.get(name) for line in ordered if not line.is_reference]) for name in names}
+    most = {name: max(line.cells[name].num_total for line in ordered if name in line.cells) for name in names}
     rows = [
-        [_written(line.label, form), *(_text(line.cells.get(name), line, best[name], form) for name in names)]
+        [
+            _written(line.label, form),
+            *(_text(line.cells.get(name), line, best[name], form, most[name]) for name in names),
+        ]
         for line in ordered
     ]
-    return _whole(["model", *(TASKS[name].about.title for name in names)], rows, profile, form)
+    return _whole(["model", *(_titled(name, ordered) for name in names)], rows, profile, form)
+
+
+def _titled(name: str, lines: Sequence[Line]) -> str:
+    """A benchmark and what is measured on it."""
+    metrics = dict.fromkeys(line.cells[name].metric for line in lines if name in line.cells)
+    return " ".join(filter(None, (TASKS[name].about.title, "/".join(metrics))))
 
 
 def category_table(lines: Sequence[Line], profile: str, form: str) -> str:
@@ -161,7 +185,11 @@ def _piped(text: str) -> str:
 
 
 def _whole(heads: list[str], rows: list[list[str]], profile: str, form: str) -> str:
-    return {"markdown": _markdown, "latex": _latex, "html": _html}[form](heads, rows, f"profile {profile}; {_SAID}")
+    return _table(heads, rows, f"profile {profile}; {_SAID}", form)
+
+
+def _table(heads: list[str], rows: list[list[str]], said: str, form: str) -> str:
+    return {"markdown": _markdown, "latex": _latex, "html": _html}[form](heads, rows, said)
 
 
 def _markdown(heads: list[str], rows: list[list[str]], said: str) -> str:
@@ -183,13 +211,21 @@ def _html(heads: list[str], rows: list[list[str]], said: str) -> str:
 
 
 def _best(cells: Sequence[Cell | None]) -> float | None:
-    values = [cell.value for cell in cells if cell is not None]
-    return max(values) if len(values) > 1 else None
+    found = [cell for cell in cells if cell is not None]
+    is_fair = len(found) > 1 and len({cell.num_total for cell in found}) == 1
+    return max(cell.value for cell in found) if is_fair else None
 
 
-def _text(cell: Cell | None, line: Line, best: float | None, form: str) -> str:
+def _text(cell: Cell | None, line: Line, best: float | None, form: str, most: int = 0) -> str:
     if cell is None:
         return ""
+    if not cell.num_total:
+        return "-"
+    fewer = f" ({cell.num_total} of {most})" if cell.num_total < most else ""
+    return _number(cell, line, best, form) + fewer
+
+
+def _number(cell: Cell, line: Line, best: float | None, form: str) -> str:
     value, low, high = (f"{number:.1f}" for number in (cell.value, cell.low, cell.high))
     is_best = not line.is_reference and best is not None and value == f"{best:.1f}"
     if form == "latex":
@@ -205,12 +241,12 @@ def _escaped(text: str) -> str:
 
 def _csv(lines: Sequence[Line], names: Sequence[str], profile: str) -> str:
     rows = [
-        [line.label, name, profile, *_numbers(line.cells[name])]
+        [line.label, name, profile, line.cells[name].metric, *_numbers(line.cells[name])]
         for line in lines
         for name in names
         if name in line.cells
     ]
-    return _csv_text(["model", "task", "profile", *_NUMBERS], rows)
+    return _csv_text(["model", "task", "profile", "metric", *_NUMBERS], rows)
 
 
 def _category_csv(lines: Sequence[Line], keys: Sequence[tuple[str, str, str]], profile: str) -> str:
@@ -234,7 +270,53 @@ def _numbers(cell: Cell) -> list[str]:
     ]
 
 
-def _csv_text(heads: list[str], rows: list[list[str]]) -> str:
+def difference_table(found: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str, profile: str, form: str) -> str:
+    """Differences of each model to ``baseline`` by benchmark: ``paired.Difference`` as dictionaries, with ``holm``."""
+    _check_form(form)
+    if form == "csv":
+        names = ("num_rows", "mean", "low", "high", "p_value", "holm", "disagreement")
+        rows = [
+            [
+                label,
+                baseline,
+                one["task"],
+                profile,
+                *(f"{one[name]:.6g}" for name in names),
+                len(one["lost"]),
+                len(one["won"]),
+            ]
+            for label, own in found.items()
+            for one in own
+        ]
+        return _csv_text(["model", "baseline", "task", "profile", *names, "lost", "won"], rows)
+    heads = ["task", "rows", "mean difference of a row, points", "p", "p by Holm", "answers apart %", "lost / won"]
+    texts = []
+    for label, own in found.items():
+        lines = [
+            [
+                _written(one["task"], form),
+                f"{one['num_rows']:,}",
+                f"{100 * one['mean']:+.2f} [{100 * one['low']:+.2f}, {100 * one['high']:+.2f}]",
+                _written(_p(one["p_value"]), form),
+                _written(_p(one["holm"]), form),
+                f"{100 * one['disagreement']:.1f}",
+                f"{len(one['lost'])} / {len(one['won'])}",
+            ]
+            for one in own
+        ]
+        title = f"{label} against {baseline}, profile {profile}"
+        if form == "markdown":  # several follow each other: the title stands before
+            texts.append(f"{title}:\n\n{_markdown(heads, lines, '').rstrip()}\n")
+        else:
+            texts.append(_table(heads, lines, title, form))
+    return "\n".join(texts)
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
+
+
+def _csv_text(heads: list[str], rows: list[list[Any]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([heads, *rows])
     return out.getvalue()

@@ -36,6 +36,13 @@ def is_toy_suite(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("source") == SOURCE
 
 
+def rows_of_toy_suite(folder: Path) -> dict[str, int]:
+    """How many rows each benchmark of a toy suite was made with; nothing of another folder."""
+    if not is_toy_suite(folder):
+        return {}
+    return {name: one["counts"]["rows"] for name, one in read_manifest(folder)["benchmarks"].items()}
+
+
 def write_toy_suite(
     folder: Path,
     seed: int = 0,
