@@ -153,6 +153,14 @@ def test_activations_that_there_are_none_of(world: Path, fails: Any) -> None:
     assert not (world / "compared").exists()
 
 
+def test_a_comparison_into_a_file(world: Path, fails: Any) -> None:
+    (world / "file").write_text("a")
+    reason = "a part of the path is a file; what was there before is untouched"
+    line = f"cannot write {world / 'file' / 'answers'}: {reason}"
+    both = (world / "student", world / "teacher", "--data", world / "rows.jsonl")
+    fails(5, line, "compare", *both, "--out", world / "file")
+
+
 def test_existing_output(world: Path, fails: Any) -> None:
     before = sorted((world / "run").rglob("*"))
     line = f"{world}/run exists; pass --resume to go on, --overwrite to start again, or another --out"

@@ -94,6 +94,12 @@ def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {reason}{needs}; what was there before is untouched") from error
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, if they are not there; ``CheckpointError`` where that cannot be."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def require_free_space(path: Path, needed_bytes: int) -> None:
     """Raise ``CheckpointError`` if the file system that holds (or will hold) ``path`` has too little room."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

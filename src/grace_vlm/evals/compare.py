@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from grace_vlm.checkpoint.atomic import write_json_atomic
+from grace_vlm.checkpoint.atomic import make_folder, write_json_atomic
 from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.open import open_model
 from grace_vlm.engine.sampling import Choice
@@ -99,7 +99,7 @@ class Comparison:
         self.gate_points: list[list[float]] = []
         self._questions: QuestionFile | None = None
         self._base_weights: dict[str, torch.Tensor] = {}
-        (out / "answers").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "answers")
 
     def add(self, contestant: Contestant) -> Score:
         """Ask one model everything. The baseline comes before those that are compared with it."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
+from grace_vlm.checkpoint.atomic import make_folder, write_bytes_atomic, write_json_atomic
 from grace_vlm.errors import DataError
 from grace_vlm.evals.charts import clipped, p_text
 from grace_vlm.evals.plain_page import render_page
@@ -48,7 +48,7 @@ def write_flips(
         names: of the base and of what is compared with it. asked: questions of the flips, as ``asked_again`` has them;
             empty: neither prompts nor pictures.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     text = "".join(json.dumps(flip.line(), ensure_ascii=False, sort_keys=True) + "\n" for flip in comparison.flips)
     write_bytes_atomic(out / LINES, text.encode("utf-8", "surrogatepass"))
     differences = [

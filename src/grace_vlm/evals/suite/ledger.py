@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from grace_vlm.checkpoint.atomic import write_json_atomic
+from grace_vlm.checkpoint.atomic import make_folder, write_json_atomic
 from grace_vlm.data.ledger import whole_lines
 from grace_vlm.errors import ConfigError, DataError
 
@@ -76,7 +76,7 @@ class Ledger:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Ledger]:
         """``add`` works inside. ``run.json`` comes with it: a model that does not open leaves none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if not (self.folder / "run.json").is_file():
             write_json_atomic(self.folder / "run.json", self._stated)
         with self.path.open("a", encoding="utf-8") as file:

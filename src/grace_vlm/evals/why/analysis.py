@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from grace_vlm.checkpoint.atomic import write_json_atomic
+from grace_vlm.checkpoint.atomic import make_folder, write_json_atomic
 from grace_vlm.data.collate import Batch
 from grace_vlm.engine.open import open_model
 from grace_vlm.errors import ConfigError
@@ -152,5 +152,5 @@ def left_out(
 
 def write_analysis(out: Path, result: Mapping[str, Any]) -> None:
     """``analysis.json`` in ``out``, which is made."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json_atomic(out / FILE, dict(result))
