@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from grace_vlm.cli.output import emit_json
+from grace_vlm.cli.suite import known_profiles
 from grace_vlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,14 +64,9 @@ def scores(
 
 def one_profile(given: Sequence[str]) -> Profile:
     """The profile of a table; ``ConfigError`` for another name, or several."""
-    from grace_vlm.evals.tasks.task import PROFILES
-
     if len(given) > 1:
         raise ConfigError(f"--profile is given {len(given)} times ({', '.join(given)}); numbers of one stand together")
-    known = next((name for name in PROFILES if name == given[0]), None)
-    if known is None:
-        raise ConfigError(f"--profile is {given[0]}; expected one of {', '.join(PROFILES)}")
-    return known
+    return known_profiles(given)[0]
 
 
 def _categories(line: Line) -> list[dict[str, Any]]:

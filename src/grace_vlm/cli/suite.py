@@ -71,7 +71,7 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
     if asked.suite not in SUITES:
         raise ConfigError(f"--suite is {asked.suite}; expected one of {', '.join(SUITES)}")
     names = tuple(dict.fromkeys(task_named(name).about.name for name in asked.tasks)) or SUITES[asked.suite]
-    profiles, part = _profiles(asked.profiles), _part(asked.part)
+    profiles, part = known_profiles(asked.profiles), _part(asked.part)
     most = MOST_NEW_TOKENS if asked.max_new_tokens is None else asked.max_new_tokens
     benchmarks, absent = read_benchmarks(names, asked.data, asked.limit, bool(asked.tasks), most)
     if asked.control is not None:
@@ -126,7 +126,8 @@ def run_suite(asked: Asked, by: By, as_json: bool) -> None:
         )
 
 
-def _profiles(names: tuple[str, ...]) -> list[Profile]:
+def known_profiles(names: Sequence[str]) -> list[Profile]:
+    """The profiles of these names, in their own order; ``ConfigError`` for another name."""
     from grace_vlm.evals.tasks.task import PROFILES
 
     if wrong := [name for name in names if name not in PROFILES]:

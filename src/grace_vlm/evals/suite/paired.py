@@ -7,7 +7,6 @@ right, which Holm's method holds against the number of tasks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from grace_vlm.errors import ConfigError
 from grace_vlm.evals.bootstrap import paired_cluster_interval
 from grace_vlm.evals.statistics import disagreement_rate, flips, mcnemar_p
 from grace_vlm.evals.suite.score import read_lines
+from grace_vlm.evals.suite.tables import read_scores
 
 CLUSTERS = ("set", "circular", "diagram", "picture")
 """Names of a row's groups by which rows are right or wrong together; a row without one is its own."""
@@ -61,7 +61,7 @@ def read_records(folder: Path, profile: str) -> dict[str, Lines]:
 
 def require_same_data(own: Path, base: Path, tasks: Sequence[str]) -> None:
     """``ConfigError`` unless both evaluations asked the same rows of the same files."""
-    mine, theirs = (json.loads((folder / "scores.json").read_text(encoding="utf-8"))["data"] for folder in (own, base))
+    mine, theirs = (read_scores(folder)["data"] for folder in (own, base))
     for task in tasks:
         if mine.get(task) != theirs.get(task):
             raise ConfigError(

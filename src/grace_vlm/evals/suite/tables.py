@@ -14,7 +14,7 @@ import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,17 @@ class Line:
 
 def read_line(folder: Path, label: str, profile: str, is_reference: bool = False, by: str | None = None) -> Line:
     """Of an evaluation's ``scores.json``. ``by``: a column of the breakdown (``categories.py``). A control is said in
-    its label and is a reference: it is no model's score; so are the rows that ``--limit`` left.
+    its label and is a reference: it is no model's score. ``--limit`` is said there, too.
 
     Raises:
         ConfigError: there is none, none of the profile, or no such column.
     """
-    reports, limit = read_reports(folder, profile), read_scores(folder)["limit"]
+    content = read_scores(folder)
+    reports, limit = reports_of(content, folder, profile), content["limit"]
     control = control_of(folder)
     label, is_reference = (label, is_reference) if control is None else (f"{label} [control: {control}]", True)
     label = label if limit is None else f"{label} [first {limit} rows]"
-    cells = {
-        name: replace(_cell(report["metrics"][report["headline"]]), metric=report["headline"])
-        for name, report in reports.items()
-    }
+    cells = {name: _cell(report["metrics"][report["headline"]], report["headline"]) for name, report in reports.items()}
     found = [] if by is None else category_scores(reports, by)
     categories = {(one.task, one.column, one.value): _cell(one.metric) for one in found}
     return Line(label, cells, is_reference, categories)
@@ -76,7 +74,12 @@ def read_reports(folder: Path, profile: str) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: there is none, or none of the profile.
     """
-    scores: dict[str, dict[str, Any]] = read_scores(folder)["scores"]
+    return reports_of(read_scores(folder), folder, profile)
+
+
+def reports_of(content: Mapping[str, Any], folder: Path, profile: str) -> dict[str, dict[str, Any]]:
+    """Task -> report of a profile of ``read_scores(folder)``; ``ConfigError`` if it has none of the profile."""
+    scores: dict[str, dict[str, Any]] = content["scores"]
     if profile not in scores:
         known = ", ".join(scores)
         raise ConfigError(
@@ -100,7 +103,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} has no readable scores.json ({error}); run grace eval --suite again") from None
-    if not {"scores", "limit", "data"} <= content.keys():
+    if not isinstance(content, dict) or not {"scores", "limit", "data"} <= content.keys():
         raise ConfigError(f"{folder / 'scores.json'} is no file of grace eval --suite; expected scores, limit and data")
     return content
 
@@ -111,10 +114,10 @@ def control_of(folder: Path) -> str | None:
     return control
 
 
-def _cell(metric: Mapping[str, Any]) -> Cell:
+def _cell(metric: Mapping[str, Any], name: str = "") -> Cell:
     scale = 100.0 if metric["upper"] == 1.0 else 1.0
-    value, low, high = (scale * metric[name] for name in ("value", "low", "high"))
-    return Cell(value, low, high, metric["num_scored"], metric["num_total"])
+    value, low, high = (scale * metric[number] for number in ("value", "low", "high"))
+    return Cell(value, low, high, metric["num_scored"], metric["num_total"], name)
 
 
 def table(lines: Sequence[Line], profile: str, form: str) -> str:

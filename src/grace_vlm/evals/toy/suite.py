@@ -27,20 +27,15 @@ PICTURE_FOLDERS = ("images", "SEED-Bench-image")
 """Folders of single pictures, which the manifest digests together."""
 
 
-def is_toy_suite(folder: Path) -> bool:
-    """Whether ``write_toy_suite`` made it."""
-    try:
-        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("source") == SOURCE
-
-
 def rows_of_toy_suite(folder: Path) -> dict[str, int]:
-    """How many rows each benchmark of a toy suite was made with; nothing of another folder."""
-    if not is_toy_suite(folder):
+    """How many rows each benchmark was made with, of a folder that ``write_toy_suite`` made; nothing of another one."""
+    try:
+        content = read_manifest(folder)
+    except (OSError, ValueError):
         return {}
-    return {name: one["counts"]["rows"] for name, one in read_manifest(folder)["benchmarks"].items()}
+    if not isinstance(content, dict) or content.get("source") != SOURCE:
+        return {}
+    return {name: one["counts"]["rows"] for name, one in content["benchmarks"].items()}
 
 
 def write_toy_suite(
