@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -77,7 +77,10 @@ smollm2-language: runs/text/manifest.json  ## the same with searched rates, five
 smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
 	$(SMOLLM2) data
 
-smollm2-teacher: smollm2-data  ## GPU
+smollm2-tower: smollm2-data  ## GPU
+	$(STAGE) tower $(LIMITED)
+
+smollm2-teacher: smollm2-tower  ## GPU
 	$(STAGE) teacher $(LIMITED)
 
 smollm2-student: smollm2-teacher  ## GPU

@@ -1,7 +1,8 @@
 """Proof on pretrained weights: SmolLM2 with a small tower, where four bits hurt, and what each method gives back.
 
     python benchmarks/smollm2.py data             # runs/world and runs/text as one file to train on
-    python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_*.yaml
+    python benchmarks/smollm2.py tower            # recipes/smollm2/teacher_0_tower.yaml
+    python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_1_vision.yaml, teacher_2_all.yaml
     python benchmarks/smollm2.py student          # recipes/smollm2/student.yaml
     python benchmarks/smollm2.py search           # a learning rate for each trained method
     python benchmarks/smollm2.py headline         # every method at W4 g64, five seeds
@@ -56,6 +57,10 @@ heart (perplexity 8), and the language no more (104 of other paragraphs, from 36
 
 ROWS = RUNS / "train.jsonl"
 
+TIMES = 4
+"""Of a conversation in ``ROWS``: its answers are 12 tokens, a paragraph is 84, and the loss is a mean over tokens, half of
+them so of pictures."""
+
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
     "data.root=null",
@@ -77,6 +82,7 @@ ASK_AGAIN = 5.0
 """Seconds, twice, after which a run that did not hear that its time is up is told again."""
 
 STAGES = {
+    "tower": ("teacher_0_tower",),
     "teacher": ("teacher_1_vision", "teacher_2_all"),
     "student": ("student",),
 }
@@ -130,16 +136,16 @@ def _stop_at_once(number: int, frame: Any) -> None:
 
 
 def join_rows(out: Path) -> int:
-    """Conversations about pictures, twice, and rows of text in one file; how many rows. An answer about a picture is a
-    few tokens and a paragraph a hundred: so a run reads its text about twice, and learns pictures all the while."""
+    """Conversations about pictures, ``TIMES`` of each, and rows of text in one file; how many rows."""
     pictures, text = WORLD / "conversations.jsonl", PROSE / "train.jsonl"
     for part in (pictures, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
     once = pictures.read_bytes()
-    again = [json.loads(line) for line in once.splitlines()]
-    twice = "".join(json.dumps({**row, "id": f"{row['id']}-again"}, ensure_ascii=False) + "\n" for row in again)
-    content = once + twice.encode() + text.read_bytes()
+    shown = [json.loads(line) for line in once.splitlines()]
+    again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, TIMES + 1) for row in shown)
+    more = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again)
+    content = once + more.encode() + text.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(out, content)
     return content.count(b"\n")

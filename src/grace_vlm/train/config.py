@@ -36,7 +36,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     student: str = Field(
         description="model folder, run folder, hub id; pruned:MODEL:LAYERS of one of these; smollm2:LAYERS with a new "
-        "tower; or toy:SIZE and random:ID for a random start"
+        "tower, smollm2:LAYERS:MODEL with that of another run; or toy:SIZE and random:ID for a random start"
     )
     base: str | None = Field(
         None,
