@@ -34,7 +34,7 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2: rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
+# GPUS=2 (or 4): rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
 GPUS ?= 1
 AT_ONCE ?= 1
 ROWS = $(LIMITED) --gpus $(GPUS) --at-once $(AT_ONCE)
@@ -59,7 +59,7 @@ runs/npm/.stamp: | .venv/.stamp
 	@touch $@
 
 runs/world/manifest.json: | runs/npm/.stamp runs/.smollm2-packages
-	PYTHONPATH=runs/npm/site $(BIN)/grace data prepare world runs/world --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
+	PYTHONPATH=runs/npm/site $(BIN)/grace data prepare world runs/world --rows 330000 --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
 
 runs/toy-suite/manifest.json: | .venv/.stamp
 	$(BIN)/grace data prepare toy-suite runs/toy-suite

@@ -57,9 +57,9 @@ heart (perplexity 8), and the language no more (104 of other paragraphs, from 36
 
 ROWS = RUNS / "train.jsonl"
 
-TIMES = 4
-"""Of a conversation in ``ROWS``: its answers are 12 tokens, a paragraph is 84, and the loss is a mean over tokens, half of
-them so of pictures."""
+TIMES = 3
+"""Of a conversation in ``ROWS``: its answers are 12 tokens, a paragraph is 84, and the loss is a mean over tokens, two
+thirds of them so of pictures."""
 
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
@@ -177,17 +177,9 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) ->
 
 
 def stage_recipe(name: str, overrides: Sequence[str]) -> Any:
-    """A stage's recipe; several processes share a micro-batch."""
     from grace_vlm.train.config import load_recipe
 
-    path, count = RECIPES / f"{name}.yaml", int(os.environ.get("WORLD_SIZE", "1"))
-    recipe = load_recipe(path, overrides)
-    if count == 1:
-        return recipe
-    rows = recipe.data.micro_batch_size
-    if rows % count:
-        sys.exit(f"{count} processes cannot share the {rows} rows of a micro-batch of {name}")
-    return load_recipe(path, [*overrides, f"data.micro_batch_size={rows // count}", f"data.accumulation={count}"])
+    return load_recipe(RECIPES / f"{name}.yaml", overrides)
 
 
 def _is_first() -> bool:
@@ -201,16 +193,16 @@ def _say(report: Any, num_steps: int) -> None:
 
 
 def _add_seconds(out: Path, seconds: float) -> None:
-    """Of a stage's run, over all the times it was begun: ``seconds.txt`` beside its checkpoints."""
+    """Of a stage's run, over all the times it was begun and all its GPUs: ``seconds.txt`` beside its checkpoints."""
     if not out.is_dir():
         return
     path = out / "seconds.txt"
     before = float(path.read_text()) if path.is_file() else 0.0
-    path.write_text(f"{before + seconds:.1f}\n")
+    path.write_text(f"{before + seconds * int(os.environ.get('WORLD_SIZE', '1')):.1f}\n")
 
 
 def note_stage(name: str, path: Path) -> None:
-    """The hash, seconds, device and commit of a run that is complete; one that is noted already stays as it is."""
+    """The hash, GPU seconds, device and commit of a run that is complete; one that is noted already stays as it is."""
     import torch
 
     stages, weights = read_stages(path), digest_of(str(RUNS / name))

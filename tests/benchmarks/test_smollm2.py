@@ -442,16 +442,16 @@ def test_the_file_is_a_program(in_a_folder: None) -> None:
     )
 
 
-def test_rows_of_pictures_are_there_four_times(in_a_folder: None) -> None:
+def test_rows_of_pictures_are_there_several_times(in_a_folder: None) -> None:
     turns = [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "yes"}]
     one, two = ({"id": name, "conversations": turns} for name in ("one", "two"))
     write(bench.WORLD / "conversations.jsonl", [one])
     write(bench.PROSE / "train.jsonl", [two])
-    assert bench.join_rows(Path("out.jsonl")) == 5
+    assert bench.join_rows(Path("out.jsonl")) == 1 + bench.TIMES
     found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert found == [one, *({**one, "id": f"one-{time}"} for time in (2, 3, 4)), two]
+    assert found == [one, *({**one, "id": f"one-{time}"} for time in range(2, bench.TIMES + 1)), two]
     result = check_file(Path("out.jsonl"), None)
-    assert (result.num_rows, result.num_good) == (5, 5), "no row is another's double"
+    assert (result.num_rows, result.num_good) == (1 + bench.TIMES, 1 + bench.TIMES), "no row is another's double"
 
 
 def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:
@@ -531,13 +531,16 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, ca
         assert said in capsys.readouterr().err
 
 
-def test_processes_share_the_batches_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_processes_share_the_micro_batches_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
-    alone = bench.stage_recipe("teacher_2_all", ["optim.num_steps=5"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shared = bench.stage_recipe("teacher_2_all", ["optim.num_steps=5"])
-    assert (shared.data.micro_batch_size, shared.data.accumulation) == (32, 2)
-    same = {"micro_batch_size": alone.data.micro_batch_size, "accumulation": alone.data.accumulation}
-    assert shared.model_copy(update={"data": shared.data.model_copy(update=same)}) == alone
-    with pytest.raises(SystemExit, match="2 processes cannot share the 5 rows of a micro-batch of student"):
-        bench.stage_recipe("student", ["data.micro_batch_size=5"])
+    for name in (name for names in bench.STAGES.values() for name in names):
+        whole = bench.stage_recipe(name, ["optim.num_steps=5"])
+        assert whole.optim.num_steps == 5
+        assert whole.on_each_of(4).data.accumulation * 4 == whole.data.accumulation
+
+
+def test_seconds_of_a_stage_are_those_of_all_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench._add_seconds(tmp_path, 10)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    bench._add_seconds(tmp_path, 2.5)
+    assert (tmp_path / "seconds.txt").read_text() == "20.0\n"
