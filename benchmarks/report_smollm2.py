@@ -25,7 +25,7 @@ from smollm2_rows import (
     LANGUAGE_OUT,
     OUT,
     STAGES_FILE,
-    is_validation,
+    is_reported,
     loss_of,
     mean_of_suite,
     read_rows,
@@ -77,7 +77,7 @@ Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
 def test_right(row: dict[str, Any]) -> float | None:
     """Share of the questions that no learning rate was chosen on, in per cent."""
     bits = row["questions"].get("correct", "")
-    own = [bit == "1" for number, bit in enumerate(bits) if not is_validation(number)]
+    own = [bit == "1" for number, bit in enumerate(bits) if is_reported(number)]
     return 100 * statistics.mean(own) if own else None
 
 

@@ -1,9 +1,7 @@
 """Proof on pretrained weights: SmolLM2 with a small tower, where four bits hurt, and what each method gives back.
 
     python benchmarks/smollm2.py data             # runs/world and runs/text as one file to train on
-    python benchmarks/smollm2.py tower            # recipes/smollm2/teacher_0_tower.yaml
-    python benchmarks/smollm2.py teacher          # recipes/smollm2/teacher_1_vision.yaml, teacher_2_all.yaml
-    python benchmarks/smollm2.py student          # recipes/smollm2/student.yaml
+    python benchmarks/smollm2.py tower            # recipes/smollm2/tower.yaml; teacher and student: theirs
     python benchmarks/smollm2.py search           # a learning rate for each trained method
     python benchmarks/smollm2.py headline         # every method at W4 g64, five seeds
     python benchmarks/smollm2.py others           # W8, W3, W4 g32; GRACE without each part; BF16, trained as long
@@ -44,7 +42,7 @@ from typing import Any
 
 from record import commit_name, device_name
 from smollm2_jobs import JOBS, LANGUAGE_RATES, PICTURED, RATES, RECIPES, RUNS, search_jobs, searched_rates, small_jobs
-from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_validation, read_stages
+from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_reported, is_validation, read_stages
 from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
@@ -57,9 +55,9 @@ heart (perplexity 8), and the language no more (104 of other paragraphs, from 36
 
 ROWS = RUNS / "train.jsonl"
 
-TIMES = 3
-"""Of a conversation in ``ROWS``: its answers are 12 tokens, a paragraph is 84, and the loss is a mean over tokens, two
-thirds of them so of pictures."""
+TIMES = 2
+"""Of a conversation in ``ROWS``: its answers are 12 tokens, a caption has 21, a paragraph 85, and the loss is a mean
+over tokens, two thirds of them so of pictures."""
 
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
@@ -81,12 +79,8 @@ LEFT_OVER = 3
 ASK_AGAIN = 5.0
 """Seconds, twice, after which a run that did not hear that its time is up is told again."""
 
-STAGES = {
-    "tower": ("teacher_0_tower",),
-    "teacher": ("teacher_1_vision", "teacher_2_all"),
-    "student": ("student",),
-}
-"""Recipes of a stage, in order; each run is ``runs/smollm2/<recipe>``."""
+STAGES = ("tower", "teacher", "student")
+"""Recipes of the pair, in order; each run is ``runs/smollm2/<recipe>``."""
 
 
 class Clock:
@@ -136,50 +130,44 @@ def _stop_at_once(number: int, frame: Any) -> None:
 
 
 def join_rows(out: Path) -> int:
-    """Conversations about pictures, ``TIMES`` of each, and rows of text in one file; how many rows."""
-    pictures, text = WORLD / "conversations.jsonl", PROSE / "train.jsonl"
-    for part in (pictures, text):
+    """Conversations about pictures, ``TIMES`` of each, captions and rows of text in one file; how many rows."""
+    pictures, captions, text = WORLD / "conversations.jsonl", WORLD / "captions.jsonl", PROSE / "train.jsonl"
+    for part in (pictures, captions, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
     once = pictures.read_bytes()
     shown = [json.loads(line) for line in once.splitlines()]
     again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, TIMES + 1) for row in shown)
     more = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again)
-    content = once + more.encode() + text.read_bytes()
+    content = once + more.encode() + captions.read_bytes() + text.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(out, content)
     return content.count(b"\n")
 
 
 def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) -> bool:
-    """Train a stage's recipes, going on where they stopped; whether all are complete. What each took goes to the folder
-    ``noted``."""
+    """Train a stage, going on where it stopped; whether it is complete. What it took goes to the folder ``noted``."""
     from grace_vlm.errors import StoppedError
+    from grace_vlm.train.config import load_recipe
     from grace_vlm.train.loop import train
 
-    for recipe in STAGES[name]:
-        out, started = RUNS / recipe, time.monotonic()
-        if clock.is_over:
-            return False
-        try:
-            with clock.stopping():
-                train(stage_recipe(recipe, overrides), out, resume=True, notify=print, progress=_say)
-        except StoppedError as stopped:
-            print(f"{recipe}: {stopped}")
-            return False
-        finally:
-            if _is_first():
-                _add_seconds(out, time.monotonic() - started)
+    out, started = RUNS / name, time.monotonic()
+    if clock.is_over:
+        return False
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
+    try:
+        with clock.stopping():
+            train(recipe, out, resume=True, notify=print, progress=_say)
+    except StoppedError as stopped:
+        print(f"{name}: {stopped}")
+        return False
+    finally:
         if _is_first():
-            note_stage(recipe, noted / STAGES_FILE)
-            print(f"{recipe} is complete: {out / 'final'}", flush=True)
+            _add_seconds(out, time.monotonic() - started)
+    if _is_first():
+        note_stage(name, noted / STAGES_FILE)
+        print(f"{name} is complete: {out / 'final'}", flush=True)
     return True
-
-
-def stage_recipe(name: str, overrides: Sequence[str]) -> Any:
-    from grace_vlm.train.config import load_recipe
-
-    return load_recipe(RECIPES / f"{name}.yaml", overrides)
 
 
 def _is_first() -> bool:
@@ -293,7 +281,7 @@ def main() -> None:
 
     out = args.out or (LANGUAGE_OUT if args.language else OUT)
     overrides, calibration_rows = list(args.overrides), CALIBRATION_ROWS
-    exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit)
+    exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit, is_asked=is_reported)
     if args.language or args.command == "small":
         calibration_rows = SMALL_CALIBRATION_ROWS
         language = write_language()

@@ -90,6 +90,11 @@ def is_validation(number: int) -> bool:
     return number // 100 % 2 == 0
 
 
+def is_reported(number: int) -> bool:
+    """The other half, which no rate was chosen on."""
+    return not is_validation(number)
+
+
 def validation_score(row: dict[str, Any]) -> float:
     """Share of right answers on every second hundred of the questions, the report tests on the others; of a row without
     questions its loss on the search's windows, negated."""

@@ -34,6 +34,7 @@ from grace_vlm.evals.toy.suite import write_toy_suite  # noqa: E402
 from grace_vlm.formats.publish import publish_model  # noqa: E402
 from grace_vlm.models.load import load_model  # noqa: E402
 from grace_vlm.models.toy import build_toy_model, build_toy_processor  # noqa: E402
+from grace_vlm.train.config import load_recipe  # noqa: E402
 
 STUDENT, TEACHER = ROOT / "assets" / "toy-student", ROOT / "assets" / "toy-teacher"
 
@@ -204,7 +205,7 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
 
 
 def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
-    for name in ("teacher_2_all", "student"):
+    for name in ("teacher", "student"):
         shutil.copytree(STUDENT, jobs_of.RUNS / name / "final")
         (jobs_of.RUNS / name / "seconds.txt").write_text("90.0\n")
         bench.note_stage(name, tmp_path / "stages.json")
@@ -217,7 +218,7 @@ def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
     searched = [row("qat", 100, 70, 2.2, digest), row("qat", 100, 70, 2.2)]
     write(tmp_path / "search.jsonl", [{**one, "rate": 1e-4} for one in searched])
     write(tmp_path / "headline.jsonl", [row(name, None, 80, 2.0, digest) for name in ("student", "rtn_minmax")])
-    said = "GPU minutes: `teacher_2_all` 1.5, `student` 1.5, search (1 rows) 1.0, headline (2 rows) 2.0; 6 in all."
+    said = "GPU minutes: `teacher` 1.5, `student` 1.5, search (1 rows) 1.0, headline (2 rows) 2.0; 6 in all."
     assert said in report.pages(tmp_path, tmp_path)
     assert report.cost_line(tmp_path, "s") == []
 
@@ -444,14 +445,15 @@ def test_the_file_is_a_program(in_a_folder: None) -> None:
 
 def test_rows_of_pictures_are_there_several_times(in_a_folder: None) -> None:
     turns = [{"from": "human", "value": "é?"}, {"from": "gpt", "value": "yes"}]
-    one, two = ({"id": name, "conversations": turns} for name in ("one", "two"))
+    one, two, three = ({"id": name, "conversations": turns} for name in ("one", "two", "three"))
     write(bench.WORLD / "conversations.jsonl", [one])
-    write(bench.PROSE / "train.jsonl", [two])
-    assert bench.join_rows(Path("out.jsonl")) == 1 + bench.TIMES
+    write(bench.WORLD / "captions.jsonl", [two])
+    write(bench.PROSE / "train.jsonl", [three])
+    assert bench.join_rows(Path("out.jsonl")) == 2 + bench.TIMES
     found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert found == [one, *({**one, "id": f"one-{time}"} for time in range(2, bench.TIMES + 1)), two]
+    assert found == [one, *({**one, "id": f"one-{time}"} for time in range(2, bench.TIMES + 1)), two, three]
     result = check_file(Path("out.jsonl"), None)
-    assert (result.num_rows, result.num_good) == (1 + bench.TIMES, 1 + bench.TIMES), "no row is another's double"
+    assert (result.num_rows, result.num_good) == (2 + bench.TIMES, 2 + bench.TIMES), "no row is another's double"
 
 
 def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:
@@ -531,12 +533,10 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, ca
         assert said in capsys.readouterr().err
 
 
-def test_four_processes_share_the_micro_batches_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "RECIPES", ROOT / "recipes" / "smollm2")
-    for name in (name for names in bench.STAGES.values() for name in names):
-        whole = bench.stage_recipe(name, ["optim.num_steps=5"])
-        assert whole.optim.num_steps == 5
-        assert whole.on_each_of(4).data.accumulation * 4 == whole.data.accumulation
+@pytest.mark.parametrize("name", bench.STAGES)
+def test_four_processes_share_the_micro_batches_of_a_stage(name: str) -> None:
+    whole = load_recipe(ROOT / "recipes" / "smollm2" / f"{name}.yaml", [])
+    assert whole.on_each_of(4).data.accumulation * 4 == whole.data.accumulation
 
 
 def test_seconds_of_a_stage_are_those_of_all_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
