@@ -41,7 +41,19 @@ from pathlib import Path
 from typing import Any
 
 from record import commit_name, device_name
-from smollm2_jobs import JOBS, LANGUAGE_RATES, PICTURED, RATES, RECIPES, RUNS, search_jobs, searched_rates, small_jobs
+from smollm2_jobs import (
+    JOBS,
+    LANGUAGE_RATES,
+    PICTURED,
+    RATES,
+    RECIPES,
+    RUNS,
+    SEARCHED,
+    Job,
+    search_jobs,
+    searched_rates,
+    small_jobs,
+)
 from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_reported, is_validation, read_stages
 from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of
 
@@ -251,6 +263,26 @@ def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
     return faults[0] if faults else max(codes)
 
 
+def jobs_of(args: argparse.Namespace, out: Path, student: str) -> list[Job]:
+    """The rows that a command names; ``ValueError`` says which it does not have."""
+    rates = LANGUAGE_RATES if args.language else RATES
+    if args.command not in JOBS:
+        return named(search_jobs(rates) if args.command == "search" else small_jobs(), args)
+    jobs = named(JOBS[args.command](dict.fromkeys(SEARCHED, rates[0])), args)
+    if all(job.rate is None for job in jobs):  # nothing is trained, and no search is waited for
+        return jobs
+    return named(JOBS[args.command](searched_rates(out, student, rates)), args)
+
+
+def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
+    if args.language:
+        jobs = [job for job in jobs if job.name not in (*PICTURED, "teacher")]
+    names = sorted({job.name for job in jobs})
+    if unknown := sorted(set(args.only or ()) - set(names)):
+        raise ValueError(f"{args.command} has no row {unknown[0]}; it has {', '.join(names)}")
+    return [job for job in jobs if not args.only or job.name in args.only]
+
+
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
@@ -292,18 +324,10 @@ def main() -> None:
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
     table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.beside)
-    rates = LANGUAGE_RATES if args.language else RATES
-    if args.command in JOBS:
-        jobs = JOBS[args.command](searched_rates(out, table.student, rates))
-    else:
-        jobs = search_jobs(rates) if args.command == "search" else small_jobs()
-    if args.language:
-        jobs = [job for job in jobs if job.name not in (*PICTURED, "teacher")]
-    if args.only:
-        names = sorted({job.name for job in jobs})
-        if unknown := sorted(set(args.only) - set(names)):
-            made.error(f"{args.command} has no row {unknown[0]}; it has {', '.join(names)}")
-        jobs = [job for job in jobs if job.name in args.only]
+    try:
+        jobs = jobs_of(args, out, table.student)
+    except ValueError as error:
+        made.error(str(error))
     sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -271,6 +272,17 @@ def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_pa
     why.KEPT_OF.write_text("another student")
     with pytest.raises(SystemExit):
         why.main([*stated, "--device=cpu", f"--out={tmp_path}"])
+
+
+def test_rows_without_training_wait_for_no_search(tmp_path: Path) -> None:
+    args = argparse.Namespace(command="headline", only=["rtn", "teacher"], language=False)
+    assert [(job.name, job.rate) for job in bench.jobs_of(args, tmp_path, "s")] == [("teacher", None), ("rtn", None)]
+    args.only.append("qat")
+    with pytest.raises(SystemExit, match="12 rows of the search are missing"):
+        bench.jobs_of(args, tmp_path, "s")
+    args.only.append("rtl")
+    with pytest.raises(ValueError, match="headline has no row rtl; it has awq, block, gptq, grace"):
+        bench.jobs_of(args, tmp_path, "s")
 
 
 def test_validation_and_test_halves_are_apart() -> None:
