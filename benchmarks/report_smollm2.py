@@ -146,11 +146,12 @@ def scheme_of(name: str, scheme: str) -> str:
 
 
 def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
-    """What share of the loss of RTN a method gives back, with its interval over seeds."""
+    """What share of the loss of RTN a method gives back, with its interval over seeds; nothing of a loss that is less
+    than a hundredth."""
     whole = values(runs, ("student", "bf16"), measure)
     lost = values(runs, ("rtn_minmax", scheme), measure)
     own = values(runs, (name, scheme), measure)
-    if not (whole and lost and own) or whole[0] == lost[0]:
+    if not (whole and lost and own) or abs(whole[0] - lost[0]) < 0.01 * abs(whole[0]):
         return ""
     shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
     low, high = t_interval(shares)

@@ -68,8 +68,8 @@ heart (perplexity 8), and the language no more (104 of other paragraphs, from 36
 ROWS = RUNS / "train.jsonl"
 
 TIMES = 2
-"""Of a conversation in ``ROWS``: its answers are 12 tokens, a caption has 21, a paragraph 85, and the loss is a mean
-over tokens, two thirds of them so of pictures."""
+"""Of a conversation and a caption in ``ROWS``: their answers are 12 and 21 tokens, a paragraph is 85, and the loss is a
+mean over tokens, seven tenths of them so of pictures."""
 
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
@@ -142,16 +142,16 @@ def _stop_at_once(number: int, frame: Any) -> None:
 
 
 def join_rows(out: Path) -> int:
-    """Conversations about pictures, ``TIMES`` of each, captions and rows of text in one file; how many rows."""
-    pictures, captions, text = WORLD / "conversations.jsonl", WORLD / "captions.jsonl", PROSE / "train.jsonl"
-    for part in (pictures, captions, text):
+    """Conversations about pictures and captions, ``TIMES`` of each, and rows of text in one file; how many rows."""
+    pictures, text = (WORLD / "conversations.jsonl", WORLD / "captions.jsonl"), PROSE / "train.jsonl"
+    for part in (*pictures, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
-    once = pictures.read_bytes()
+    once = b"".join(part.read_bytes() for part in pictures)
     shown = [json.loads(line) for line in once.splitlines()]
     again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, TIMES + 1) for row in shown)
     more = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again)
-    content = once + more.encode() + captions.read_bytes() + text.read_bytes()
+    content = once + more.encode() + text.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(out, content)
     return content.count(b"\n")

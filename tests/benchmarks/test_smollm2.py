@@ -205,6 +205,13 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
     assert ends["| QAT with plain distillation"] == " |"
 
 
+@pytest.mark.parametrize(("lost", "said"), [(2.01, ""), (2.4, "75 %")])
+def test_of_a_loss_that_is_none_nothing_is_given_back(lost: float, said: str) -> None:
+    found = [row("student", None, 80, 2.0), row("rtn_minmax", None, 80, lost), row("qat", 0, 80, 2.1)]
+    runs = {(one["name"], one["scheme"]): {one["seed"]: one} for one in found}
+    assert report.recovered(runs, "qat", "w4g64", report.text_loss) == said
+
+
 def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
     for name in ("teacher", "student"):
         shutil.copytree(STUDENT, jobs_of.RUNS / name / "final")
@@ -461,11 +468,12 @@ def test_rows_of_pictures_are_there_several_times(in_a_folder: None) -> None:
     write(bench.WORLD / "conversations.jsonl", [one])
     write(bench.WORLD / "captions.jsonl", [two])
     write(bench.PROSE / "train.jsonl", [three])
-    assert bench.join_rows(Path("out.jsonl")) == 2 + bench.TIMES
+    assert bench.join_rows(Path("out.jsonl")) == 1 + 2 * bench.TIMES
     found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert found == [one, *({**one, "id": f"one-{time}"} for time in range(2, bench.TIMES + 1)), two, three]
+    again = [{**row, "id": f"{row['id']}-{time}"} for time in range(2, bench.TIMES + 1) for row in (one, two)]
+    assert found == [one, two, *again, three]
     result = check_file(Path("out.jsonl"), None)
-    assert (result.num_rows, result.num_good) == (2 + bench.TIMES, 2 + bench.TIMES), "no row is another's double"
+    assert (result.num_rows, result.num_good) == (1 + 2 * bench.TIMES,) * 2, "no row is another's double"
 
 
 def test_rows_belong_to_weights_and_not_to_what_stands_beside_them(tmp_path: Path) -> None:
