@@ -275,6 +275,7 @@ def jobs_of(args: argparse.Namespace, out: Path, student: str) -> list[Job]:
 
 
 def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
+    """Those that ``--language`` and ``--only`` leave."""
     if args.language:
         jobs = [job for job in jobs if job.name not in (*PICTURED, "teacher")]
     names = sorted({job.name for job in jobs})

@@ -150,6 +150,8 @@ def test_smollm2_has_thirty_layers(name: str) -> None:
 def test_whose_tower_smollm2_has() -> None:
     assert parse_smollm2("smollm2:30") == (30, None)
     assert parse_smollm2("smollm2:2:runs/a:b") == (2, "runs/a:b")
+    with pytest.raises(ConfigError, match=r"names no model after its layers; expected smollm2:30:MODEL, or no colon"):
+        parse_smollm2("smollm2:30:")
 
 
 def test_another_tower_is_no_tower_of_smollm2() -> None:

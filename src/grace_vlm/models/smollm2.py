@@ -44,9 +44,11 @@ CHAT_TEMPLATE = chat_template("<image>\\n")
 
 def parse_smollm2(name: str) -> tuple[int, str | None]:
     """``smollm2:N`` or ``smollm2:N:MODEL`` -> (its first so many layers; whose tower, None: a new one)."""
-    stated, _, source = name.removeprefix(PREFIX).partition(":")
+    stated, colon, source = name.removeprefix(PREFIX).partition(":")
     if not stated.isdigit() or not 1 <= int(stated) <= NUM_LAYERS:
         raise ConfigError(f"{name!r} names {stated!r} layers; expected 1 to {NUM_LAYERS}, as in smollm2:{NUM_LAYERS}")
+    if colon and not source:
+        raise ConfigError(f"{name!r} names no model after its layers; expected {PREFIX}{stated}:MODEL, or no colon")
     return int(stated), source or None
 
 
