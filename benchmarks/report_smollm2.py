@@ -3,9 +3,11 @@
     python benchmarks/report_smollm2.py
 
 Only what stands between the two marks of the page is written. Seeds are the units: a difference of two methods is the
-mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. p values of a
+mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. Of two models
+that were not trained the units are what they were asked: blocks of a hundred questions, windows of text. p values of a
 table are adjusted together (Holm). A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the
-perplexity and on right answers, with RTN by min-max scales as the field uses it.
+perplexity and on right answers, with RTN by min-max scales as the field uses it; its interval is over seeds too, or,
+of what was not trained, over blocks and windows that are drawn again.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from smollm2_rows import (
     validation_score,
 )
 
+from grace_vlm.evals.bootstrap import ratio_interval
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
 
@@ -68,6 +71,7 @@ PAIRS = (
     *((name, "qat") for name in ("kd", "grace")),
     ("grace", "kd"),
     *((name, "student") for name in SEARCHED),
+    ("teacher", "student"),
 )
 RUNTIMES = {"engine": "our engine", "llama_cpp": "llama.cpp (xllamacpp)", "vllm": "vLLM, CPU build"}
 Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
@@ -100,7 +104,28 @@ def agreement(row: dict[str, Any]) -> float | None:
     return None if value is None else 100 * value
 
 
+def question_blocks(row: dict[str, Any]) -> list[float]:
+    """``test_right`` of each hundred: questions of one picture stand together, and are right or wrong together."""
+    bits = row["questions"].get("correct", "")
+    blocks = [bits[at : at + 100] for at in range(0, len(bits), 100) if is_reported(at)]
+    return [100 * block.count("1") / len(block) for block in blocks]
+
+
+def window_losses(row: dict[str, Any]) -> list[float]:
+    return list(row["texts"].get("prose", {}).get("losses", ()))
+
+
+def window_divergences(row: dict[str, Any]) -> list[float]:
+    return list(row["texts"].get("prose", {}).get("divergences") or ())
+
+
 Measure = Callable[[dict[str, Any]], float | None]
+UNITS: dict[Measure, Callable[[dict[str, Any]], list[float]]] = {
+    test_right: question_blocks,
+    text_loss: window_losses,
+    divergence: window_divergences,
+}
+"""What a measure is the mean of, the same for every model. (The suite's seven scores are means of seven kinds.)"""
 MEASURES: dict[str, Measure] = {
     "toy suite %": suite,
     "questions %": test_right,
@@ -146,16 +171,29 @@ def scheme_of(name: str, scheme: str) -> str:
 
 
 def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
-    """What share of the loss of RTN a method gives back, with its interval over seeds; nothing of a loss that is less
-    than a hundredth."""
-    whole = values(runs, ("student", "bf16"), measure)
-    lost = values(runs, ("rtn_minmax", scheme), measure)
-    own = values(runs, (name, scheme), measure)
+    """What share of the loss of RTN a method gives back, with its interval; nothing of a loss that is less than a
+    hundredth."""
+    keys = ("student", "bf16"), ("rtn_minmax", scheme), (name, scheme)
+    whole, lost, own = (values(runs, key, measure) for key in keys)
     if not (whole and lost and own) or abs(whole[0] - lost[0]) < 0.01 * abs(whole[0]):
         return ""
     shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
     low, high = t_interval(shares)
+    if set(runs[keys[2]]) == {None} and name != "rtn_minmax":
+        low, high = share_interval(*(UNITS[measure](runs[key][None]) for key in keys))
     return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
+
+
+def share_interval(whole: Sequence[float], lost: Sequence[float], own: Sequence[float]) -> tuple[float, float]:
+    """Of 100 (own - lost) / (whole - lost), three means over the same units, which are drawn again; nan of one unit."""
+    if len(own) < 2:
+        return math.nan, math.nan
+    sign = math.copysign(1, sum(whole) - sum(lost))
+    parts = {
+        unit: (100 * sign * (mine - bad), sign * (good - bad))
+        for unit, (good, bad, mine) in enumerate(zip(whole, lost, own, strict=True))
+    }
+    return ratio_interval([parts])[1:]
 
 
 COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "same word %", "questions given back",
@@ -212,9 +250,21 @@ def differences(one: dict[int | None, Any], other: dict[int | None, Any], measur
     return found
 
 
+def unit_differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
+    """Of two models that were not trained, unit by unit of what they were asked; none of others."""
+    if set(one) != {None} or set(other) != {None} or measure not in UNITS:
+        return []
+    a, b = (UNITS[measure](own[None]) for own in (one, other))
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def shown_p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-10 else "< 1e-10"
+
+
 def pair_table(runs: Runs, pairs: Sequence[tuple[tuple[str, str], tuple[str, str], str]]) -> list[str]:
     """Of every pair and measure the mean difference, its interval, p, and p adjusted for all of the table."""
-    rows: list[tuple[str, str, list[float]]] = []
+    rows: list[tuple[str, str, list[float], list[float]]] = []
     for one, other, label in pairs:
         if one not in runs or other not in runs:
             continue
@@ -222,14 +272,14 @@ def pair_table(runs: Runs, pairs: Sequence[tuple[tuple[str, str], tuple[str, str
             if measure is divergence and "student" in (one[0], other[0]):
                 continue  # what it is measured from
             if found := differences(runs[one], runs[other], measure):
-                rows.append((label, name, found))
-    tested = [t_test(found) for *_, found in rows]
+                rows.append((label, name, found, unit_differences(runs[one], runs[other], measure) or found))
+    tested = [t_test(units) for *_, units in rows]
     adjusted = iter(holm([p for p in tested if not math.isnan(p)]))
     lines = ["| difference of | in | mean [95 %] | p | p, Holm | by seed |", "|---" * 6 + "|"]
-    for (label, name, found), p in zip(rows, tested, strict=True):
-        low, high = t_interval(found)
+    for (label, name, found, units), p in zip(rows, tested, strict=True):
+        low, high = t_interval(units)
         shown = f"{statistics.mean(found):+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
-        ps = ("", "") if math.isnan(p) else (f"{p:.2g}", f"{next(adjusted):.2g}")
+        ps = ("", "") if math.isnan(p) else (shown_p(p), shown_p(next(adjusted)))
         seeds = ", ".join(f"{value:+.2f}" for value in found) if len(found) > 1 else ""
         lines.append(f"| {label} | {name} | {shown} | {ps[0]} | {ps[1]} | {seeds} |")
     return lines if len(lines) > 2 else []
@@ -308,7 +358,11 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     lines = []
     for scheme, width in WIDTHS.items():
         if any(key[1] == scheme for key in runs):
-            pairs = [((a, scheme), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}") for a, b in PAIRS]
+            pairs = [
+                ((a, scheme_of(a, scheme)), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}")
+                for a, b in PAIRS
+                if scheme == SCHEME or a != "teacher"
+            ]
             lines += section(
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],

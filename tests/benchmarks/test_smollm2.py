@@ -212,6 +212,24 @@ def test_of_a_loss_that_is_none_nothing_is_given_back(lost: float, said: str) ->
     assert report.recovered(runs, "qat", "w4g64", report.text_loss) == said
 
 
+def test_models_that_were_not_trained_differ_by_what_they_were_asked(tmp_path: Path) -> None:
+    rows = [row("student", None, 80, 2.0), row("rtn_minmax", None, 60, 3.0), row("gptq", None, 70, 2.5)]
+    for one, losses in zip(rows, ([2.0] * 3, [3.0] * 3, [2.2, 2.5, 2.8]), strict=True):
+        one["texts"]["prose"]["losses"] = losses
+    rows[1]["questions"]["correct"] += "-" * 100 + "1" * 20 + "0" * 80
+    rows[2]["questions"]["correct"] += "-" * 100 + "1" * 40 + "0" * 60
+    rows[0]["questions"]["correct"] += "-" * 100 + "1" * 60 + "0" * 40
+    write(tmp_path / "headline.jsonl", rows)
+    text = "\n".join(report.pages(tmp_path, tmp_path))
+    # Shares of 80, 50 and 20 % of three windows: one in 27 draws is three times the worst. Questions: 10 / 20, 20 / 40.
+    assert " | 50 % [50, 50] | 50 % [20, 80] | " in next(line for line in text.splitlines() if "| GPTQ |" in line)
+    (line,) = [own for own in text.splitlines() if own.startswith("| GPTQ - RTN, min-max scales | log")]
+    # t(2) sd / sqrt(3) = 4.303 * 0.3 / 1.732; t = 2.887
+    assert line == "| GPTQ - RTN, min-max scales | log perplexity | -0.500 [-1.245, +0.245] | 0.1 | 0.31 |  |"
+    (line,) = [own for own in text.splitlines() if own.startswith("| GPTQ - RTN, min-max scales | questions")]
+    assert line == "| GPTQ - RTN, min-max scales | questions % | +15.000 [-48.531, +78.531] | 0.2 | 0.41 |  |"
+
+
 def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
     for name in ("teacher", "student"):
         shutil.copytree(STUDENT, jobs_of.RUNS / name / "final")
@@ -242,7 +260,7 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     write(tmp_path / "headline.jsonl", [row("grace", 7, 0, 9.0, "another student"), *rows])
     text = "\n".join(report.pages(tmp_path, tmp_path))
     assert "9 rows, 9 minutes in all, for the student `s`" in text
-    assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % | 0.5 |" in text
+    assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % [50, 50] | 0.5 |" in text
     # (72, 74, 76 - 60) / 20, mean 70 %, t(2) sd/sqrt(3) = 4.303 * 10 / 1.732
     assert (
         "| GRACE | 3 | 74.00 ± 2.00 | 74.00 ± 2.00 | 8.17 ± 0.00 | 0.100 ± 0.000 | 90.0 ± 0.0 | 70 % [45, 95]" in text
