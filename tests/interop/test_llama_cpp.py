@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from typing import Any
 import pytest
 import torch
 from environments import REPOSITORY, environment, format_tests, module_of, record, run_script
+from PIL import Image
 from questions import as_vector, easy_vqa_rows, inputs_of, random_rows, read_questions, write_questions
 from smollm2_folder import write_smollm2
 
+from grace_vlm.evals.suite.responders import data_url
+from grace_vlm.formats.gguf_template import MARKER
 from grace_vlm.formats.lazy import Lazy
 from grace_vlm.formats.pack import pack
 from grace_vlm.formats.registry import converter_for, read_model
@@ -28,6 +32,7 @@ from grace_vlm.models.adapter import plan_model
 from grace_vlm.models.registry import adapter_for
 
 SCRIPT = Path(__file__).with_name("ask_llama_cpp.py")
+FORM = Path(__file__).with_name("ask_llama_cpp_form.py")
 FAMILIES = ("Qwen3-VL", "Qwen2-VL", "LLaVA-1.5")
 SCHEMES = ("w4g128", "w8g128")
 MARGIN = 0.3
@@ -186,6 +191,28 @@ def test_whole_answers_in_its_chat_form(python: Path, tmp_path: Path) -> None:
     assert sum(same) >= 19
     assert content["versions"] == {"llama_cpp": "2026.10.11549"}
     assert [path.name for path in (tmp_path / "out" / "chat").iterdir()] == ["easy.png"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_of_a_chat_about_a_picture(python: Path, tmp_path: Path, family: str) -> None:
+    """What a template has behind a picture is behind llama.cpp's marker: LLaVA's line break; Qwen's has its own marks
+    of a picture, which llama.cpp writes itself."""
+    from transformers import AutoProcessor
+
+    folder = format_tests("family_models").write_family(tmp_path / "model", family, "w4g128")
+    packed = pack(folder, tmp_path / "packed", "gguf")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64), "teal").save(picture)
+    text = {"type": "text", "text": "what color is it?"}
+    shown = {"type": "image_url", "image_url": {"url": data_url(picture.read_bytes())}}
+    request, out = tmp_path / "request.json", tmp_path / "prompt.json"
+    request.write_text(json.dumps({"messages": [{"role": "user", "content": [shown, text]}]}), encoding="utf-8")
+    run_script(python, FORM, packed, request, out)
+    turn = {"role": "user", "content": [{"type": "image"}, text]}
+    wanted = AutoProcessor.from_pretrained(folder).apply_chat_template([turn], add_generation_prompt=True)
+    wanted = re.sub(r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<image>", MARKER, wanted)
+    assert json.loads(out.read_text(encoding="utf-8")) == wanted
+    assert (f"{MARKER}\n" in wanted) == (family == "LLaVA-1.5")
 
 
 def test_smollm2(python: Path, tmp_path: Path) -> None:

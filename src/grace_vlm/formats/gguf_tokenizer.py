@@ -17,6 +17,7 @@ from typing import Any
 from grace_vlm.checkpoint.strict_json import read_object, shown
 from grace_vlm.errors import FormatError
 from grace_vlm.formats.gguf_file import Value
+from grace_vlm.formats.gguf_template import for_llama_cpp
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _QWEN2 = (
@@ -77,7 +78,7 @@ def tokenizer_values(folder: Path, vocab_size: int) -> dict[str, Value]:
             values[f"tokenizer.ggml.{name}_token_id"] = ids[content]
     values["tokenizer.ggml.add_bos_token"] = _adds_bos(state, settings)
     template = _chat_template(folder, settings)
-    return values | ({"tokenizer.chat_template": template} if template else {})
+    return values | ({"tokenizer.chat_template": for_llama_cpp(template)} if template else {})
 
 
 def _merges(stated: Any) -> list[str]:
