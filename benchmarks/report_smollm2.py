@@ -6,8 +6,7 @@ Only what stands between the two marks of the page is written. Seeds are the uni
 mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. Of two models
 that were not trained the units are what they were asked: blocks of a hundred questions, windows of text. p values of a
 table are adjusted together (Holm). A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the
-perplexity and on right answers, with RTN by min-max scales as the field uses it; its interval is over seeds too, or,
-of what was not trained, over blocks and windows that are drawn again.
+perplexity and on right answers, with RTN by min-max scales as the field uses it; its interval is over the same units.
 """
 
 from __future__ import annotations
@@ -27,15 +26,22 @@ from smollm2_rows import (
     LANGUAGE_OUT,
     OUT,
     STAGES_FILE,
-    is_reported,
-    loss_of,
-    mean_of_suite,
     read_rows,
     read_stages,
     validation_score,
 )
+from smollm2_units import (
+    MEASURES,
+    Measure,
+    agreement,
+    divergence,
+    share_interval,
+    suite,
+    test_right,
+    text_loss,
+    units_of,
+)
 
-from grace_vlm.evals.bootstrap import ratio_interval
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
 
@@ -76,62 +82,6 @@ PAIRS = (
 RUNTIMES = {"engine": "our engine", "llama_cpp": "llama.cpp (xllamacpp)", "vllm": "vLLM, CPU build"}
 Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
 """(name, scheme) -> seed -> row."""
-
-
-def test_right(row: dict[str, Any]) -> float | None:
-    """Share of the questions that no learning rate was chosen on, in per cent."""
-    bits = row["questions"].get("correct", "")
-    own = [bit == "1" for number, bit in enumerate(bits) if is_reported(number)]
-    return 100 * statistics.mean(own) if own else None
-
-
-def suite(row: dict[str, Any]) -> float | None:
-    value = mean_of_suite(row)
-    return None if value is None else 100 * value
-
-
-def text_loss(row: dict[str, Any]) -> float | None:
-    return loss_of(row, "prose") if "prose" in row["texts"] else None
-
-
-def divergence(row: dict[str, Any]) -> float | None:
-    values = row["texts"].get("prose", {}).get("divergences")
-    return statistics.mean(values) if values else None
-
-
-def agreement(row: dict[str, Any]) -> float | None:
-    value = row["texts"].get("prose", {}).get("agreement")
-    return None if value is None else 100 * value
-
-
-def question_blocks(row: dict[str, Any]) -> list[float]:
-    """``test_right`` of each hundred: questions of one picture stand together, and are right or wrong together."""
-    bits = row["questions"].get("correct", "")
-    blocks = [bits[at : at + 100] for at in range(0, len(bits), 100) if is_reported(at)]
-    return [100 * block.count("1") / len(block) for block in blocks]
-
-
-def window_losses(row: dict[str, Any]) -> list[float]:
-    return list(row["texts"].get("prose", {}).get("losses", ()))
-
-
-def window_divergences(row: dict[str, Any]) -> list[float]:
-    return list(row["texts"].get("prose", {}).get("divergences") or ())
-
-
-Measure = Callable[[dict[str, Any]], float | None]
-UNITS: dict[Measure, Callable[[dict[str, Any]], list[float]]] = {
-    test_right: question_blocks,
-    text_loss: window_losses,
-    divergence: window_divergences,
-}
-"""What a measure is the mean of, the same for every model. (The suite's seven scores are means of seven kinds.)"""
-MEASURES: dict[str, Measure] = {
-    "toy suite %": suite,
-    "questions %": test_right,
-    "log perplexity": text_loss,
-    "KL to BF16": divergence,
-}
 
 
 def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
@@ -180,20 +130,8 @@ def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
     shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
     low, high = t_interval(shares)
     if set(runs[keys[2]]) == {None} and name != "rtn_minmax":
-        low, high = share_interval(*(UNITS[measure](runs[key][None]) for key in keys))
+        low, high = share_interval(*(runs[key][None] for key in keys), measure)
     return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
-
-
-def share_interval(whole: Sequence[float], lost: Sequence[float], own: Sequence[float]) -> tuple[float, float]:
-    """Of 100 (own - lost) / (whole - lost), three means over the same units, which are drawn again; nan of one unit."""
-    if len(own) < 2:
-        return math.nan, math.nan
-    sign = math.copysign(1, sum(whole) - sum(lost))
-    parts = {
-        unit: (100 * sign * (mine - bad), sign * (good - bad))
-        for unit, (good, bad, mine) in enumerate(zip(whole, lost, own, strict=True))
-    }
-    return ratio_interval([parts])[1:]
 
 
 COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "same word %", "questions given back",
@@ -252,9 +190,9 @@ def differences(one: dict[int | None, Any], other: dict[int | None, Any], measur
 
 def unit_differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
     """Of two models that were not trained, unit by unit of what they were asked; none of others."""
-    if set(one) != {None} or set(other) != {None} or measure not in UNITS:
+    if set(one) != {None} or set(other) != {None}:
         return []
-    a, b = (UNITS[measure](own[None]) for own in (one, other))
+    a, b = units_of((one[None], other[None]), measure)
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
@@ -433,7 +371,8 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
             lines.append(f"![{picture} of {LABELS[name]}](images/{file.name})")
     one = content["grace"]
     where = f"{one['dtype']} on {one['hardware']}, torch {one['versions']['torch']}, commit {content['commit']}"
-    return [*lines, "", f"{where}; `python benchmarks/smollm2_why.py`."]
+    limit = one["data"]["num_rows"]
+    return [*lines, "", f"{where}; `python benchmarks/smollm2_why.py --limit {limit}`."]
 
 
 def runtime_pages(folder: Path) -> list[str]:

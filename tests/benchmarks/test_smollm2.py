@@ -214,20 +214,29 @@ def test_of_a_loss_that_is_none_nothing_is_given_back(lost: float, said: str) ->
 
 def test_models_that_were_not_trained_differ_by_what_they_were_asked(tmp_path: Path) -> None:
     rows = [row("student", None, 80, 2.0), row("rtn_minmax", None, 60, 3.0), row("gptq", None, 70, 2.5)]
-    for one, losses in zip(rows, ([2.0] * 3, [3.0] * 3, [2.2, 2.5, 2.8]), strict=True):
+    for one, losses, right in zip(rows, ([2.0] * 3, [3.0] * 3, [2.2, 2.5, 2.8]), (30, 10, 25), strict=True):
         one["texts"]["prose"]["losses"] = losses
-    rows[1]["questions"]["correct"] += "-" * 100 + "1" * 20 + "0" * 80
-    rows[2]["questions"]["correct"] += "-" * 100 + "1" * 40 + "0" * 60
-    rows[0]["questions"]["correct"] += "-" * 100 + "1" * 60 + "0" * 40
+        one["questions"]["correct"] += "-" * 100 + "1" * right + "0" * (50 - right)  # a block that is half as long
     write(tmp_path / "headline.jsonl", rows)
     text = "\n".join(report.pages(tmp_path, tmp_path))
-    # Shares of 80, 50 and 20 % of three windows: one in 27 draws is three times the worst. Questions: 10 / 20, 20 / 40.
-    assert " | 50 % [50, 50] | 50 % [20, 80] | " in next(line for line in text.splitlines() if "| GPTQ |" in line)
+    # Of 150 questions 110, 70 and 95 are right: 25 of 40. By blocks: gaps of 20 and 20, gains of 10 and 15, their
+    # departures from 5 / 8 are -2.5 and 2.5: t(1) = 12.706 times 0.125 (100 %).
+    # Shares of 80, 50 and 20 % of three windows: 4.303 * 30 / sqrt(3).
+    assert " | 62 % [-96, 221] | 50 % [-25, 125] | " in next(line for line in text.splitlines() if "| GPTQ |" in line)
     (line,) = [own for own in text.splitlines() if own.startswith("| GPTQ - RTN, min-max scales | log")]
-    # t(2) sd / sqrt(3) = 4.303 * 0.3 / 1.732; t = 2.887
+    # t(2) sd / sqrt(3) = 4.303 * 0.3 / 1.732; t = 2.887. Three of them are tested, the third has p = 1.
     assert line == "| GPTQ - RTN, min-max scales | log perplexity | -0.500 [-1.245, +0.245] | 0.1 | 0.31 |  |"
     (line,) = [own for own in text.splitlines() if own.startswith("| GPTQ - RTN, min-max scales | questions")]
-    assert line == "| GPTQ - RTN, min-max scales | questions % | +15.000 [-48.531, +78.531] | 0.2 | 0.41 |  |"
+    # 10 and 15 of 75 questions a block: 13.3 and 20, t = 16.667 / 3.333.
+    assert line == "| GPTQ - RTN, min-max scales | questions % | +16.667 [-25.687, +59.021] | 0.13 | 0.31 |  |"
+
+
+def test_rows_that_were_asked_different_numbers_of_questions_are_refused(tmp_path: Path) -> None:
+    rows = [row("student", None, 80, 2.0), row("rtn_minmax", None, 60, 3.0), row("gptq", None, 70, 2.5)]
+    rows[2]["texts"]["prose"]["losses"] = [2.5]
+    write(tmp_path / "headline.jsonl", rows)
+    with pytest.raises(SystemExit, match=r"\(student 2, rtn_minmax 2, gptq 1\); make them with the same --limit"):
+        report.pages(tmp_path, tmp_path)
 
 
 def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
