@@ -120,6 +120,11 @@ def scheme_of(name: str, scheme: str) -> str:
     return "bf16" if name in ("teacher", "student", "sft") else scheme
 
 
+def is_untrained(rows: dict[int | None, Any]) -> bool:
+    """Whether rows of a method have no seed."""
+    return set(rows) == {None}
+
+
 def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
     """What share of the loss of RTN a method gives back, with its interval; nothing of a loss that is less than a
     hundredth."""
@@ -128,9 +133,10 @@ def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
     if not (whole and lost and own) or abs(whole[0] - lost[0]) < 0.01 * abs(whole[0]):
         return ""
     shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
-    low, high = t_interval(shares)
-    if set(runs[keys[2]]) == {None} and name != "rtn_minmax":
+    if name != "rtn_minmax" and is_untrained(runs[keys[2]]):
         low, high = share_interval(*(runs[key][None] for key in keys), measure)
+    else:
+        low, high = t_interval(shares)
     return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
 
 
@@ -190,7 +196,7 @@ def differences(one: dict[int | None, Any], other: dict[int | None, Any], measur
 
 def unit_differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
     """Of two models that were not trained, unit by unit of what they were asked; none of others."""
-    if set(one) != {None} or set(other) != {None}:
+    if not (is_untrained(one) and is_untrained(other)):
         return []
     a, b = units_of((one[None], other[None]), measure)
     return [x - y for x, y in zip(a, b, strict=True)]

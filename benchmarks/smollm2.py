@@ -147,15 +147,15 @@ def join_rows(out: Path) -> int:
     for part in (*pictures, text):
         if not part.is_file():
             sys.exit(f"{part} does not exist; make it with make smollm2-data (docs/world.md)")
-    content = bytearray()
+    parts = []
     for part, times in pictures.items():
         once = part.read_bytes()
         shown = [json.loads(line) for line in once.splitlines()]
         again = ({**row, "id": f"{row['id']}-{number}"} for number in range(2, times + 1) for row in shown)
-        content += once + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again).encode()
-    content += text.read_bytes()
+        parts += [once, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in again).encode()]
+    content = b"".join((*parts, text.read_bytes()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(out, bytes(content))
+    write_bytes_atomic(out, content)
     return content.count(b"\n")
 
 

@@ -49,6 +49,7 @@ def test_a_marker_is_followed_by_what_follows_a_picture(template: str) -> None:
         "{% if messages %}",
         "{{ messages[0].content[0].text.nothing() }}",
         "{{ messages[7].content }}",
+        "{{ messages|dictsort }}",
         "",
     ],
 )

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import json
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 MARKER = "<__media__>"
 """llama.cpp's (``mtmd_default_marker``); where a server is told another one, its turns go as they are."""
 
@@ -54,16 +51,20 @@ def for_llama_cpp(template: str) -> str:
 
 def _behind_picture(template: str) -> str:
     """The blanks and line breaks between a picture and the text after it."""
+    from jinja2 import TemplateError  # here: most who import formats write no GGUF
+
     text = {"type": "text", "text": _WORD}
     try:
         shown, plain = (_before_word(template, parts) for parts in ([{"type": "image"}, text], [text]))
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError):
+    except (TemplateError, AttributeError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError):
         return ""  # it wants what we do not know of, tools perhaps
     return "" if shown == plain else shown[len(shown.rstrip()) :]
 
 
 def _before_word(template: str, parts: list[dict[str, str]]) -> str:
     """What a template, rendered as Transformers does, has before the text of a turn."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     turn = {"role": "user", "content": parts}
     return world.from_string(template).render(messages=[turn], add_generation_prompt=True).split(_WORD)[0]
