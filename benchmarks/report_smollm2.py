@@ -144,8 +144,11 @@ COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "s
            "perplexity given back", "minutes each")  # fmt: skip
 
 
-def method_table(runs: Runs, scheme: str, names: Sequence[str], is_timed: bool = True) -> list[str]:
-    """A line a method; columns that nobody fills are left out, and times of rows that ran beside others."""
+def method_table(
+    runs: Runs, scheme: str, names: Sequence[str], is_timed: bool = True, costs: Runs | None = None
+) -> list[str]:
+    """A line a method; columns that nobody fills are left out. Its time is that of ``costs``, or of rows that ran
+    beside no other."""
     lines: list[list[str]] = []
     for name in names:
         key = (name, scheme_of(name, scheme))
@@ -163,7 +166,7 @@ def method_table(runs: Runs, scheme: str, names: Sequence[str], is_timed: bool =
             cell(values(runs, key, agreement), 1),
             "" if is_whole else recovered(runs, name, scheme, test_right),
             "" if is_whole else recovered(runs, name, scheme, text_loss),
-            minutes_each(own.values()) if is_timed else "",
+            minutes_each((costs or runs).get(key, {}).values()) if is_timed else "",
         ]
         lines.append(cells)
     kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
@@ -178,9 +181,9 @@ def was_beside(row: dict[str, Any]) -> bool:
 
 
 def minutes_each(rows: Iterable[dict[str, Any]]) -> str:
-    """Mean time to make a row, of those that had the GPU for themselves."""
+    """Least time to make a row, of those that had the GPU for themselves: one of them compiled for all."""
     seconds = [row["made_seconds"] for row in rows if not was_beside(row)]
-    return f"{statistics.mean(seconds) / 60:.1f}" if seconds else ""
+    return f"{min(seconds) / 60:.1f}" if seconds else ""
 
 
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
@@ -298,6 +301,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
     if not rows:
         return [], None
+    costs = {key: own for key, own in collect([folder / "costs.jsonl"])[0].items() if key in runs}
     names = ("teacher", "student", "sft", *ROUNDED, *OTHER_RULES, *SEARCHED)
     lines = []
     for scheme, width in WIDTHS.items():
@@ -311,7 +315,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],
                 cost_line(folder, rows[0]["student"]) if not lines else [],
-                method_table(runs, scheme, names, is_timed=not title),
+                method_table(runs, scheme, names, is_timed=not title, costs=costs),
                 benchmark_table(runs, scheme, names),
                 pair_table(runs, pairs),
             )

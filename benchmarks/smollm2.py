@@ -6,6 +6,7 @@
     python benchmarks/smollm2.py headline         # every method at W4 g64, five seeds
     python benchmarks/smollm2.py others           # W8, W3, W4 g32; GRACE without each part; BF16, trained as long
     python benchmarks/smollm2.py variants         # what might be better than GRACE as published
+    python benchmarks/smollm2.py costs            # what each method of the headline takes, alone on its GPU
     python benchmarks/smollm2.py small            # language alone, one seed, on two CPU cores
     python benchmarks/report_smollm2.py           # docs/results.md from what they left
 
@@ -50,6 +51,7 @@ from smollm2_jobs import (
     RUNS,
     SEARCHED,
     Job,
+    cost_jobs,
     search_jobs,
     searched_rates,
     small_jobs,
@@ -268,12 +270,13 @@ def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
 def jobs_of(args: argparse.Namespace, out: Path, student: str) -> list[Job]:
     """The rows that a command names; ``ValueError`` says which it does not have."""
     rates = LANGUAGE_RATES if args.language else RATES
-    if args.command not in JOBS:
+    if args.command in ("search", "small"):
         return named(search_jobs(rates) if args.command == "search" else small_jobs(), args)
-    jobs = named(JOBS[args.command](dict.fromkeys(SEARCHED, rates[0])), args)
+    make = cost_jobs if args.command == "costs" else JOBS[args.command]
+    jobs = named(make(dict.fromkeys(SEARCHED, rates[0])), args)
     if all(job.rate is None for job in jobs):  # nothing is trained, and no search is waited for
         return jobs
-    return named(JOBS[args.command](searched_rates(out, student, rates)), args)
+    return named(make(searched_rates(out, student, rates)), args)
 
 
 def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
@@ -288,7 +291,7 @@ def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
+    made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "costs", "small"))
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
     made.add_argument("--language", action="store_true", help="the language alone, on two CPU cores")
@@ -304,6 +307,8 @@ def main() -> None:
         return
     if args.command in STAGES and (args.language or args.only):
         made.error(f"--language and --only are of rows, and {args.command} is a training run of pictures")
+    if args.command == "costs" and args.language:
+        made.error("costs are of a GPU; rows of --language were made alone and have their times")
     clock = Clock(args.minutes)
     if args.language and (args.gpus, args.at_once) != (1, 1):
         made.error("--language is for a CPU; leave --gpus and --at-once out")
@@ -326,6 +331,8 @@ def main() -> None:
             exam = replace(exam, first_window=exam.limit or 0)
     elif args.command == "search":  # asked is what chooses a rate, and nothing that the report tests on
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
+    elif args.command == "costs":  # the headline asks
+        exam = replace(exam, suite=None, questions=None, texts={})
     table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.beside)
     try:
         jobs = jobs_of(args, out, table.student)
