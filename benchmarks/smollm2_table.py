@@ -157,7 +157,7 @@ class Table:
         from grace_vlm.train.record import read_metrics
 
         first = self._before(job)
-        out = RUNS / "rows" / self.path.stem / job.label  # two commands may have one job
+        out = RUNS / "rows" / f"{self.path.stem}_{job.label}"  # two commands may have one job
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
         loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
         shutil.rmtree(out)
