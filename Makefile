@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-headline smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-search smollm2-headline smollm2-costs smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -34,10 +34,9 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2 (or 4): rows on so many at once, and a stage's two micro-batches on two. AT_ONCE=3: so many rows on each GPU, whose times are not reported.
+# GPUS=2 (or 4): rows on so many at once, and a stage's two micro-batches on two. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
 GPUS ?= 1
-AT_ONCE ?= 1
-ROWS = $(LIMITED) --gpus $(GPUS) --at-once $(AT_ONCE)
+ROWS = $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
@@ -86,9 +85,15 @@ smollm2-teacher: smollm2-tower  ## GPU
 smollm2-student: smollm2-teacher  ## GPU
 	$(STAGE) student $(LIMITED)
 
-smollm2-headline: smollm2-student  ## GPU: every method at W4 g64, five seeds, and the page
+smollm2-search: smollm2-student  ## GPU: a learning rate for each trained method
 	$(SMOLLM2) search $(ROWS)
+
+smollm2-headline: smollm2-search  ## GPU: every method at W4 g64, five seeds, and the page
 	$(SMOLLM2) headline $(ROWS)
+	$(BIN)/python benchmarks/report_smollm2.py
+
+smollm2-costs: smollm2-headline  ## GPU, nothing else on it: the seconds that each method takes
+	$(SMOLLM2) costs $(LIMITED)
 	$(BIN)/python benchmarks/report_smollm2.py
 
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model

@@ -17,10 +17,11 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smollm2_again import again_table
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
 from smollm2_rows import (
     LANGUAGE_OUT,
@@ -30,12 +31,23 @@ from smollm2_rows import (
     read_stages,
     validation_score,
 )
+from smollm2_runs import (
+    Runs,
+    cell,
+    collect,
+    is_untrained,
+    least_seconds,
+    minutes_of,
+    provenance,
+    recovered,
+    scheme_of,
+    values,
+)
 from smollm2_units import (
     MEASURES,
     Measure,
     agreement,
     divergence,
-    share_interval,
     suite,
     test_right,
     text_loss,
@@ -80,68 +92,8 @@ PAIRS = (
     ("teacher", "student"),
 )
 RUNTIMES = {"engine": "our engine", "llama_cpp": "llama.cpp (xllamacpp)", "vllm": "vLLM, CPU build"}
-Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
-"""(name, scheme) -> seed -> row."""
-
-
-def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
-    """Rows of the student that the last row of the last file belongs to.
-
-    A method has one rate: rows of another one, from before a search was made anew, are an error.
-    """
-    rows = [row for path in paths for row in read_rows(path)]
-    if not rows:
-        return {}, []
-    own = [row for row in rows if row["student"] == rows[-1]["student"]]
-    runs: Runs = {}
-    for row in own:
-        seeds = runs.setdefault((row["name"], row["scheme"]), {})
-        if row["seed"] in seeds or any(other["rate"] != row["rate"] for other in seeds.values()):
-            sys.exit(f"{row['name']} {row['scheme']} has two rates or a seed twice; remove the older rows")
-        seeds[row["seed"]] = row
-    return runs, own
-
-
-def values(runs: Runs, key: tuple[str, str], measure: Measure) -> list[float]:
-    found = [measure(row) for row in runs.get(key, {}).values()]
-    return [value for value in found if value is not None]
-
-
-def cell(numbers: Sequence[float], digits: int = 2, of: Callable[[float], float] = float) -> str:
-    """Mean and, of several seeds, standard deviation."""
-    if not numbers:
-        return ""
-    shown = [of(number) for number in numbers]
-    spread = f" ± {statistics.stdev(shown):.{digits}f}" if len(shown) > 1 else ""
-    return f"{statistics.mean(shown):.{digits}f}{spread}"
-
-
-def scheme_of(name: str, scheme: str) -> str:
-    return "bf16" if name in ("teacher", "student", "sft") else scheme
-
-
-def is_untrained(rows: dict[int | None, Any]) -> bool:
-    """Whether rows of a method have no seed."""
-    return set(rows) == {None}
-
-
-def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
-    """What share of the loss of RTN a method gives back, with its interval; nothing of a loss that is less than a
-    hundredth."""
-    keys = ("student", "bf16"), ("rtn_minmax", scheme), (name, scheme)
-    whole, lost, own = (values(runs, key, measure) for key in keys)
-    if not (whole and lost and own) or abs(whole[0] - lost[0]) < 0.01 * abs(whole[0]):
-        return ""
-    shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
-    if name != "rtn_minmax" and is_untrained(runs[keys[2]]):
-        low, high = share_interval(*(runs[key][None] for key in keys), measure)
-    else:
-        low, high = t_interval(shares)
-    return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
-
-
 COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "same word %", "questions given back",
-           "perplexity given back", "minutes each")  # fmt: skip
+           "perplexity given back", "seconds each")  # fmt: skip
 
 
 def method_table(
@@ -166,24 +118,13 @@ def method_table(
             cell(values(runs, key, agreement), 1),
             "" if is_whole else recovered(runs, name, scheme, test_right),
             "" if is_whole else recovered(runs, name, scheme, text_loss),
-            minutes_each((costs or runs).get(key, {}).values()) if is_timed else "",
+            least_seconds((costs or runs).get(key, {}).values()) if is_timed else "",
         ]
         lines.append(cells)
     kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
     head = (scheme.upper(), *COLUMNS)
     rows = ([head[column] for column in kept], ["---"] * len(kept), *([line[c] for c in kept] for line in lines))
     return ["| " + " | ".join(row) + " |" for row in rows] if lines else []
-
-
-def was_beside(row: dict[str, Any]) -> bool:
-    """Whether other rows were made on the same GPU meanwhile: its time says nothing of its method."""
-    return bool(row.get("beside", 0))
-
-
-def minutes_each(rows: Iterable[dict[str, Any]]) -> str:
-    """Least time to make a row, of those that had the GPU for themselves: one of them compiled for all."""
-    seconds = [row["made_seconds"] for row in rows if not was_beside(row)]
-    return f"{min(seconds) / 60:.1f}" if seconds else ""
 
 
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
@@ -245,22 +186,6 @@ def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def provenance(rows: Sequence[dict[str, Any]]) -> str:
-    hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
-    commits = sorted({row["commit"] for row in rows})
-    minutes = minutes_of(rows)
-    shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
-    return (
-        f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`. "
-        f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
-    )
-
-
-def minutes_of(rows: Iterable[dict[str, Any]]) -> float:
-    """Of GPUs; rows that shared one have their share of it."""
-    return sum(row["seconds"] / (1 + row.get("beside", 0)) for row in rows) / 60
-
-
 def cost_line(folder: Path, student: str) -> list[str]:
     """What the whole comparison took, from the first stage to the headline; nothing of another student."""
     stages = read_stages(folder / STAGES_FILE)
@@ -268,8 +193,8 @@ def cost_line(folder: Path, student: str) -> list[str]:
         return []
     parts = {f"`{name}`": one["seconds"] / 60 for name, one in stages.items()}
     for name in ("search", "headline"):
-        rows = [row for row in read_rows(folder / f"{name}.jsonl") if row["student"] == student]
-        parts[f"{name} ({len(rows)} rows)"] = minutes_of(rows)
+        if rows := [row for row in read_rows(folder / f"{name}.jsonl") if row["student"] == student]:
+            parts[f"{name} ({len(rows)} rows)"] = minutes_of(rows)
     shown = ", ".join(f"{name} {minutes:.1f}" for name, minutes in parts.items())
     return [f"GPU minutes: {shown}; {sum(parts.values()):.0f} in all."]
 
@@ -282,6 +207,7 @@ def section(title: str, *parts: list[str]) -> list[str]:
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
     lines, student = comparison(folder, "")
+    lines += again_pages(folder)
     if student:
         lines += section("Why", why_pages(folder, student, images))
     lines += section("The W4 student in other programs", runtime_pages(folder))
@@ -327,6 +253,27 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
         lines += section(_headed(title, "what might be better"), table, pair_table(runs, pairs))
     lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
     return lines, rows[0]["student"]
+
+
+def again_pages(folder: Path) -> list[str]:
+    """The headline made again: with a teacher trained anew under the same student, and with another pair."""
+    names = ("teacher", "student", *ROUNDED, *SEARCHED)
+    first = collect([folder / "headline.jsonl"])[0]
+    again, rows = collect([folder / "again" / "headline.jsonl"])
+    lines: list[str] = []
+    if rows:
+        made = read_stages(folder / "again" / STAGES_FILE)
+        told = "; ".join(
+            f"`{name}` {one['weights'][:8]}, {one['seconds'] / 60:.1f} GPU minutes" for name, one in made.items()
+        )
+        table = again_table(first, again, SCHEME, names, LABELS)
+        lines += section("The headline made again, under a teacher trained anew", [provenance(rows)], [told], table)
+    other, rows = collect([folder / "rebuilt" / "headline.jsonl"])
+    if rows:
+        costs = cost_line(folder / "rebuilt", rows[0]["student"])
+        table = method_table(other, SCHEME, names, is_timed=False)
+        lines += section("Another pair, from the same commands", [provenance(rows)], costs, table)
+    return lines
 
 
 def _headed(title: str, what: str) -> str:

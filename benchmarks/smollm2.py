@@ -14,10 +14,10 @@
 is student and teacher, a row is two or three minutes of two cores.
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
-another day or machine. ``--gpus N`` makes rows on N at once, ``--at-once M`` M of them on each (a row leaves a GPU idle
-two thirds of the time, while its host asks; the times of such rows say nothing of a method): whoever is free takes the
-next, and so does the same command begun twice. A stage of N processes (torchrun) shares out its batches, and sums in
-another order than one. Rows are lines of
+another day or machine. ``--gpus N`` makes rows on N at once, ``--at-once M`` M of them on each, as many as have room if
+left out (a row leaves a GPU idle two thirds of the time, while its host asks; the times of such rows say nothing of a
+method, ``costs`` does): whoever is free takes the next, and so does the same command begun twice. A stage of N
+processes (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
 
@@ -92,6 +92,9 @@ LEFT_OVER = 3
 
 ASK_AGAIN = 5.0
 """Seconds, twice, after which a run that did not hear that its time is up is told again."""
+
+ROW_GIB, MOST_AT_ONCE = 12, 6
+"""What a row takes of a GPU's memory at most (10 were seen), and as many as keep an H200 busy."""
 
 STAGES = ("tower", "teacher", "student")
 """Recipes of the pair, in order; each run is ``runs/smollm2/<recipe>``."""
@@ -243,6 +246,16 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         made.error(f"--gpus is {args.gpus} and {torch.cuda.device_count()} GPUs are here")
 
 
+def rows_at_once(num_gpus: int) -> int:
+    """As many on each GPU as its memory, and the host's cores by twos, are enough for; 1 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    room = torch.cuda.get_device_properties(0).total_memory // (ROW_GIB << 30)
+    return max(1, min(MOST_AT_ONCE, room, len(os.sched_getaffinity(0)) // (2 * num_gpus)))
+
+
 def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
     """The same command in so many processes on each of so many GPUs; the exit code of all together. They share out the
     cores: six that had 32 threads each on 32 cores took seven minutes to open what takes one half a minute."""
@@ -298,7 +311,7 @@ def main() -> None:
     made.add_argument("--only", type=lambda text: text.split(","), help="names of rows, with commas; all if left out")
     made.add_argument("--out", type=Path, help=f"folder of the rows; {OUT}, or {LANGUAGE_OUT} with --language")
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
-    made.add_argument("--at-once", type=int, default=1, help="rows on each GPU at once")
+    made.add_argument("--at-once", type=int, help="rows on each GPU at once; as many as there is room for")
     made.add_argument("--beside", type=int, default=0, help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
@@ -310,8 +323,10 @@ def main() -> None:
     if args.command == "costs" and args.language:
         made.error("costs are of a GPU; rows of --language were made alone and have their times")
     clock = Clock(args.minutes)
-    if args.language and (args.gpus, args.at_once) != (1, 1):
+    if args.language and (args.gpus, args.at_once or 1) != (1, 1):
         made.error("--language is for a CPU; leave --gpus and --at-once out")
+    if args.at_once is None:
+        args.at_once = 1 if args.language or args.command not in ("search", *JOBS) else rows_at_once(args.gpus)
     if (args.gpus, args.at_once) != (1, 1):
         require_gpus(made, args)
         sys.exit(on_gpus(args.gpus, args.at_once, sys.argv[1:]))

@@ -62,8 +62,9 @@ def mean_of_suite(row: dict[str, Any]) -> float | None:
 
 def right_of(row: dict[str, Any]) -> float | None:
     """Share of the held-out questions that are right, of those that were asked."""
-    bits = row["questions"].get("correct")
-    return bits.count("1") / (len(bits) - bits.count("-")) if bits else None
+    bits = row["questions"].get("correct", "")
+    num_asked = len(bits) - bits.count("-")
+    return bits.count("1") / num_asked if num_asked else None
 
 
 def loss_of(row: dict[str, Any], text: str) -> float:

@@ -199,10 +199,16 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
     assert (
         "4 rows, 3 minutes in all (those of rows that shared a GPU divided by their number), for" in text
     )  # 2 + 2 / 3
-    table = text[text.index("minutes each") :].split("\n\n")[0]
+    table = text[text.index("seconds each") :].split("\n\n")[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
-    assert ends["| QAT"] == "2.0 |"
+    assert ends["| QAT"] == "120 |"
     assert ends["| QAT with plain distillation"] == " |"
+    costs = [{**row(name, seed, 0, 0.0), "made_seconds": 20.0 + seed} for name in ("qat", "kd") for seed in (1, 0)]
+    write(tmp_path / "costs.jsonl", [{**one, "suite": {}, "questions": {}, "texts": {}} for one in costs])
+    table = "\n".join(report.pages(tmp_path, tmp_path)).partition("seconds each")[2].split("\n\n")[0]
+    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
+    assert (ends["| QAT"], ends["| QAT with plain distillation"]) == ("20 |", "20 |")
+    assert ends["| student, BF16"] == " |", "costs of its own, which nobody measured"
 
 
 @pytest.mark.parametrize(("lost", "said"), [(2.01, ""), (2.4, "75 %")])
@@ -269,7 +275,7 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     write(tmp_path / "headline.jsonl", [row("grace", 7, 0, 9.0, "another student"), *rows])
     text = "\n".join(report.pages(tmp_path, tmp_path))
     assert "9 rows, 9 minutes in all, for the student `s`" in text
-    assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % [50, 50] | 0.5 |" in text
+    assert "| GPTQ |  | 70.00 | 70.00 | 9.49 | 0.100 | 90.0 | 50 % | 50 % [50, 50] | 30 |" in text
     # (72, 74, 76 - 60) / 20, mean 70 %, t(2) sd/sqrt(3) = 4.303 * 10 / 1.732
     assert (
         "| GRACE | 3 | 74.00 ± 2.00 | 74.00 ± 2.00 | 8.17 ± 0.00 | 0.100 ± 0.000 | 90.0 ± 0.0 | 70 % [45, 95]" in text
@@ -317,6 +323,61 @@ def test_rows_without_training_wait_for_no_search(tmp_path: Path) -> None:
     args.only.append("rtl")
     with pytest.raises(ValueError, match="headline has no row rtl; it has awq, block, gptq, grace"):
         bench.jobs_of(args, tmp_path, "s")
+
+
+def test_costs_are_of_what_the_headline_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    rates = dict.fromkeys(jobs_of.SEARCHED, 1e-4)
+    costs = jobs_of.cost_jobs(rates)
+    assert {job.key for job in costs} < {job.key for job in jobs_of.headline_jobs(rates)}
+    assert [job.seed for job in costs if job.name == "grace"] == [0, 1]
+    args = argparse.Namespace(command="costs", only=["rtn"], language=False)
+    assert bench.jobs_of(args, tmp_path, "s") == [jobs_of.Job("rtn")]
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", "costs", "--language"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "costs are of a GPU; rows of --language were made alone" in capsys.readouterr().err
+
+
+def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None:
+    untrained = [row("student", None, 80, 2.0), row("rtn", None, 60, 2.5)]
+    seeds = [row(name, seed, 70 + seed, 2.2) for name in ("qat", "kd") for seed in range(3)]
+    write(tmp_path / "headline.jsonl", [*untrained, *seeds])
+    assert "again" not in "\n".join(report.pages(tmp_path, tmp_path))
+    # 70, 71 and 72: 71 and t(2) sd / sqrt(3) = 4.303 * 1 / 1.732. Inside: 73.4; outside: 73.5.
+    again = [row("qat", seed, right, 2.2) for seed, right in enumerate((73, 73, 74, 74, 73))]
+    again += [row("kd", seed, right, 2.3) for seed, right in enumerate((73, 74))]
+    write(tmp_path / "again" / "headline.jsonl", [untrained[0], row("rtn", None, 60, 2.6), *again])
+    made = {"weights": "0123456789", "seconds": 90.0, "device": "cpu", "commit": "c"}
+    (tmp_path / "again" / "stages.json").write_text(json.dumps({"teacher": made}))
+    lines = report.pages(tmp_path, tmp_path)
+    own = [line for line in lines[lines.index(next(one for one in lines if "made again" in one)) :] if line]
+    assert "`teacher` 01234567, 1.5 GPU minutes" in own
+    assert "| student, BF16 | 80.00 | the same | 7.39 | the same |" in own
+    assert "| RTN, MSE scales | 60.00 | 60.00 | 12.18 | 13.46 |" in own, "of one file, in which one window differs"
+    assert "| QAT | 71.00 [68.52, 73.48] | 73.40 | 9.03 [9.03, 9.03] | 9.03 |" in own
+    assert (
+        "| QAT with plain distillation | 71.00 [68.52, 73.48] | 73.50, outside | 9.03 [9.03, 9.03] | 9.97, outside |"
+        in own
+    )
+    write(tmp_path / "rebuilt" / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
+    assert "| student, BF16 | 90.00 | 90.00 | 2.72 | 0.100 | 90.0 |" in "\n".join(report.pages(tmp_path, tmp_path))
+
+
+def test_rows_on_a_gpu_are_as_many_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench.rows_at_once(1) == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for gib, cores, gpus, rows in ((140, 16, 1, 6), (140, 16, 2, 4), (80, 32, 1, 6), (24, 16, 1, 2), (8, 2, 1, 1)):
+        about = argparse.Namespace(total_memory=gib << 30)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda index, about=about: about)
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        assert bench.rows_at_once(gpus) == rows
+
+
+def test_questions_of_which_none_was_asked_have_no_score() -> None:
+    one = {**row("rtn", None, 0, 1.0), "questions": {"correct": "--", "kinds": {}}}
+    assert rows_of.right_of(one) is None
+    assert "questions" not in rows_of.shown_of(one)
 
 
 def test_validation_and_test_halves_are_apart() -> None:

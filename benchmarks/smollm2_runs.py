@@ -1,0 +1,101 @@
+"""Rows of the SmolLM2 comparison by method and seed, and what of them is shown: means, shares given back, times."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from smollm2_rows import read_rows
+from smollm2_units import Measure, share_interval
+
+from grace_vlm.evals.student_t import t_interval
+
+Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
+"""(name, scheme) -> seed -> row."""
+
+
+def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
+    """Rows of the student that the last row of the last file belongs to.
+
+    A method has one rate: rows of another one, from before a search was made anew, are an error.
+    """
+    rows = [row for path in paths for row in read_rows(path)]
+    if not rows:
+        return {}, []
+    own = [row for row in rows if row["student"] == rows[-1]["student"]]
+    runs: Runs = {}
+    for row in own:
+        seeds = runs.setdefault((row["name"], row["scheme"]), {})
+        if row["seed"] in seeds or any(other["rate"] != row["rate"] for other in seeds.values()):
+            sys.exit(f"{row['name']} {row['scheme']} has two rates or a seed twice; remove the older rows")
+        seeds[row["seed"]] = row
+    return runs, own
+
+
+def values(runs: Runs, key: tuple[str, str], measure: Measure) -> list[float]:
+    found = [measure(row) for row in runs.get(key, {}).values()]
+    return [value for value in found if value is not None]
+
+
+def cell(numbers: Sequence[float], digits: int = 2, of: Callable[[float], float] = float) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    if not numbers:
+        return ""
+    shown = [of(number) for number in numbers]
+    spread = f" ± {statistics.stdev(shown):.{digits}f}" if len(shown) > 1 else ""
+    return f"{statistics.mean(shown):.{digits}f}{spread}"
+
+
+def scheme_of(name: str, scheme: str) -> str:
+    return "bf16" if name in ("teacher", "student", "sft") else scheme
+
+
+def is_untrained(rows: dict[int | None, Any]) -> bool:
+    """Whether rows of a method have no seed."""
+    return set(rows) == {None}
+
+
+def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
+    """What share of the loss of RTN a method gives back, with its interval; nothing of a loss that is less than a
+    hundredth."""
+    keys = ("student", "bf16"), ("rtn_minmax", scheme), (name, scheme)
+    whole, lost, own = (values(runs, key, measure) for key in keys)
+    if not (whole and lost and own) or abs(whole[0] - lost[0]) < 0.01 * abs(whole[0]):
+        return ""
+    shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
+    if name != "rtn_minmax" and is_untrained(runs[keys[2]]):
+        low, high = share_interval(*(runs[key][None] for key in keys), measure)
+    else:
+        low, high = t_interval(shares)
+    return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")
+
+
+def was_beside(row: dict[str, Any]) -> bool:
+    """Whether other rows were made on the same GPU meanwhile: its time says nothing of its method."""
+    return bool(row.get("beside", 0))
+
+
+def least_seconds(rows: Iterable[dict[str, Any]]) -> str:
+    """To make a row's model, of rows that had the GPU for themselves: one of a process compiled for all."""
+    seconds = [row["made_seconds"] for row in rows if not was_beside(row)]
+    return f"{min(seconds):.0f}" if seconds else ""
+
+
+def provenance(rows: Sequence[dict[str, Any]]) -> str:
+    hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    minutes = minutes_of(rows)
+    shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
+    return (
+        f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`. "
+        f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
+    )
+
+
+def minutes_of(rows: Iterable[dict[str, Any]]) -> float:
+    """Of GPUs; rows that shared one have their share of it."""
+    return sum(row["seconds"] / (1 + row.get("beside", 0)) for row in rows) / 60
