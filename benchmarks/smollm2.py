@@ -15,8 +15,8 @@ is student and teacher, a row is two or three minutes of two cores.
 
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
 another day or machine. ``--gpus N`` makes rows on N at once, ``--at-once M`` M of them on each, as many as have room if
-left out (a row leaves a GPU idle two thirds of the time, while its host asks; the times of such rows say nothing of a
-method, ``costs`` does): whoever is free takes the next, and so does the same command begun twice. A stage of N
+left out (a row alone keeps its GPU waiting for the host; the times of rows that share one say nothing of a method,
+``costs`` does): whoever is free takes the next, and so does the same command begun twice. A stage of N
 processes (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
@@ -43,6 +43,7 @@ from typing import Any
 
 from record import commit_name, device_name
 from smollm2_jobs import (
+    ALONE,
     JOBS,
     LANGUAGE_RATES,
     PICTURED,
@@ -51,13 +52,12 @@ from smollm2_jobs import (
     RUNS,
     SEARCHED,
     Job,
-    cost_jobs,
     search_jobs,
     searched_rates,
     small_jobs,
 )
 from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_reported, is_validation, read_stages
-from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of
+from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of, done_rows, student_of
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
 
@@ -94,7 +94,11 @@ ASK_AGAIN = 5.0
 """Seconds, twice, after which a run that did not hear that its time is up is told again."""
 
 ROW_GIB, MOST_AT_ONCE = 12, 6
-"""What a row takes of a GPU's memory at most (10 were seen), and as many as keep an H200 busy."""
+"""What a row takes of a GPU's memory at most (10 were seen), and how many. Seven at once on an H200 have their models
+after 9 to 13 seconds each, one alone after 16 to 22."""
+
+SHARED = ("search", *(name for name in JOBS if name not in ALONE))
+"""Commands whose rows may share a GPU."""
 
 STAGES = ("tower", "teacher", "student")
 """Recipes of the pair, in order; each run is ``runs/smollm2/<recipe>``."""
@@ -238,22 +242,46 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """An error for GPUs that are not there, and for a command that has no rows to share."""
     import torch
 
-    if args.command not in ("search", *JOBS):
-        made.error(f"--gpus and --at-once are for search, {', '.join(JOBS)}; {args.command} runs alone")
-    if args.at_once < 1:
+    if args.command not in SHARED:
+        made.error(f"--gpus and --at-once are for {', '.join(SHARED)}; {args.command} runs alone")
+    if args.at_once is not None and args.at_once < 1:
         made.error(f"--at-once is {args.at_once}; it is a number of rows, 1 or more")
     if not 1 <= args.gpus <= torch.cuda.device_count():
         made.error(f"--gpus is {args.gpus} and {torch.cuda.device_count()} GPUs are here")
 
 
-def rows_at_once(num_gpus: int) -> int:
-    """As many on each GPU as its memory, and the host's cores by twos, are enough for; 1 without a GPU."""
+def rows_at_once(num_gpus: int, num_left: int) -> int:
+    """As many on each GPU as its memory, and the host's cores by twos, are enough for, and no more than there are."""
     import torch
 
-    if not torch.cuda.is_available():
-        return 1
     room = torch.cuda.get_device_properties(0).total_memory // (ROW_GIB << 30)
-    return max(1, min(MOST_AT_ONCE, room, len(os.sched_getaffinity(0)) // (2 * num_gpus)))
+    cores = len(os.sched_getaffinity(0)) // (2 * num_gpus)
+    return max(1, min(MOST_AT_ONCE, room, cores, -(-num_left // num_gpus)))
+
+
+def rows_left(args: argparse.Namespace, out: Path) -> int:
+    """How many of a command's rows are not in its file."""
+    student = digest_of(student_of(args.overrides))
+    jobs = jobs_of(args, out, student)
+    return len({job.key for job in jobs} - done_rows(out / f"{args.command}.jsonl", student))
+
+
+def share_of_gpus(made: argparse.ArgumentParser, args: argparse.Namespace, out: Path) -> int:
+    """Rows on each GPU at once: as asked for, or as many as there is room for."""
+    import torch
+
+    if (args.gpus, args.at_once) not in ((1, None), (1, 1)):
+        if args.language:
+            made.error("--language is for a CPU; leave --gpus and --at-once out")
+        require_gpus(made, args)
+    if args.at_once is not None:
+        return int(args.at_once)
+    if args.language or args.command not in SHARED or not torch.cuda.is_available():
+        return 1
+    try:
+        return rows_at_once(args.gpus, rows_left(args, out))
+    except ValueError as error:
+        made.error(str(error))
 
 
 def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
@@ -283,13 +311,13 @@ def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
 def jobs_of(args: argparse.Namespace, out: Path, student: str) -> list[Job]:
     """The rows that a command names; ``ValueError`` says which it does not have."""
     rates = LANGUAGE_RATES if args.language else RATES
-    if args.command in ("search", "small"):
+    if args.command not in JOBS:
         return named(search_jobs(rates) if args.command == "search" else small_jobs(), args)
-    make = cost_jobs if args.command == "costs" else JOBS[args.command]
-    jobs = named(make(dict.fromkeys(SEARCHED, rates[0])), args)
+    jobs = named(JOBS[args.command](dict.fromkeys(SEARCHED, rates[0])), args)
     if all(job.rate is None for job in jobs):  # nothing is trained, and no search is waited for
         return jobs
-    return named(make(searched_rates(out, student, rates)), args)
+    searched = searched_rates(args.rates or out / "search.jsonl", None if args.rates else student, rates)
+    return named(JOBS[args.command](searched), args)
 
 
 def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
@@ -304,12 +332,15 @@ def named(jobs: Sequence[Job], args: argparse.Namespace) -> list[Job]:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "costs", "small"))
+    made.add_argument("command", choices=("data", *STAGES, "search", *JOBS, "small"))
     made.add_argument("overrides", nargs="*", help="key=value of the recipes")
     made.add_argument("--minutes", type=float, help="no row is begun after so many; a stage stops with a checkpoint")
     made.add_argument("--language", action="store_true", help="the language alone, on two CPU cores")
     made.add_argument("--only", type=lambda text: text.split(","), help="names of rows, with commas; all if left out")
     made.add_argument("--out", type=Path, help=f"folder of the rows; {OUT}, or {LANGUAGE_OUT} with --language")
+    made.add_argument(
+        "--rates", type=Path, help="rows of a search; the student's own search.jsonl in --out if left out"
+    )
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
     made.add_argument("--at-once", type=int, help="rows on each GPU at once; as many as there is room for")
     made.add_argument("--beside", type=int, default=0, help=argparse.SUPPRESS)
@@ -323,18 +354,14 @@ def main() -> None:
     if args.command == "costs" and args.language:
         made.error("costs are of a GPU; rows of --language were made alone and have their times")
     clock = Clock(args.minutes)
-    if args.language and (args.gpus, args.at_once or 1) != (1, 1):
-        made.error("--language is for a CPU; leave --gpus and --at-once out")
-    if args.at_once is None:
-        args.at_once = 1 if args.language or args.command not in ("search", *JOBS) else rows_at_once(args.gpus)
-    if (args.gpus, args.at_once) != (1, 1):
-        require_gpus(made, args)
-        sys.exit(on_gpus(args.gpus, args.at_once, sys.argv[1:]))
+    out = args.out or (LANGUAGE_OUT if args.language else OUT)
     if args.command in STAGES:
-        sys.exit(0 if run_stage(args.command, clock, args.overrides, args.out or OUT) else LEFT_OVER)
+        sys.exit(0 if run_stage(args.command, clock, args.overrides, out) else LEFT_OVER)
+    at_once = share_of_gpus(made, args, out)
+    if (args.gpus, at_once) != (1, 1):
+        sys.exit(on_gpus(args.gpus, at_once, sys.argv[1:]))
     from smollm2_measure import Exam
 
-    out = args.out or (LANGUAGE_OUT if args.language else OUT)
     overrides, calibration_rows = list(args.overrides), CALIBRATION_ROWS
     exam = Exam(SUITE, WORLD / "test.jsonl", {"prose": TEXT / "heldout.txt"}, limit=args.limit, is_asked=is_reported)
     if args.language or args.command == "small":

@@ -1,50 +1,68 @@
-"""The headline made again, beside the first: what falls inside its intervals, and what does not.
+"""The headline made again, beside the first: means with their intervals, and the p of "they are alike".
 
-What is not trained has no interval over seeds and gives the same answers or others; of what is trained the mean of the
-new rows is looked for in the interval of the old ones, which is over seeds: of one teacher, one student, one machine.
+What is not trained has no seeds and gives the same answers or others. Of what is trained two sets of seeds are two
+samples (Welch); a new mean outside an old interval happens to one in eight without any change.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from smollm2_runs import Runs, cell, is_untrained, scheme_of
+from smollm2_runs import Runs, cell, is_untrained, recovered, scheme_of
 from smollm2_units import Measure, Row, test_right, text_loss
 
-from grace_vlm.evals.student_t import t_interval
+from grace_vlm.evals.statistics import holm
+from grace_vlm.evals.student_t import t_interval, welch
 
-SHOWN: tuple[tuple[str, Measure, Any], ...] = (("questions %", test_right, float), ("perplexity", text_loss, math.exp))
+SHOWN: tuple[tuple[str, Measure, Callable[[float], float]], ...] = (
+    ("questions", test_right, float),
+    ("perplexity", text_loss, math.exp),
+)
 """Title, measure, and what turns it into what is shown."""
 
 SAME = "the same"
 
 
 def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str], labels: dict[str, str]) -> list[str]:
-    """A line for each method that both have."""
-    columns = [column for title, _, _ in SHOWN for column in (f"{title}, first [95 %]", "again")]
-    lines = [f"| {scheme.upper()} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
-        key = (name, scheme_of(name, scheme))
-        if key in first and key in again:
-            cells = [text for _, measure, shown in SHOWN for text in _pair(first[key], again[key], measure, shown)]
-            lines.append(f"| {labels[name]} | " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
+    """A line for each method that both have; p is adjusted for all of them."""
+    own = [(name, (name, scheme_of(name, scheme))) for name in names]
+    own = [(name, key) for name, key in own if key in first and key in again]
+    if not own:
+        return []
+    tested = [p for _, key in own for _, measure, shown in SHOWN if not math.isnan(p := _p(first, again, key, measure))]
+    adjusted = iter(holm(tested))
+    titles = [f"{title}{what}" for title, _, _ in SHOWN for what in (", first", ", again", " given back", ": p, Holm")]
+    lines = [f"| {scheme.upper()} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, key in own:
+        cells: list[str] = []
+        for _, measure, shown in SHOWN:
+            is_same = is_untrained(first[key]) and answers_of(first[key]) == answers_of(again[key])
+            back = "" if key[1] == "bf16" or is_same else recovered(again, name, scheme, measure)
+            p = _p(first, again, key, measure)
+            ps = "" if math.isnan(p) else f"{p:.2g}, {next(adjusted):.2g}"
+            new = SAME if is_same else _shown(again[key], measure, shown)
+            cells += [_shown(first[key], measure, shown), new, back, ps]
+        lines.append(f"| {labels[name]} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def _pair(first: dict[int | None, Row], again: dict[int | None, Row], measure: Measure, shown: Any) -> tuple[str, str]:
-    """(what it was with its interval, what it is)."""
-    old, new = ([value for row in rows.values() if (value := measure(row)) is not None] for rows in (first, again))
-    if not (old and new):
-        return "", ""
-    if is_untrained(first) or len(old) < 2:
-        return cell(old, of=shown), SAME if answers_of(first) == answers_of(again) else cell(new, of=shown)
-    low, high = t_interval(old)
-    mean = statistics.mean(new)
-    outside = "" if low <= mean <= high else ", outside"
-    return f"{shown(statistics.mean(old)):.2f} [{shown(low):.2f}, {shown(high):.2f}]", f"{shown(mean):.2f}{outside}"
+def _values(rows: dict[int | None, Row], measure: Measure) -> list[float]:
+    return [value for row in rows.values() if (value := measure(row)) is not None]
+
+
+def _p(first: Runs, again: Runs, key: tuple[str, str], measure: Measure) -> float:
+    """Of "both are means of the same"; nan of what has no seeds."""
+    return welch(_values(first[key], measure), _values(again[key], measure))[2]
+
+
+def _shown(rows: dict[int | None, Row], measure: Measure, shown: Callable[[float], float]) -> str:
+    """The mean, with its interval over seeds."""
+    values = [shown(value) for value in _values(rows, measure)]
+    low, high = t_interval(values)
+    return cell(values) if math.isnan(low) else f"{statistics.mean(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def answers_of(rows: dict[int | None, Row]) -> list[Any]:

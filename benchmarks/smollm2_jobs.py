@@ -172,9 +172,9 @@ def best_rates(rows: Sequence[dict[str, Any]], rates: Sequence[float] = RATES) -
     return {name: rate for name, (_, rate) in best.items()}
 
 
-def searched_rates(out: Path, student: str, rates: Sequence[float] = RATES) -> dict[str, float]:
-    """``best_rates`` of the rows that a search for this student left in ``out``."""
-    return best_rates([row for row in read_rows(out / "search.jsonl") if row["student"] == student], rates)
+def searched_rates(path: Path, student: str | None, rates: Sequence[float] = RATES) -> dict[str, float]:
+    """``best_rates`` of the rows that a search for this student left in ``path``; None: for whichever it was."""
+    return best_rates([row for row in read_rows(path) if student in (None, row["student"])], rates)
 
 
 def trained(name: str, scheme: str, seeds: Sequence[int], rates: dict[str, float]) -> list[Job]:
@@ -217,8 +217,12 @@ def small_jobs() -> list[Job]:
     return jobs + [Job(name, SCHEME, 0, RATES[1]) for name in SEARCHED]
 
 
+ALONE = ("costs",)
+"""Of ``JOBS``: whose rows share their GPU with nothing."""
+
 JOBS: dict[str, Callable[[dict[str, float]], list[Job]]] = {
     "headline": headline_jobs,
     "others": other_jobs,
     "variants": variant_jobs,
+    "costs": cost_jobs,
 }

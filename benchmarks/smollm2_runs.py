@@ -32,6 +32,8 @@ def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
         seeds = runs.setdefault((row["name"], row["scheme"]), {})
         if row["seed"] in seeds or any(other["rate"] != row["rate"] for other in seeds.values()):
             sys.exit(f"{row['name']} {row['scheme']} has two rates or a seed twice; remove the older rows")
+        if any(other.get("teacher") != row.get("teacher") for other in seeds.values()):
+            sys.exit(f"{row['name']} {row['scheme']} has rows of two teachers; give each a folder of its own (--out)")
         seeds[row["seed"]] = row
     return runs, own
 
@@ -90,8 +92,10 @@ def provenance(rows: Sequence[dict[str, Any]]) -> str:
     commits = sorted({row["commit"] for row in rows})
     minutes = minutes_of(rows)
     shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
+    teachers = sorted({row["teacher"] for row in rows if row.get("teacher")})
+    taught = f" under the teacher `{', '.join(teachers)}`" if teachers else ""
     return (
-        f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`. "
+        f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`{taught}. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
     )
 

@@ -41,6 +41,26 @@ def digest_of(student: str) -> str:
     return found.hexdigest()[:32]
 
 
+def base_recipe(overrides: Sequence[str]) -> Any:
+    """What all rows have in common."""
+    return recipe_of(Job("grace", seed=0, rate=RATES[0]), overrides)
+
+
+def student_of(overrides: Sequence[str]) -> str:
+    """Whose rows they are."""
+    return str(base_recipe(overrides).model.student)
+
+
+def done_rows(path: Path, student: str) -> set[tuple[Any, ...]]:
+    """Keys of a student's rows in a file."""
+    return {key_of(row) for row in read_rows(path) if row["student"] == student}
+
+
+def claim_of(path: Path, job: Job) -> Path:
+    """What stands for a job's row in that file, wherever two commands write."""
+    return RUNS / "claims" / "_".join(path.resolve().parts[1:]) / job.label
+
+
 class Table:
     """Rows of one command, made one after another in one process: what is compiled and decoded once serves all.
 
@@ -60,17 +80,25 @@ class Table:
 
         self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
         self.beside = beside
-        recipe = recipe_of(Job("grace", seed=0, rate=RATES[0]), self.overrides)
-        self.student_name = str(recipe.model.student)
+        self.recipe = base_recipe(self.overrides)
+        self.student_name = student_of(self.overrides)
         self.student = digest_of(self.student_name)
-        self.recipe = recipe
+        self._teacher: str | None = None
         self.reference = load_model(self.student_name)
         from smollm2_measure import Examination
 
         self.examination = Examination(exam, self.reference)
 
     def done(self) -> set[tuple[Any, ...]]:
-        return {key_of(row) for row in read_rows(self.path) if row["student"] == self.student}
+        return done_rows(self.path, self.student)
+
+    def teacher_of(self, job: Job) -> str | None:
+        """The hash of the teacher that a job's model learned from, or is."""
+        if job.name != "teacher" and (job.rate is None or not recipe_of(job, self.overrides).objective().needs_teacher):
+            return None
+        if self._teacher is None:
+            self._teacher = digest_of(str(self.recipe.model.teacher))
+        return self._teacher
 
     def make(self, jobs: Sequence[Job], clock: Deadline) -> bool:
         """The rows that are missing and that no other process is making, each appended as it is finished; whether none
@@ -79,7 +107,7 @@ class Table:
         left = [job for job in jobs if job.key not in done]
         print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
         for job in left:
-            with claim(RUNS / "claims" / self.path.stem / job.label) as is_ours:
+            with claim(claim_of(self.path, job)) as is_ours:
                 if not is_ours or job.key in self.done():
                     continue
                 if clock.is_over:
@@ -108,6 +136,7 @@ class Table:
             "seed": job.seed,
             "rate": job.rate,
             "student": self.student,
+            "teacher": self.teacher_of(job),
             "steps": len(diary) and last["step"] + 1,
             "made_seconds": round(made_seconds, 1),
             "first": {name: first.get(name) for name in shown if diary},

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = recipe_of(Job("grace", seed=0, rate=1.0), args.overrides)
     student, teacher = str(recipe.model.student), str(recipe.model.teacher)
     digest = digest_of(student)
-    rates = searched_rates(args.out, digest)
+    rates = searched_rates(args.out / "search.jsonl", digest)
     if args.kept:
         if not KEPT_OF.is_file() or KEPT_OF.read_text().strip() != digest:
             made.error(f"{KEPT} holds no GRACE model of the student {student}; leave out --kept to train one")

@@ -199,16 +199,18 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
     assert (
         "4 rows, 3 minutes in all (those of rows that shared a GPU divided by their number), for" in text
     )  # 2 + 2 / 3
-    table = text[text.index("seconds each") :].split("\n\n")[0]
+    table = text[text.index("least seconds") :].split("\n\n")[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
     assert ends["| QAT"] == "120 |"
     assert ends["| QAT with plain distillation"] == " |"
     costs = [{**row(name, seed, 0, 0.0), "made_seconds": 20.0 + seed} for name in ("qat", "kd") for seed in (1, 0)]
     write(tmp_path / "costs.jsonl", [{**one, "suite": {}, "questions": {}, "texts": {}} for one in costs])
-    table = "\n".join(report.pages(tmp_path, tmp_path)).partition("seconds each")[2].split("\n\n")[0]
+    table = "\n".join(report.pages(tmp_path, tmp_path)).partition("least seconds")[2].split("\n\n")[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
     assert (ends["| QAT"], ends["| QAT with plain distillation"]) == ("20 |", "20 |")
     assert ends["| student, BF16"] == " |", "costs of its own, which nobody measured"
+    write(tmp_path / "costs.jsonl", [row("qat", 2, 0, 0.0, "another")])
+    assert "| 120 |" in "\n".join(report.pages(tmp_path, tmp_path)), "costs of another student say nothing of this one"
 
 
 @pytest.mark.parametrize(("lost", "said"), [(2.01, ""), (2.4, "75 %")])
@@ -315,11 +317,15 @@ def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_pa
 
 
 def test_rows_without_training_wait_for_no_search(tmp_path: Path) -> None:
-    args = argparse.Namespace(command="headline", only=["rtn", "teacher"], language=False)
+    args = argparse.Namespace(command="headline", only=["rtn", "teacher"], language=False, rates=None)
     assert [(job.name, job.rate) for job in bench.jobs_of(args, tmp_path, "s")] == [("teacher", None), ("rtn", None)]
     args.only.append("qat")
     with pytest.raises(SystemExit, match="12 rows of the search are missing"):
         bench.jobs_of(args, tmp_path, "s")
+    rates = [{**row(job.name, job.seed, 40, 1.0, "another"), "rate": job.rate} for job in jobs_of.search_jobs()]
+    write(tmp_path / "rates.jsonl", rates)
+    args.rates = tmp_path / "rates.jsonl"
+    assert [job.rate for job in bench.jobs_of(args, tmp_path, "s") if job.name == "qat"] == [2e-5] * 5
     args.only.append("rtl")
     with pytest.raises(ValueError, match="headline has no row rtl; it has awq, block, gptq, grace"):
         bench.jobs_of(args, tmp_path, "s")
@@ -330,7 +336,7 @@ def test_costs_are_of_what_the_headline_has(tmp_path: Path, monkeypatch: pytest.
     costs = jobs_of.cost_jobs(rates)
     assert {job.key for job in costs} < {job.key for job in jobs_of.headline_jobs(rates)}
     assert [job.seed for job in costs if job.name == "grace"] == [0, 1]
-    args = argparse.Namespace(command="costs", only=["rtn"], language=False)
+    args = argparse.Namespace(command="costs", only=["rtn"], language=False, rates=None)
     assert bench.jobs_of(args, tmp_path, "s") == [jobs_of.Job("rtn")]
     monkeypatch.setattr(sys, "argv", ["smollm2.py", "costs", "--language"])
     with pytest.raises(SystemExit):
@@ -339,39 +345,76 @@ def test_costs_are_of_what_the_headline_has(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None:
-    untrained = [row("student", None, 80, 2.0), row("rtn", None, 60, 2.5)]
+    untrained = [row(name, None, right, loss) for name, right, loss in (("student", 80, 2.0), ("rtn", 60, 2.5))]
+    untrained.append(row("rtn_minmax", None, 50, 3.0))
     seeds = [row(name, seed, 70 + seed, 2.2) for name in ("qat", "kd") for seed in range(3)]
     write(tmp_path / "headline.jsonl", [*untrained, *seeds])
     assert "again" not in "\n".join(report.pages(tmp_path, tmp_path))
-    # 70, 71 and 72: 71 and t(2) sd / sqrt(3) = 4.303 * 1 / 1.732. Inside: 73.4; outside: 73.5.
-    again = [row("qat", seed, right, 2.2) for seed, right in enumerate((73, 73, 74, 74, 73))]
-    again += [row("kd", seed, right, 2.3) for seed, right in enumerate((73, 74))]
-    write(tmp_path / "again" / "headline.jsonl", [untrained[0], row("rtn", None, 60, 2.6), *again])
+    again = [row("qat", seed, right, 2.2) for seed, right in enumerate((74, 75, 76))]
+    write(tmp_path / "again" / "headline.jsonl", [untrained[0], row("rtn", None, 60, 2.6), untrained[2], *again])
     made = {"weights": "0123456789", "seconds": 90.0, "device": "cpu", "commit": "c"}
     (tmp_path / "again" / "stages.json").write_text(json.dumps({"teacher": made}))
     lines = report.pages(tmp_path, tmp_path)
     own = [line for line in lines[lines.index(next(one for one in lines if "made again" in one)) :] if line]
     assert "`teacher` 01234567, 1.5 GPU minutes" in own
-    assert "| student, BF16 | 80.00 | the same | 7.39 | the same |" in own
-    assert "| RTN, MSE scales | 60.00 | 60.00 | 12.18 | 13.46 |" in own, "of one file, in which one window differs"
-    assert "| QAT | 71.00 [68.52, 73.48] | 73.40 | 9.03 [9.03, 9.03] | 9.03 |" in own
-    assert (
-        "| QAT with plain distillation | 71.00 [68.52, 73.48] | 73.50, outside | 9.03 [9.03, 9.03] | 9.97, outside |"
-        in own
+    assert "| student, BF16 | 80.00 | the same |  |  | 7.39 | the same |  |  |" in own
+    assert "| RTN, MSE scales | 60.00 | 60.00 | 33 % |  | 12.18 | 13.46 | 40 % [40, 40] |  |" in own
+    # 70, 71 and 72: 71 and t(2) sd / sqrt(3) = 4.303 * 1 / 1.732; 75 of (80 - 50). t(4) = 4 / sqrt(2 / 3) = 4.899.
+    (line,) = [one for one in own if one.startswith("| QAT |")]
+    assert line.startswith(
+        "| QAT | 71.00 [68.52, 73.48] | 75.00 [72.52, 77.48] | 83 % [75, 92] | 0.008, 0.008 | 9.03 ["
     )
+    assert line.endswith(" | 80 % [80, 80] |  |"), "losses without spread are not tested"
+    assert not any(one.startswith("| QAT with") for one in own), "nobody made it again"
     write(tmp_path / "rebuilt" / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
     assert "| student, BF16 | 90.00 | 90.00 | 2.72 | 0.100 | 90.0 |" in "\n".join(report.pages(tmp_path, tmp_path))
+    write(tmp_path / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
+    assert "made again" not in "\n".join(report.pages(tmp_path, tmp_path)), "it was another student's"
 
 
-def test_rows_on_a_gpu_are_as_many_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_two_teachers_are_not_mixed(tmp_path: Path, world: tuple[Exam, list[str]], in_a_folder: None) -> None:
+    rows = [{**row("kd", seed, 70, 2.0), "teacher": f"t{seed}"} for seed in range(2)]
+    write(tmp_path / "headline.jsonl", rows)
+    with pytest.raises(SystemExit, match=r"kd w4g64 has rows of two teachers; give each a folder of its own \(--out\)"):
+        report.pages(tmp_path, tmp_path)
+    exam, overrides = world
+    table = table_of.Table(tmp_path / "rows.jsonl", overrides, replace(exam, suite=None, questions=None, texts={}))
+    taught = table.teacher_of(jobs_of.Job("kd", seed=0, rate=1e-4))
+    assert taught == table.teacher_of(jobs_of.Job("teacher", "bf16")) != table.student
+    assert taught == table_of.digest_of(str(table.recipe.model.teacher))
+    for job in (jobs_of.Job("rtn"), jobs_of.Job("qat", seed=0, rate=1e-4), jobs_of.Job("student", "bf16")):
+        assert table.teacher_of(job) is None
+
+
+def test_rows_on_a_gpu_are_as_many_as_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one: dict[str, Any] = {
+        "command": "headline",
+        "language": False,
+        "only": ["rtn", "awq", "gptq"],
+        "overrides": [],
+        "rates": None,
+    }
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert bench.rows_at_once(1) == 1
+    assert bench.share_of_gpus(None, argparse.Namespace(gpus=1, at_once=None, **one), tmp_path) == 1
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for gib, cores, gpus, rows in ((140, 16, 1, 6), (140, 16, 2, 4), (80, 32, 1, 6), (24, 16, 1, 2), (8, 2, 1, 1)):
         about = argparse.Namespace(total_memory=gib << 30)
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda index, about=about: about)
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: set(range(cores)))
-        assert bench.rows_at_once(gpus) == rows
+        assert bench.rows_at_once(gpus, 40) == rows
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    about = argparse.Namespace(total_memory=140 << 30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: about)
+    assert [bench.rows_at_once(2, left) for left in (0, 1, 3, 9)] == [1, 1, 2, 5]
+    monkeypatch.setattr(bench, "student_of", lambda overrides: "a student")
+    monkeypatch.setattr(bench, "digest_of", lambda student: "s")
+    args = argparse.Namespace(gpus=1, at_once=None, **one)
+    assert bench.share_of_gpus(None, args, tmp_path) == 3
+    write(tmp_path / "headline.jsonl", [row("rtn", None, 1, 1.0), row("awq", None, 1, 1.0, "another")])
+    assert bench.share_of_gpus(None, args, tmp_path) == 2
+    for name in ("costs", "small"):
+        assert bench.share_of_gpus(None, argparse.Namespace(**{**vars(args), "command": name}), tmp_path) == 1
+    assert bench.share_of_gpus(None, argparse.Namespace(**{**vars(args), "at_once": 1}), tmp_path) == 1, "a child"
 
 
 def test_questions_of_which_none_was_asked_have_no_score() -> None:
@@ -531,7 +574,7 @@ def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.
                 rows_of.append_row(path, {**row("gptq", None, 0, 1.0), "rate": None})
             return row(job.name, None, 0, 1.0)
 
-    with rows_of.claim(jobs_of.RUNS / "claims" / "headline" / jobs[1].label) as is_ours:
+    with rows_of.claim(table_of.claim_of(tmp_path / "headline.jsonl", jobs[1])) as is_ours:
         assert is_ours
         assert Quick().make(jobs, bench.Clock(None))
     assert made == ["rtn", "block"]

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from grace_vlm.evals.student_t import t_interval, t_p, t_quantile, t_test
+from grace_vlm.evals.student_t import t_interval, t_p, t_quantile, t_test, welch
 
 
 # Two-sided 95 % and 99 % points as any table has them.
@@ -27,6 +27,16 @@ def test_one_and_two_degrees_have_closed_forms() -> None:
         assert t_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
         assert t_p(-t, 2) == t_p(t, 2)
     assert t_p(0.0, 3) == 1.0
+
+
+def test_two_samples_as_in_student_1908() -> None:
+    """The sleep of ten patients under two drugs, unpaired; what R's t.test says of it."""
+    one = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    other = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    assert welch(one, other) == pytest.approx((-3.3654832, 0.2054832, 0.07939414), abs=1e-6)
+    assert welch(other, one)[:2] == pytest.approx((-0.2054832, 3.3654832), abs=1e-6)
+    for few in ([1.0], [1.0, 1.0]):
+        assert all(math.isnan(value) for value in welch(few, few))
 
 
 def test_an_interval_covers_as_often_as_it_says() -> None:

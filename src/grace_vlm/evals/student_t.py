@@ -12,13 +12,13 @@ import statistics
 from collections.abc import Sequence
 
 
-def t_p(t: float, degrees: int) -> float:
+def t_p(t: float, degrees: float) -> float:
     """Two-sided p of ``t`` with ``degrees`` >= 1 of freedom."""
     x = degrees / (degrees + t * t)
     return 1.0 if x == 1 else _incomplete_beta(degrees / 2, 0.5, x)
 
 
-def t_quantile(degrees: int, confidence: float = 0.95) -> float:
+def t_quantile(degrees: float, confidence: float = 0.95) -> float:
     """The t that |T| exceeds with probability 1 - ``confidence``."""
     low, high = 0.0, 1.0
     while t_p(high, degrees) > 1 - confidence:
@@ -46,6 +46,20 @@ def t_test(differences: Sequence[float]) -> float:
     if spread == 0:
         return 1.0 if mean == 0 else math.nan
     return t_p(mean / (spread / math.sqrt(len(differences))), len(differences) - 1)
+
+
+def welch(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, p): the 95 % interval of mean(one) - mean(other), and the two-sided p of "the means are equal", of
+    independent values whose spreads may differ (Welch 1947); nan of fewer than two on a side, or of no spread."""
+    if min(len(one), len(other)) < 2:
+        return math.nan, math.nan, math.nan
+    parts = [statistics.variance(values) / len(values) for values in (one, other)]
+    if not sum(parts):
+        return math.nan, math.nan, math.nan
+    degrees = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (one, other), strict=True))
+    mean, error = statistics.mean(one) - statistics.mean(other), math.sqrt(sum(parts))
+    half = t_quantile(degrees) * error
+    return mean - half, mean + half, t_p(mean / error, degrees)
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
