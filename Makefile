@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON ?= python3
+# As grace itself sets it (src/grace_vlm/cli/openmp.py): programs that import torch first are begun with it.
+export GOMP_SPINCOUNT ?= 1000
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-search smollm2-headline smollm2-costs smollm2-why smollm2-runtimes smollm2-more test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-search smollm2-headline smollm2-costs smollm2-why smollm2-runtimes smollm2-more smollm2-report test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -35,8 +37,11 @@ MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 # GPUS=2 (or 4): rows on so many at once, and a stage's two micro-batches on two. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
+# OUT: where rows go; benchmarks/results/smollm2 has those of docs/results.md (make smollm2-report).
 GPUS ?= 1
-ROWS = $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
+OUT ?= runs/smollm2/made
+AGAIN = $(BIN)/python benchmarks/smollm2_again.py $(OUT)
+ROWS = --out $(OUT) $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
@@ -64,51 +69,50 @@ runs/toy-suite/manifest.json: | .venv/.stamp
 	$(BIN)/grace data prepare toy-suite runs/toy-suite
 
 smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE, on two CPU cores
-	$(SMOLLM2) small
-	$(BIN)/python benchmarks/report_smollm2.py
+	$(SMOLLM2) small --out $(OUT)
+	@$(AGAIN)
 
 smollm2-language: runs/text/manifest.json  ## the same with searched rates, five seeds and variants: hours of two CPU cores, stopped and gone on with at will
-	$(SMOLLM2) search --language $(LIMITED)
-	$(SMOLLM2) headline --language $(LIMITED)
-	$(SMOLLM2) variants --language $(LIMITED)
-	$(BIN)/python benchmarks/report_smollm2.py
+	$(SMOLLM2) search --language --out $(OUT)/language $(LIMITED)
+	$(SMOLLM2) headline --language --out $(OUT)/language $(LIMITED)
+	$(SMOLLM2) variants --language --out $(OUT)/language $(LIMITED)
+	@$(AGAIN)
 
 smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
 	$(SMOLLM2) data
 
 smollm2-tower: smollm2-data  ## GPU
-	$(STAGE) tower $(LIMITED)
+	$(STAGE) tower --out $(OUT) $(LIMITED)
 
 smollm2-teacher: smollm2-tower  ## GPU
-	$(STAGE) teacher $(LIMITED)
+	$(STAGE) teacher --out $(OUT) $(LIMITED)
 
 smollm2-student: smollm2-teacher  ## GPU
-	$(STAGE) student $(LIMITED)
+	$(STAGE) student --out $(OUT) $(LIMITED)
 
 smollm2-search: smollm2-student  ## GPU: a learning rate for each trained method
 	$(SMOLLM2) search $(ROWS)
 
-smollm2-headline: smollm2-search  ## GPU: every method at W4 g64, five seeds, and the page
+smollm2-headline: smollm2-search  ## GPU: every method at W4 g64, five seeds, beside those of docs/results.md
 	$(SMOLLM2) headline $(ROWS)
-	$(BIN)/python benchmarks/report_smollm2.py
+	@$(AGAIN)
 
 smollm2-costs: smollm2-headline  ## GPU, nothing else on it: the seconds that each method takes
-	$(SMOLLM2) costs $(LIMITED)
-	$(BIN)/python benchmarks/report_smollm2.py
+	$(SMOLLM2) costs --out $(OUT) $(LIMITED)
 
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
-	$(BIN)/python benchmarks/smollm2_why.py
-	$(BIN)/python benchmarks/report_smollm2.py
+	$(BIN)/python benchmarks/smollm2_why.py --out $(OUT)
 
 smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
 	@test -n "$(LLAMA_PYTHON)$(VLLM_PYTHON)" || { echo "error: nobody is asked but our engine; set LLAMA_PYTHON or VLLM_PYTHON (benchmarks/smollm2_runtimes.py)"; exit 1; }
 	@test -d runs/smollm2/grace/final || $(MAKE) smollm2-why
-	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
-	$(BIN)/python benchmarks/report_smollm2.py
+	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final --out $(OUT) $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants
 	$(SMOLLM2) others $(ROWS)
 	$(SMOLLM2) variants $(ROWS)
+
+smollm2-report: .venv/.stamp  ## docs/results.md from the rows in benchmarks/results/smollm2
 	$(BIN)/python benchmarks/report_smollm2.py
 
 test: .venv/.stamp lint types  ## lint, types, tests on all cores (JOBS=1: on one), coverage

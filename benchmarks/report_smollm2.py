@@ -32,6 +32,7 @@ from smollm2_rows import (
     validation_score,
 )
 from smollm2_runs import (
+    LABELS,
     Runs,
     cell,
     collect,
@@ -59,29 +60,6 @@ from grace_vlm.evals.student_t import t_interval, t_test
 
 PAGE = Path("docs/results.md")
 BEGIN, END = "<!-- smollm2:begin (benchmarks/report_smollm2.py) -->", "<!-- smollm2:end -->"
-LABELS = {
-    "teacher": "teacher, BF16",
-    "student": "student, BF16",
-    "sft": "student, fine-tuned as long, BF16",
-    "rtn_minmax": "RTN, min-max scales",
-    "rtn": "RTN, MSE scales",
-    "awq": "AWQ",
-    "gptq": "GPTQ",
-    "block": "block reconstruction",
-    "awq_mse": "AWQ, least error scales",
-    "gptq_mse": "GPTQ, MSE scales",
-    "rtn_signed": "RTN, signed scales",
-    "awq_signed": "AWQ, signed scales",
-    "gptq_signed": "GPTQ, signed scales",
-    "block_signed": "block reconstruction, signed scales",
-    "qat": "QAT",
-    "kd": "QAT with plain distillation",
-    "grace": "GRACE",
-    "grace_no_gate": "GRACE without the gate",
-    "grace_no_decoupled": "GRACE without decoupling",
-    "grace_no_relational": "GRACE without relations",
-    "grace_no_adaptive": "GRACE without the adaptive weight",
-}
 PAIRS = (
     *((name, "rtn_minmax") for name in (*ROUNDED, *SEARCHED) if name != "rtn_minmax"),
     *((name, "gptq") for name in ("block", *SEARCHED)),
@@ -272,7 +250,7 @@ def again_pages(folder: Path) -> list[str]:
         told = [
             "; ".join(f"`{name}` {one['weights'][:8]}, {one['seconds'] / 60:.1f} GPU minutes" for name, one in made)
         ]
-        table = again_table(first, again, SCHEME, names, LABELS)
+        table = again_table(first, again, SCHEME, names)
         lines += section("The headline made again, under a teacher trained anew", [provenance(rows)], told, table)
     other, rows = collect([folder / "rebuilt" / "headline.jsonl"])
     if rows:

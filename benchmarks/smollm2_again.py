@@ -1,4 +1,6 @@
-"""The headline made again, beside the first: means with their intervals, and the p of "they are alike".
+"""Rows made again, beside those of docs/results.md: means with their intervals, and the p of "they are alike".
+
+    python benchmarks/smollm2_again.py FOLDER     # of smollm2.py --out FOLDER
 
 What is not trained has no seeds and gives the same answers or others. Of what is trained two sets of seeds are two
 samples (Welch); a new mean outside an old interval happens to one in eight without any change.
@@ -8,10 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from smollm2_runs import Runs, cell, is_untrained, recovered, scheme_of
+from smollm2_jobs import OTHER_RULES, ROUNDED, SCHEME, SEARCHED
+from smollm2_rows import LANGUAGE_OUT, OUT
+from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of
 from smollm2_units import Measure, Row, test_right, text_loss
 
 from grace_vlm.evals.statistics import holm
@@ -26,7 +32,7 @@ SHOWN: tuple[tuple[str, Measure, Callable[[float], float]], ...] = (
 SAME = "the same"
 
 
-def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str], labels: dict[str, str]) -> list[str]:
+def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str]) -> list[str]:
     """A line for each method that both have; p is adjusted for all of them."""
     own = [(name, (name, scheme_of(name, scheme))) for name in names]
     own = [(name, key) for name, key in own if key in first and key in again]
@@ -45,7 +51,7 @@ def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str], lab
             ps = "" if math.isnan(p) else f"{p:.2g}, {next(adjusted):.2g}"
             new = SAME if is_same else _shown(again[key], measure, shown)
             cells += [_shown(first[key], measure, shown), new, back, ps]
-        lines.append(f"| {labels[name]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -68,3 +74,25 @@ def _shown(rows: dict[int | None, Row], measure: Measure, shown: Callable[[float
 def answers_of(rows: dict[int | None, Row]) -> list[Any]:
     """Everything that was found out of a method's models, question by question and window by window."""
     return [[row[part] for part in ("suite", "questions", "texts")] for row in rows.values()]
+
+
+FILES = ("headline.jsonl", f"{LANGUAGE_OUT.name}/headline.jsonl", "small.jsonl")
+
+
+def tables(folder: Path, shipped: Path = OUT) -> list[str]:
+    """Lines for every file of ``FILES`` that a folder has."""
+    lines: list[str] = []
+    for name in FILES:
+        first, before = collect([shipped / name])
+        again, rows = collect([folder / name])
+        if before and rows:
+            same = "the same student" if before[0]["student"] == rows[0]["student"] else "another student"
+            table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *OTHER_RULES, *SEARCHED))
+            lines += [f"{folder / name}, of {same}, beside {shipped / name}", "", *table, ""]
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("expected the folder of rows, as in smollm2.py --out FOLDER")
+    print("\n".join(tables(Path(sys.argv[1])) or [f"no rows in {sys.argv[1]} yet that docs/results.md has, too"]))

@@ -14,6 +14,30 @@ from smollm2_units import Measure, share_interval
 
 from grace_vlm.evals.student_t import t_interval
 
+LABELS = {
+    "teacher": "teacher, BF16",
+    "student": "student, BF16",
+    "sft": "student, fine-tuned as long, BF16",
+    "rtn_minmax": "RTN, min-max scales",
+    "rtn": "RTN, MSE scales",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "block": "block reconstruction",
+    "awq_mse": "AWQ, least error scales",
+    "gptq_mse": "GPTQ, MSE scales",
+    "rtn_signed": "RTN, signed scales",
+    "awq_signed": "AWQ, signed scales",
+    "gptq_signed": "GPTQ, signed scales",
+    "block_signed": "block reconstruction, signed scales",
+    "qat": "QAT",
+    "kd": "QAT with plain distillation",
+    "grace": "GRACE",
+    "grace_no_gate": "GRACE without the gate",
+    "grace_no_decoupled": "GRACE without decoupling",
+    "grace_no_relational": "GRACE without relations",
+    "grace_no_adaptive": "GRACE without the adaptive weight",
+}
+
 Runs = dict[tuple[str, str], dict[int | None, dict[str, Any]]]
 """(name, scheme) -> seed -> row."""
 

@@ -106,6 +106,8 @@ class Table:
         done = self.done()
         left = [job for job in jobs if job.key not in done]
         print(f"{len(left)} of {len(jobs)} rows to make for student {self.student}", flush=True)
+        if not left:
+            print(f"they are in {self.path}; --out FOLDER makes them in another", flush=True)
         for job in left:
             with claim(claim_of(self.path, job)) as is_ours:
                 if not is_ours or job.key in self.done():

@@ -81,4 +81,4 @@ class StoppedError(GraceError):
 
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report_smollm2 as report  # noqa: E402
 import smollm2 as bench  # noqa: E402
+import smollm2_again as again  # noqa: E402
 import smollm2_jobs as jobs_of  # noqa: E402
 import smollm2_rows as rows_of  # noqa: E402
 import smollm2_runtimes as runtimes  # noqa: E402
@@ -350,8 +351,8 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     seeds = [row(name, seed, 70 + seed, 2.2) for name in ("qat", "kd") for seed in range(3)]
     write(tmp_path / "headline.jsonl", [*untrained, *seeds])
     assert "again" not in "\n".join(report.pages(tmp_path, tmp_path))
-    again = [row("qat", seed, right, 2.2) for seed, right in enumerate((74, 75, 76))]
-    write(tmp_path / "again" / "headline.jsonl", [untrained[0], row("rtn", None, 60, 2.6), untrained[2], *again])
+    new = [row("qat", seed, right, 2.2) for seed, right in enumerate((74, 75, 76))]
+    write(tmp_path / "again" / "headline.jsonl", [untrained[0], row("rtn", None, 60, 2.6), untrained[2], *new])
     made = {"weights": "0123456789", "seconds": 90.0, "device": "cpu", "commit": "c"}
     (tmp_path / "again" / "stages.json").write_text(json.dumps({"teacher": made}))
     lines = report.pages(tmp_path, tmp_path)
@@ -370,6 +371,22 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     assert "| student, BF16 | 90.00 | 90.00 | 2.72 | 0.100 | 90.0 |" in "\n".join(report.pages(tmp_path, tmp_path))
     write(tmp_path / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
     assert "made again" not in "\n".join(report.pages(tmp_path, tmp_path)), "it was another student's"
+
+
+def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
+    shipped, made = tmp_path / "shipped", tmp_path / "made"
+    assert again.tables(made, shipped) == []
+    for folder, student in ((shipped, "s"), (made, "another")):
+        for name in ("headline.jsonl", "language/headline.jsonl", "small.jsonl"):
+            write(folder / name, [row("student", None, 80, 2.0, student), row("qat", 0, 70, 2.2, student)])
+    lines = again.tables(made, shipped)
+    assert f"{made}/small.jsonl, of another student, beside {shipped}/small.jsonl" in lines
+    assert len([line for line in lines if line.startswith("| student, BF16 | 80.00 | the same |")]) == 3
+    command = [sys.executable, str(ROOT / "benchmarks" / "smollm2_again.py")]
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout == f"no rows in {tmp_path} yet that docs/results.md has, too\n"
+    found = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, check=False)
+    assert found.stderr == "expected the folder of rows, as in smollm2.py --out FOLDER\n"
 
 
 def test_rows_of_two_teachers_are_not_mixed(tmp_path: Path, world: tuple[Exam, list[str]], in_a_folder: None) -> None:

@@ -367,13 +367,17 @@ def test_a_save_that_fails_deletes_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_require_same() -> None:
-    require_same({"a": 1, "b": None}, {"b": None, "a": 1})
+    run = Path("runs/mine")
+    require_same({"a": 1, "b": None}, {"b": None, "a": 1}, run)
+    own, found = {"dtype": "bf16", "world_size": 1, "device": "cpu"}, {"dtype": "fp32", "world_size": 1, "seed": 3}
     with pytest.raises(CheckpointError) as caught:
-        require_same({"dtype": "bf16", "world_size": 1, "device": "cpu"}, {"dtype": "fp32", "world_size": 1, "seed": 3})
+        require_same(own, found, run)
     assert str(caught.value) == (
-        "the checkpoint is of another run (device: absent then, cpu now; dtype: fp32 then, bf16 now; "
-        "seed: 3 then, absent now); start a new run or restore these settings"
+        "runs/mine was begun otherwise (device: absent then, cpu now; dtype: fp32 then, bf16 now; "
+        "seed: 3 then, absent now); restore this, or remove that folder"
     )
+    with pytest.raises(CheckpointError, match=r"restore this \(num_threads: by OMP_NUM_THREADS\), or remove"):
+        require_same({"num_threads": 1}, {"num_threads": 2}, run)
 
 
 def test_programmers_errors(tmp_path: Path) -> None:

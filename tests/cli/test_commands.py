@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -53,6 +54,21 @@ def document(grace: Any) -> Any:
         return json.loads(out)
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_spin_briefly_unless_told_otherwise(given: dict[str, str], found: str) -> None:
+    """Set while torch can still read it."""
+    code = (
+        "import os, sys\nsys.argv = ['grace', '--version']\nfrom grace_vlm.cli.main import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: main()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'))\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.splitlines()[-1] == found
 
 
 def test_train_pack_verify_eval(world: Path, grace: Any, document: Any) -> None:

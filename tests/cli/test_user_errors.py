@@ -51,6 +51,12 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
+def test_a_demo_of_no_teacher_makes_nothing(fails: Any, tmp_path: Path) -> None:
+    line = "nope does not exist; expected a model folder, a run folder or a hub id like org/name"
+    fails(2, line, "demo", "--teacher", "nope", "--out", tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
 def test_unknown_recipe_key(world: Path, fails: Any) -> None:
     where = world / "recipe.yaml"
     guess = "did you mean optim.learning_rate? see docs/recipes.md for the keys there are"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,19 @@ def test_what_cannot_be_said_in_a_talk(world: Path, grace: Any) -> None:
     assert (code, err) == (0, "/dance is no command; there are /image PATH, /new and /quit\n")
     assert grace(*args, "--json")[2] == "error: --json is for one answer; pass --question TEXT too\n"
     assert grace(*args, "--question", " ")[2] == "error: the question is empty; pass --question TEXT\n"
+
+
+def test_what_could_not_begin_leaves_nothing(
+    grace: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schema without its package is said at the first request; the corrected command is then not in its own way."""
+    prompts, out, schema = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", tmp_path / "schema.json"
+    prompts.write_text(json.dumps({"id": "a", "prompt": "what is it?"}) + "\n")
+    schema.write_text('{"type": "string"}')
+    args = ("generate", world / "model", "--data", prompts, "--out", out, "--device", "cpu", "--max-new-tokens", 2)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    code, _, err = grace(*args, "--json-schema", schema)
+    assert (code, err.strip()) == (2, "error: json_schema needs llguidance; pip install llguidance")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "schema.json"]
+    assert grace(*args)[0] == 0
+    assert len(out.read_text().splitlines()) == 1

@@ -248,12 +248,12 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
-def require_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
+def require_same(expected: dict[str, Any], found: dict[str, Any], run: Path) -> None:
     """Refuse to resume under other circumstances than the checkpoint's.
 
     Args:
         expected: this run's fingerprint.
-        found: the checkpoint's.
+        found: the checkpoint's. run: the folder that it is in.
 
     Raises:
         CheckpointError: one line with every key that differs.
@@ -261,4 +261,5 @@ def require_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
     keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k, "absent") != found.get(k, "absent"))
     if keys:
         diff = "; ".join(f"{k}: {found.get(k, 'absent')} then, {expected.get(k, 'absent')} now" for k in keys)
-        raise CheckpointError(f"the checkpoint is of another run ({diff}); start a new run or restore these settings")
+        how = " (num_threads: by OMP_NUM_THREADS)" if "num_threads" in keys else ""
+        raise CheckpointError(f"{run} was begun otherwise ({diff}); restore this{how}, or remove that folder")

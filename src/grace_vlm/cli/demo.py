@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import typer
 
 from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import ConfigError, StoppedError
 
 HELP = """Run the whole method on real pictures and questions: train, quantize, pack, prove, compare.
 
@@ -54,7 +54,8 @@ def demo(
     for recipe in (QAT_RECIPE, GRACE_RECIPE):
         if not recipe.is_file():
             raise ConfigError(f"{recipe} does not exist; run grace demo in a clone of the repository")
-    _require_same_inputs(out, {"teacher": _identity(teacher), "student": _identity(student), "steps": steps})
+    inputs = {"teacher": _identity(teacher), "student": _identity(student), "steps": steps}
+    _require_same_inputs(out, inputs, (teacher, student))
     result_path, page = out / "results.json", out / "report.html"
     if not (result_path.is_file() and page.is_file()):
         _Demo(out, teacher, student, steps).run()
@@ -77,9 +78,10 @@ def _identity(source: str) -> str:
     return f"{source} {marker.read_text(encoding='utf-8')[:16]}" if marker.is_file() else source
 
 
-def _require_same_inputs(out: Path, inputs: dict[str, Any]) -> None:
+def _require_same_inputs(out: Path, inputs: dict[str, Any], sources: Sequence[str]) -> None:
     """A demo folder is of one pair of bases and one number of steps: they are noted at its start and compared later."""
     from grace_vlm.checkpoint.atomic import write_json_atomic
+    from grace_vlm.models.load import resolve_source
 
     note = out / "inputs.json"
     if note.is_file():
@@ -92,6 +94,8 @@ def _require_same_inputs(out: Path, inputs: dict[str, Any]) -> None:
                 f"{out} is a demo of other inputs ({'; '.join(changed)}); choose another --out or remove it"
             )
     else:
+        for source in sources:
+            resolve_source(source)  # one that is not there is said before anything is made
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(note, inputs)
 
@@ -174,13 +178,15 @@ class _Demo:
         recipe = load_recipe(recipe_path, overrides)
         run = self.out / "training" / name
         with ProgressBar(name) as bar:
-            final = train(
-                recipe,
-                run,
-                resume=run.exists(),
-                notify=say,
-                progress=lambda report, num_steps: bar.update(report.step + 1, num_steps, f"{name} {report.loss:.2f}"),
-            )
+
+            def tell(report: Any, num_steps: int) -> None:
+                bar.update(report.step + 1, num_steps, f"loss {report.loss:.3f}")
+
+            try:
+                final = train(recipe, run, resume=run.exists(), notify=say, progress=tell)
+            except StoppedError as stopped:
+                said = f"stopped, with a checkpoint of {name}; the same command goes on"
+                raise StoppedError(said, stopped.number) from None
         copy_model(str(final), dst)
 
     def _compare(self) -> None:

@@ -47,13 +47,14 @@ def generate(
         answer_line,
         explained,
         kept_answers,
+        note_of,
         read_prompts,
         read_text,
         remaining,
         write_note,
     )
     from grace_vlm.engine.sampling import SamplingParams
-    from grace_vlm.errors import ConfigError, RequestError
+    from grace_vlm.errors import ConfigError, GraceError, RequestError
     from grace_vlm.evals.suite.run import weights_digest
 
     if out.exists() and data.exists() and out.samefile(data):
@@ -76,6 +77,7 @@ def generate(
     done = kept_answers(out, asked, stated) & {one.id for one in asked}
     llm = LLM(model, device, options, max_pixels=max_pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
+    was_there = out.exists()
     write_note(out, stated)
     count, failures = len(done), []
     with ProgressBar("answering") as bar, out.open("a", encoding="utf-8") as file:
@@ -90,6 +92,11 @@ def generate(
                 bar.update(count, len(asked))
         except KeyboardInterrupt:
             fail(f"interrupted; {count - len(failures)} answers kept in {out}, continue with --resume", 130)
+        except GraceError:
+            if not (was_there or count):  # nothing is left that would stand in a second try's way
+                for left in (out, note_of(out)):
+                    left.unlink()
+            raise
     drafter = llm.engine.drafter
     if as_json:
         drafted = {"proposed": drafter.num_proposed, "accepted": drafter.num_accepted} if draft_tokens else {}

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from grace_vlm import __version__
+from grace_vlm.cli.openmp import spin_briefly
 from grace_vlm.cli.output import fail
 from grace_vlm.errors import GraceError
 
@@ -106,6 +107,7 @@ def _command_of(error: Exception) -> str:
 
 def main() -> None:
     """Entry point: user errors are one line on standard error and an exit code; bugs keep their traceback."""
+    spin_briefly()
     try:
         code = app(standalone_mode=False)
     except GraceError as error:

@@ -234,7 +234,7 @@ class Run:
             return 0
         parts = load_shares(path, self.ranks.index, self.ranks.count)
         require_same_recipe(self.out, self.recipe)
-        said = what_is_not_exact(self.fingerprint(), parts[0].fingerprint)
+        said = what_is_not_exact(self.fingerprint(), parts[0].fingerprint, self.out)
         is_same_number = parts[0].fingerprint["num_processes"] == self.ranks.count
         state = parts[0] if is_same_number else shared_out(parts, self.masters)
         self.masters.load_state_dict(state.masters, state.log_scales)

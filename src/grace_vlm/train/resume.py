@@ -30,8 +30,9 @@ def fingerprint_of(recipe: Recipe, ranks: Ranks, sharding: Sharding, cache: str 
     }
 
 
-def what_is_not_exact(own: dict[str, Any], found: dict[str, Any]) -> str:
-    """Compare this run's fingerprint with a checkpoint's; returns what is to be said of a resume that is not exact.
+def what_is_not_exact(own: dict[str, Any], found: dict[str, Any], run: Path) -> str:
+    """Compare this run's fingerprint with a checkpoint's in the folder ``run``; returns what is to be said of a resume
+    that is not exact.
 
     Another number of processes, and another sharding (that a launcher asks for), only add up in another order.
 
@@ -46,5 +47,5 @@ def what_is_not_exact(own: dict[str, Any], found: dict[str, Any]) -> str:
         said = f", which {found['num_processes']} processes wrote and {own['num_processes']} read: not bit-exact"
     elif sharding != own["sharding"]:
         said = f", which runtime.sharding={sharding} wrote and {own['sharding']} reads: not bit-exact"
-    require_same(as_found, found)
+    require_same(as_found, found, run)
     return said
