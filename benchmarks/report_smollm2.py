@@ -1,8 +1,8 @@
-"""docs/results.md: the tables of the SmolLM2 pair, from the rows that smollm2.py left.
+"""docs/results.md: the tables of the SmolLM2 pair, from the rows that smollm2.py left, and the one in README.md.
 
     python benchmarks/report_smollm2.py
 
-Only what stands between the two marks of the page is written. Seeds are the units: a difference of two methods is the
+Only what stands between the two marks of a page is written. Seeds are the units: a difference of two methods is the
 mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. Of two models
 that were not trained the units are what they were asked: blocks of a hundred questions, windows of text. p values of a
 table are adjusted together (Holm). A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the
@@ -58,7 +58,7 @@ from smollm2_units import (
 from grace_vlm.evals.statistics import holm
 from grace_vlm.evals.student_t import t_interval, t_test
 
-PAGE = Path("docs/results.md")
+PAGE, README = Path("docs/results.md"), Path("README.md")
 BEGIN, END = "<!-- smollm2:begin (benchmarks/report_smollm2.py) -->", "<!-- smollm2:end -->"
 PAIRS = (
     *((name, "rtn_minmax") for name in (*ROUNDED, *SEARCHED) if name != "rtn_minmax"),
@@ -340,15 +340,31 @@ def runtime_pages(folder: Path) -> list[str]:
     return [*lines, "", f"{about}; {engine}; `python benchmarks/smollm2_runtimes.py MODEL --count {len(found)}`."]
 
 
-def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+def readme_table(folder: Path) -> list[str]:
+    """A line a method of both headlines."""
+    pictures, language = (collect([own / "headline.jsonl"])[0] for own in (folder, folder / LANGUAGE_OUT.name))
+    lines = ["| W4, groups of 64 | language alone: perplexity | with pictures: questions % | lost points given back |"]
+    lines.append("|---" * 4 + "|")
+    for name in ("student", *ROUNDED, *SEARCHED):
+        key = (name, scheme_of(name, SCHEME))
+        cells = [cell(values(language, key, text_loss), 1, math.exp), cell(values(pictures, key, test_right), 1)]
+        cells.append("" if name == "student" else recovered(pictures, name, SCHEME, test_right))
+        lines.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_between(page: Path, lines: Sequence[str]) -> None:
+    text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        sys.exit(f"{PAGE} lacks the marks {BEGIN} and {END}")
+        sys.exit(f"{page} lacks the marks {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(
-        f"{before}{BEGIN}\n" + "\n".join(pages(OUT, PAGE.parent / "images")) + f"{END}{after}", encoding="utf-8"
-    )
-    print(f"wrote {PAGE}")
+    page.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"{END}{after}", encoding="utf-8")
+    print(f"wrote {page}")
+
+
+def main() -> None:
+    write_between(PAGE, pages(OUT, PAGE.parent / "images"))
+    write_between(README, [*readme_table(OUT), ""])
 
 
 if __name__ == "__main__":

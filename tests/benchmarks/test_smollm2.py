@@ -389,6 +389,23 @@ def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     assert found.stderr == "expected the folder of rows, as in smollm2.py --out FOLDER\n"
 
 
+def test_the_readme_has_both_headlines(tmp_path: Path) -> None:
+    pictures = [row(name, None, right, 2.0) for name, right in (("student", 80), ("rtn_minmax", 60), ("gptq", 70))]
+    write(tmp_path / "headline.jsonl", [*pictures, *(row("grace", seed, 72 + 2 * seed, 2.1) for seed in range(3))])
+    write(tmp_path / "language" / "headline.jsonl", [row("grace", seed, 0, 3.0, "another") for seed in range(2)])
+    lines = report.readme_table(tmp_path)
+    assert lines[2] == "| student, BF16 |  | 80.0 |  |"
+    assert "| GPTQ |  | 70.0 | 50 % |" in lines
+    assert lines[-1] == "| GRACE | 20.1 ± 0.0 | 74.0 ± 2.0 | 70 % [45, 95] |"
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_between(page, ["new", ""])
+    assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    page.write_text("nothing")
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        report.write_between(page, [])
+
+
 def test_rows_of_two_teachers_are_not_mixed(tmp_path: Path, world: tuple[Exam, list[str]], in_a_folder: None) -> None:
     rows = [{**row("kd", seed, 70, 2.0), "teacher": f"t{seed}"} for seed in range(2)]
     write(tmp_path / "headline.jsonl", rows)

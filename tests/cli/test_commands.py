@@ -138,6 +138,9 @@ def test_inspect(world: Path, grace: Any, document: Any) -> None:
     assert (found["kind"], found["layout"], found["quantized_linears"]) == ("model", "grace", 14)
     assert document("inspect", world / "student")["layout"] == "bf16"
     assert "w8g128" in grace("inspect", world / "q8")[1]
+    said = grace("inspect", world / "student")[1]
+    assert "layout: bf16" in said
+    assert not [word for word in ("None", "{}", "bf16_linears") if word in said], "it has no grid to speak of"
 
 
 class Bar:

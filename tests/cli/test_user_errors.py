@@ -51,6 +51,10 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
+def test_a_command_that_is_nearly_one(fails: Any) -> None:
+    fails(2, "No such command 'trian'. Did you mean 'train'? see grace --help", "trian")
+
+
 def test_a_demo_of_no_teacher_makes_nothing(fails: Any, tmp_path: Path) -> None:
     line = "nope does not exist; expected a model folder, a run folder or a hub id like org/name"
     fails(2, line, "demo", "--teacher", "nope", "--out", tmp_path / "demo")

@@ -332,7 +332,7 @@ def test_refusals_are_one_line_and_leave_what_was_there(tmp_path: Path, monkeypa
     easy_vqa._read_package.cache_clear()
     with pytest.raises(ConfigError) as caught:
         prepare("easy-vqa", out, overwrite=True)
-    message = "the source needs the package easy-vqa, which is not installed; pip install easy-vqa"
+    message = "the source easy-vqa needs its package, which is not installed; pip install easy-vqa"
     assert str(caught.value) == message
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "mine.txt").read_text() == "keep"

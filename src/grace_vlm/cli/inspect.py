@@ -26,7 +26,8 @@ def inspect_path(
         emit_json(found)
         return
     for key, value in found.items():
-        if key != "linears":
+        # Of a model without a grid there is nothing to be said of one.
+        if key != "linears" and value not in (None, {}) and (key != "bf16_linears" or found.get("linears")):
             print(f"{key}: {value}")
     if found.get("linears"):
         print_table(HEADER, [_row(linear) for linear in found["linears"]])

@@ -92,7 +92,7 @@ _register()
 def _meant(error: Exception) -> str:
     """What an option or an argument that is missing is for, in its own words; nothing of other errors."""
     about = getattr(getattr(error, "param", None), "help", None)
-    return f" ({about.rstrip('.')})" if about and "Missing" in type(error).__name__ else ""
+    return f" ({about.removesuffix('.')})" if about and "Missing" in type(error).__name__ else ""
 
 
 def _command_of(error: Exception) -> str:
@@ -123,7 +123,8 @@ def main() -> None:
         if not message.strip() or "Usage:" in message:
             print(message)  # no arguments: the help text
             sys.exit(2)
-        fail(f"{message.rstrip('.')}{_meant(error)}; see {_command_of(error)} --help", 2)
+        said = f"{message.rstrip('.')}{_meant(error)}"
+        fail(f"{said}{'' if said.endswith('?') else ';'} see {_command_of(error)} --help", 2)
     if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt and says nothing
         fail("interrupted; run the same command with --resume to go on where that is offered", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

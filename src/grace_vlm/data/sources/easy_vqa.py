@@ -73,7 +73,7 @@ def _read_package(part: str) -> dict[int, tuple[Path, tuple[tuple[str, str], ...
         import easy_vqa
     except ImportError as error:
         raise ConfigError(
-            "the source needs the package easy-vqa, which is not installed; pip install easy-vqa"
+            "the source easy-vqa needs its package, which is not installed; pip install easy-vqa"
         ) from error
     get_questions, get_paths = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
