@@ -42,6 +42,7 @@ from smollm2_runs import (
     provenance,
     recovered,
     scheme_of,
+    table_of,
     values,
 )
 from smollm2_units import (
@@ -99,10 +100,7 @@ def method_table(
             least_seconds((costs or runs).get(key, {}).values()) if is_timed else "",
         ]
         lines.append(cells)
-    kept = [column for column in range(len(COLUMNS) + 1) if any(line[column] for line in lines)]
-    head = (scheme.upper(), *COLUMNS)
-    rows = ([head[column] for column in kept], ["---"] * len(kept), *([line[c] for c in kept] for line in lines))
-    return ["| " + " | ".join(row) + " |" for row in rows] if lines else []
+    return table_of((scheme.upper(), *COLUMNS), lines)
 
 
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from smollm2_jobs import OTHER_RULES, ROUNDED, SCHEME, SEARCHED
 from smollm2_rows import LANGUAGE_OUT, OUT
-from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of
+from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of, table_of
 from smollm2_units import Measure, Row, test_right, text_loss
 
 from grace_vlm.evals.statistics import holm
@@ -41,7 +41,7 @@ def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str]) -> 
     tested = [p for _, key in own for _, measure, shown in SHOWN if not math.isnan(p := _p(first, again, key, measure))]
     adjusted = iter(holm(tested))
     titles = [f"{title}{what}" for title, _, _ in SHOWN for what in (", first", ", again", " given back", ": p, Holm")]
-    lines = [f"| {scheme.upper()} | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    lines: list[list[str]] = []
     for name, key in own:
         cells: list[str] = []
         for _, measure, shown in SHOWN:
@@ -49,10 +49,10 @@ def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str]) -> 
             back = "" if key[1] == "bf16" or is_same else recovered(again, name, scheme, measure)
             p = _p(first, again, key, measure)
             ps = "" if math.isnan(p) else f"{p:.2g}, {next(adjusted):.2g}"
-            new = SAME if is_same else _shown(again[key], measure, shown)
-            cells += [_shown(first[key], measure, shown), new, back, ps]
-        lines.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
-    return lines
+            old, new = (_shown(runs[key], measure, shown) for runs in (first, again))
+            cells += [old, SAME if new and is_same else new, back, ps]
+        lines.append([LABELS[name], *cells])
+    return table_of((scheme.upper(), *titles), lines)
 
 
 def _values(rows: dict[int | None, Row], measure: Measure) -> list[float]:

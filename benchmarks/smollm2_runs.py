@@ -76,6 +76,13 @@ def cell(numbers: Sequence[float], digits: int = 2, of: Callable[[float], float]
     return f"{statistics.mean(shown):.{digits}f}{spread}"
 
 
+def table_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown without the columns that nobody fills; nothing of no lines."""
+    kept = [column for column in range(len(head)) if any(line[column] for line in lines)]
+    rows = ([head[column] for column in kept], ["---"] * len(kept), *([line[c] for c in kept] for line in lines))
+    return ["| " + " | ".join(row) + " |" for row in rows] if lines else []
+
+
 def scheme_of(name: str, scheme: str) -> str:
     return "bf16" if name in ("teacher", "student", "sft") else scheme
 
