@@ -341,14 +341,14 @@ def runtime_pages(folder: Path) -> list[str]:
 def readme_table(folder: Path) -> list[str]:
     """A line a method of both headlines."""
     pictures, language = (collect([own / "headline.jsonl"])[0] for own in (folder, folder / LANGUAGE_OUT.name))
-    lines = ["| W4, groups of 64 | language alone: perplexity | with pictures: questions % | lost points given back |"]
-    lines.append("|---" * 4 + "|")
+    lines: list[list[str]] = []
     for name in ("student", *ROUNDED, *SEARCHED):
         key = (name, scheme_of(name, SCHEME))
         cells = [cell(values(language, key, text_loss), 1, math.exp), cell(values(pictures, key, test_right), 1)]
-        cells.append("" if name == "student" else recovered(pictures, name, SCHEME, test_right))
-        lines.append(f"| {LABELS[name]} | " + " | ".join(cells) + " |")
-    return lines
+        back = "" if name == "student" else recovered(pictures, name, SCHEME, test_right)
+        lines.append([LABELS[name], *cells, back])
+    head = ("W4, groups of 64", "language alone: perplexity", "with pictures: questions %", "lost points given back")
+    return table_of(head, lines)
 
 
 def write_between(page: Path, lines: Sequence[str]) -> None:

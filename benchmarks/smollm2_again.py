@@ -17,7 +17,7 @@ from typing import Any
 
 from smollm2_jobs import OTHER_RULES, ROUNDED, SCHEME, SEARCHED
 from smollm2_rows import LANGUAGE_OUT, OUT
-from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of, table_of
+from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of, table_of, values
 from smollm2_units import Measure, Row, test_right, text_loss
 
 from grace_vlm.evals.statistics import holm
@@ -38,37 +38,26 @@ def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str]) -> 
     own = [(name, key) for name, key in own if key in first and key in again]
     if not own:
         return []
-    tested = [p for _, key in own for _, measure, shown in SHOWN if not math.isnan(p := _p(first, again, key, measure))]
-    adjusted = iter(holm(tested))
+    tested = [[welch(*(values(runs, key, one) for runs in (first, again)))[2] for _, one, _ in SHOWN] for _, key in own]
+    adjusted = iter(holm([p for line in tested for p in line if not math.isnan(p)]))
     titles = [f"{title}{what}" for title, _, _ in SHOWN for what in (", first", ", again", " given back", ": p, Holm")]
     lines: list[list[str]] = []
-    for name, key in own:
+    for (name, key), ps_of in zip(own, tested, strict=True):
+        is_same = is_untrained(first[key]) and answers_of(first[key]) == answers_of(again[key])
         cells: list[str] = []
-        for _, measure, shown in SHOWN:
-            is_same = is_untrained(first[key]) and answers_of(first[key]) == answers_of(again[key])
+        for (_, measure, shown), p in zip(SHOWN, ps_of, strict=True):
             back = "" if key[1] == "bf16" or is_same else recovered(again, name, scheme, measure)
-            p = _p(first, again, key, measure)
             ps = "" if math.isnan(p) else f"{p:.2g}, {next(adjusted):.2g}"
-            old, new = (_shown(runs[key], measure, shown) for runs in (first, again))
+            old, new = (_shown([shown(value) for value in values(runs, key, measure)]) for runs in (first, again))
             cells += [old, SAME if new and is_same else new, back, ps]
         lines.append([LABELS[name], *cells])
     return table_of((scheme.upper(), *titles), lines)
 
 
-def _values(rows: dict[int | None, Row], measure: Measure) -> list[float]:
-    return [value for row in rows.values() if (value := measure(row)) is not None]
-
-
-def _p(first: Runs, again: Runs, key: tuple[str, str], measure: Measure) -> float:
-    """Of "both are means of the same"; nan of what has no seeds."""
-    return welch(_values(first[key], measure), _values(again[key], measure))[2]
-
-
-def _shown(rows: dict[int | None, Row], measure: Measure, shown: Callable[[float], float]) -> str:
+def _shown(numbers: Sequence[float]) -> str:
     """The mean, with its interval over seeds."""
-    values = [shown(value) for value in _values(rows, measure)]
-    low, high = t_interval(values)
-    return cell(values) if math.isnan(low) else f"{statistics.mean(values):.2f} [{low:.2f}, {high:.2f}]"
+    low, high = t_interval(numbers)
+    return cell(numbers) if math.isnan(low) else f"{statistics.mean(numbers):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def answers_of(rows: dict[int | None, Row]) -> list[Any]:

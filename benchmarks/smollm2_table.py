@@ -81,7 +81,7 @@ class Table:
         self.path, self.overrides, self.calibration_rows = path, tuple(overrides), calibration_rows
         self.beside = beside
         self.recipe = base_recipe(self.overrides)
-        self.student_name = student_of(self.overrides)
+        self.student_name = str(self.recipe.model.student)
         self.student = digest_of(self.student_name)
         self._teacher: str | None = None
         self.reference = load_model(self.student_name)
