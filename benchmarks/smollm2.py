@@ -16,10 +16,13 @@ is student and teacher, a row is two or three minutes of two cores.
 Each ends after ``--minutes`` with what was finished, and exit code 3 if some is left: the same command goes on, on
 another day or machine. ``--gpus N`` makes rows on N at once, ``--at-once M`` M of them on each, as many as have room if
 left out (a row alone keeps its GPU waiting for the host; the times of rows that share one say nothing of a method,
-``costs`` does): whoever is free takes the next, and so does the same command begun twice. A stage of N
-processes (torchrun) shares out its batches, and sums in another order than one. Rows are lines of
+``costs`` does): whoever is free takes the next, and so does the same command begun twice. Rows are lines of
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
+
+Stages and rows repeat to the bit on the same kind of GPU with the same versions (``runtime.deterministic``), whatever
+runs beside them. A stage is one process: two (torchrun) share out its batches, sum in another order, and make another
+pair.
 
 All trained rows have the same data, order of rows per seed and number of steps (``recipes/smollm2/comparison.yaml``);
 they differ by overrides (``smollm2_jobs.py``).
@@ -57,7 +60,15 @@ from smollm2_jobs import (
     small_jobs,
 )
 from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_reported, is_validation, read_stages
-from smollm2_table import CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS, Table, digest_of, done_rows, student_of
+from smollm2_table import (
+    CALIBRATION_ROWS,
+    SMALL_CALIBRATION_ROWS,
+    Table,
+    digest_of,
+    done_rows,
+    repeat_to_the_bit,
+    student_of,
+)
 
 from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
 
@@ -353,6 +364,7 @@ def main() -> None:
         made.error(f"--language and --only are of rows, and {args.command} is a training run of pictures")
     if args.command == "costs" and args.language:
         made.error("costs are of a GPU; rows of --language were made alone and have their times")
+    repeat_to_the_bit()
     clock = Clock(args.minutes)
     out = args.out or (LANGUAGE_OUT if args.language else OUT)
     if args.command in STAGES:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from record import commit_name, device_name
 from smollm2_jobs import OTHER_RULES, QUANTIZED_FIRST, RATES, ROUNDED, RUNS, TWO_STAGES, Job, first_stage, recipe_of
@@ -24,6 +25,12 @@ class Deadline(Protocol):
 
 
 CALIBRATION_ROWS, SMALL_CALIBRATION_ROWS = 128, 16
+
+
+def repeat_to_the_bit() -> None:
+    """cuBLAS reads its workspace once, when a process first multiplies, and a first row need not be a trained one
+    (``train/repeat.py`` would be late)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def digest_of(student: str) -> str:
@@ -59,6 +66,14 @@ def done_rows(path: Path, student: str) -> set[tuple[Any, ...]]:
 def claim_of(path: Path, job: Job) -> Path:
     """What stands for a job's row in that file, wherever two commands write."""
     return RUNS / "claims" / "_".join(path.resolve().parts[1:]) / job.label
+
+
+class Made(NamedTuple):
+    """A job's model. diary: what its training noted; weights: the hash of what came of it, None where nothing did."""
+
+    loaded: Any
+    diary: Sequence[dict[str, Any]] = ()
+    weights: str | None = None
 
 
 class Table:
@@ -127,7 +142,7 @@ class Table:
         import transformers
 
         started = time.monotonic()
-        loaded, diary = self._model(job)
+        loaded, diary, weights = self._model(job)
         made_seconds = time.monotonic() - started
         found = self.examination.of(loaded, self.reference)
         first, last = (diary[0], diary[-1]) if diary else ({}, {})
@@ -139,6 +154,7 @@ class Table:
             "rate": job.rate,
             "student": self.student,
             "teacher": self.teacher_of(job),
+            "weights": weights,
             "steps": len(diary) and last["step"] + 1,
             "made_seconds": round(made_seconds, 1),
             "first": {name: first.get(name) for name in shown if diary},
@@ -150,15 +166,15 @@ class Table:
             "commit": commit_name(),
         }
 
-    def _model(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+    def _model(self, job: Job) -> Made:
         from grace_vlm.models.load import load_model
 
         if job.name == "student":
-            return load_model(self.student_name), []
+            return Made(load_model(self.student_name))
         if job.name == "teacher":
-            return load_model(str(self.recipe.model.teacher)), []
+            return Made(load_model(str(self.recipe.model.teacher)))
         if job.name in (*ROUNDED, *OTHER_RULES):
-            return self._rounded(job), []
+            return Made(self._rounded(job))
         return self._trained(job)
 
     def _rounded(self, job: Job) -> Any:
@@ -182,7 +198,7 @@ class Table:
         loaded.model.to(dtype)
         return loaded
 
-    def _trained(self, job: Job) -> tuple[Any, list[dict[str, Any]]]:
+    def _trained(self, job: Job) -> Made:
         from grace_vlm.models.load import load_model
         from grace_vlm.train.loop import train
         from grace_vlm.train.record import read_metrics
@@ -190,11 +206,11 @@ class Table:
         first = self._before(job)
         out = RUNS / "rows" / f"{self.path.stem}_{job.label}"  # two commands may have one job
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
-        loaded, diary = load_model(str(final)), read_metrics(out / "metrics.jsonl")
+        made = Made(load_model(str(final)), read_metrics(out / "metrics.jsonl"), digest_of(str(final)))
         shutil.rmtree(out)
         if first is not None:
             shutil.rmtree(first)
-        return loaded, diary
+        return made
 
     def _before(self, job: Job) -> Path | None:
         """The model that a variant of two stages goes on from, of the same student, seed and rate; None for others."""
