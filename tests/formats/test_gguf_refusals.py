@@ -12,12 +12,12 @@ import torch
 from tiny_models import copy_of, edit_json
 
 from grace_vlm.errors import FormatError
-from grace_vlm.formats.gguf import apart, interleaved
 from grace_vlm.formats.gguf_file import write_gguf
 from grace_vlm.formats.gguf_names import QWEN3
 from grace_vlm.formats.gguf_tokenizer import tokenizer_values
 from grace_vlm.formats.gguf_values import parsed_config, text_values, vision_values
 from grace_vlm.formats.pack import pack
+from grace_vlm.models.llama_cpp import apart, interleaved
 
 Change = Callable[[Any], Any]
 CONFIG_CASES: list[tuple[Change, str]] = [

@@ -34,6 +34,7 @@ from grace_vlm.formats.gguf_values import parsed_config, require_agreement, text
 from grace_vlm.formats.lazy import Lazy, TensorSpec, spec_of
 from grace_vlm.formats.shards import INDEX, WEIGHTS
 from grace_vlm.formats.weights import read_inside, require_inside
+from grace_vlm.models.llama_cpp import apart, interleaved
 from grace_vlm.quant.plan import PlanEntry
 from grace_vlm.quant.scheme import QuantizedTensor, QuantScheme, ScaleRounding
 
@@ -43,27 +44,6 @@ _KIND_OF_BITS = {4: Q4_0, 8: Q8_0}
 _BITS_OF_KIND = {kind: bits for bits, kind in _KIND_OF_BITS.items()}
 _LINEARS = tuple(rest.removesuffix(".weight").split(".N.")[-1] for rest in TEXT if "_proj.weight" in rest)
 _ENDS = ("embed_tokens", "lm_head")
-
-
-def _require_halves(rows: torch.Tensor, num_heads: int) -> None:
-    if rows.shape[0] % (2 * num_heads):
-        raise FormatError(
-            f"a matrix of q or k has {rows.shape[0]} rows; {num_heads} heads need a multiple of twice that"
-        )
-
-
-def interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows (heads * d, ...) as architecture ``llama`` has those of q and k: 0, d/2, 1, d/2 + 1, ... of each head."""
-    _require_halves(rows, num_heads)
-    halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def apart(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The inverse of ``interleaved``."""
-    _require_halves(rows, num_heads)
-    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 class _Heads:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grace_vlm.errors import FormatError
+from grace_vlm.models.llama_cpp import DECODER
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
@@ -25,23 +26,7 @@ def _both(rules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return {f"{stock}.{leaf}": (f"{gguf}.{leaf}",) for stock, gguf in rules.items() for leaf in ("weight", "bias")}
 
 
-TEXT = _both(
-    {
-        "embed_tokens": "token_embd",
-        "norm": "output_norm",
-        "layers.N.input_layernorm": "blk.N.attn_norm",
-        "layers.N.self_attn.q_proj": "blk.N.attn_q",
-        "layers.N.self_attn.k_proj": "blk.N.attn_k",
-        "layers.N.self_attn.v_proj": "blk.N.attn_v",
-        "layers.N.self_attn.o_proj": "blk.N.attn_output",
-        "layers.N.self_attn.q_norm": "blk.N.attn_q_norm",
-        "layers.N.self_attn.k_norm": "blk.N.attn_k_norm",
-        "layers.N.post_attention_layernorm": "blk.N.ffn_norm",
-        "layers.N.mlp.gate_proj": "blk.N.ffn_gate",
-        "layers.N.mlp.up_proj": "blk.N.ffn_up",
-        "layers.N.mlp.down_proj": "blk.N.ffn_down",
-    }
-)
+TEXT = _both(DECODER)
 HEAD = _both({"lm_head": "output"})
 _FRAMES = {"patch_embed.proj.weight": ("v.patch_embd.weight", "v.patch_embd.weight.1")}
 _QWEN3_VISION = _both(

