@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -32,14 +33,19 @@ def emit_json(document: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table on standard output: first column left, the others right."""
+    """A plain table on standard output: words stand on the left of their column, numbers on the right."""
     table = [list(header), *[[printable(cell) for cell in row] for row in rows]]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    columns = list(zip(*table, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    put = [str.rjust if _is_of_numbers(column[1:]) else str.ljust for column in columns]
     for number, line in enumerate(table):
-        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(one(cell, width) for one, cell, width in zip(put, line, widths, strict=True)).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def _is_of_numbers(cells: Sequence[str]) -> bool:
+    return all(re.match(r"[-+±<]?\s?[0-9]", cell) for cell in cells if cell not in ("", "-", "nan"))
 
 
 def show(line: str) -> None:
