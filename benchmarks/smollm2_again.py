@@ -2,8 +2,9 @@
 
     python benchmarks/smollm2_again.py FOLDER     # of smollm2.py --out FOLDER
 
-What is not trained has no seeds and gives the same answers or others. Of what is trained two sets of seeds are two
-samples (Welch); a new mean outside an old interval happens to one in eight without any change.
+On a GPU of the same kind, with the same versions, student and teacher, every answer and loss is the same, and that is
+what is shown. Elsewhere two sets of seeds are two samples (Welch), and a new mean outside an old interval happens to
+one in eight without any change.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from smollm2_jobs import OTHER_RULES, ROUNDED, SCHEME, SEARCHED
 from smollm2_rows import LANGUAGE_OUT, OUT
-from smollm2_runs import LABELS, Runs, cell, collect, is_untrained, recovered, scheme_of, table_of, values
+from smollm2_runs import LABELS, Runs, cell, collect, recovered, scheme_of, table_of, values
 from smollm2_units import Measure, Row, test_right, text_loss
 
 from grace_vlm.evals.statistics import holm
@@ -38,18 +38,21 @@ def again_table(first: Runs, again: Runs, scheme: str, names: Sequence[str]) -> 
     own = [(name, key) for name, key in own if key in first and key in again]
     if not own:
         return []
-    tested = [[welch(*(values(runs, key, one) for runs in (first, again)))[2] for _, one, _ in SHOWN] for _, key in own]
+    same = [is_same(first[key], again[key]) for _, key in own]
+    tested = [
+        [math.nan if alike else welch(*(values(runs, key, one) for runs in (first, again)))[2] for _, one, _ in SHOWN]
+        for alike, (_, key) in zip(same, own, strict=True)
+    ]
     adjusted = iter(holm([p for line in tested for p in line if not math.isnan(p)]))
     titles = [f"{title}{what}" for title, _, _ in SHOWN for what in (", first", ", again", " given back", ": p, Holm")]
     lines: list[list[str]] = []
-    for (name, key), ps_of in zip(own, tested, strict=True):
-        is_same = is_untrained(first[key]) and answers_of(first[key]) == answers_of(again[key])
+    for (name, key), ps_of, alike in zip(own, tested, same, strict=True):
         cells: list[str] = []
         for (_, measure, shown), p in zip(SHOWN, ps_of, strict=True):
-            back = "" if key[1] == "bf16" or is_same else recovered(again, name, scheme, measure)
+            back = "" if key[1] == "bf16" or alike else recovered(again, name, scheme, measure)
             ps = "" if math.isnan(p) else f"{p:.2g}, {next(adjusted):.2g}"
             old, new = (_shown([shown(value) for value in values(runs, key, measure)]) for runs in (first, again))
-            cells += [old, SAME if new and is_same else new, back, ps]
+            cells += [old, SAME if new and alike else new, back, ps]
         lines.append([LABELS[name], *cells])
     return table_of((scheme.upper(), *titles), lines)
 
@@ -60,9 +63,13 @@ def _shown(numbers: Sequence[float]) -> str:
     return cell(numbers) if math.isnan(low) else f"{statistics.mean(numbers):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def answers_of(rows: dict[int | None, Row]) -> list[Any]:
-    """Everything that was found out of a method's models, question by question and window by window."""
-    return [[row[part] for part in ("suite", "questions", "texts")] for row in rows.values()]
+def is_same(first: dict[int | None, Row], again: dict[int | None, Row]) -> bool:
+    """Whether everything that was found out of a method's models, question by question and window by window, is what
+    was found out of the first ones of the same seeds."""
+    parts = ("suite", "questions", "texts")
+    return again.keys() <= first.keys() and all(
+        first[seed][part] == row[part] for seed, row in again.items() for part in parts
+    )
 
 
 FILES = ("headline.jsonl", f"{LANGUAGE_OUT.name}/headline.jsonl", "small.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,8 @@ def test_rows_of_every_kind_and_a_second_call_makes_none_again(
     assert gptq["texts"]["prose"]["divergences"][0] > 0
     assert (student["steps"], grace["steps"]) == (0, 2)
     assert grace["last"]["distillation"] > 0
+    assert (student["weights"], gptq["weights"], len(grace["weights"])) == (None, None, 32)
+    assert table.row(jobs[-1])["weights"] == grace["weights"], "the same bits"
     # Right or wrong is what grace eval says of the same rows.
     loaded = load_model(str(STUDENT), "cpu")
     assert exam.questions is not None
@@ -382,6 +385,10 @@ def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     lines = again.tables(made, shipped)
     assert f"{made}/small.jsonl, of another student, beside {shipped}/small.jsonl" in lines
     assert len([line for line in lines if line.startswith("| student, BF16 | 80.00 | the same |")]) == 3
+    assert len([line for line in lines if line.startswith("| QAT | 70.00 | the same |")]) == 3
+    write(made / "headline.jsonl", [row("qat", seed, 70, 2.2) for seed in range(2)])
+    lines = again.tables(made, shipped)
+    assert any(line.startswith("| QAT | 70.00 | 70.00 [") for line in lines), "a seed that the shipped rows lack"
     command = [sys.executable, str(ROOT / "benchmarks" / "smollm2_again.py")]
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout == f"no rows in {tmp_path} yet that docs/results.md has, too\n"
@@ -723,10 +730,18 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, ca
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", bench.STAGES)
-def test_two_processes_share_the_micro_batches_of_a_stage(name: str) -> None:
-    whole = load_recipe(ROOT / "recipes" / "smollm2" / f"{name}.yaml", [])
-    assert whole.on_each_of(2).data.accumulation * 2 == whole.data.accumulation
+@pytest.mark.parametrize("name", [*bench.STAGES, "comparison"])
+def test_stages_and_rows_repeat_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row need not be the first thing that its process multiplies, and cuBLAS looks once."""
+    assert load_recipe(ROOT / "recipes" / "smollm2" / f"{name}.yaml", []).runtime.deterministic
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "taken away again at the end")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", name if name != "comparison" else "headline", "--minutes=0"])
+    monkeypatch.setattr(bench, "run_stage", lambda *args: True)
+    monkeypatch.setattr(bench, "share_of_gpus", lambda *args: sys.exit(0))
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_seconds_of_a_stage_are_those_of_all_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
