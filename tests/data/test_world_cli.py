@@ -39,7 +39,10 @@ def test_world_with_the_kinds_of_the_suite(tmp_path: Path, grace: Any, monkeypat
     for name, number in manifest["num_rows"].items():
         assert check_file(tmp_path / "out" / f"{name}.jsonl", tmp_path / "out").num_good == number
     again = ("data", "prepare", "world", tmp_path / "out", *places, "--rows", 1200, "--workers", 2)
-    assert grace(*again)[::2] == (2, f"error: {tmp_path / 'out'} exists; give another folder or --overwrite\n")
+    assert grace(*again)[::2] == (
+        5,
+        f"error: {tmp_path / 'out'} already exists; choose another path or pass --overwrite\n",
+    )
     code, out, _ = grace(*again, "--overwrite", "--json")
     assert code == 0
     assert json.loads(out) == {"out": str(tmp_path / "out"), **manifest}

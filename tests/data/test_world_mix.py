@@ -18,7 +18,7 @@ from grace_vlm.data.sources.world.balance import Blind
 from grace_vlm.data.sources.world.mix import prepare_world
 from grace_vlm.data.sources.world.packages import open_npm
 from grace_vlm.data.sources.world.plan import SHARES, plan
-from grace_vlm.errors import ConfigError, DataError
+from grace_vlm.errors import CheckpointError, ConfigError, DataError
 
 NUM_ROWS = 1200
 
@@ -276,13 +276,13 @@ def test_missing_python_packages_are_named_at_once(given: dict[str, Path], tmp_p
 
 
 def test_an_existing_folder_is_kept(given: dict[str, Path], made: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exists; give another folder or --overwrite"):
+    with pytest.raises(CheckpointError, match="already exists; choose another path or pass --overwrite"):
         prepare(given, made)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="was not made by grace"):
+    with pytest.raises(CheckpointError, match="was not made by grace"):
         prepare(given, tmp_path / "mine", overwrite=True)
-    with pytest.raises(ConfigError, match="which is read; give another folder"):
+    with pytest.raises(CheckpointError, match="which is read; give another folder"):
         prepare(given, given["emoji_package"].parent, overwrite=True)
 
 

@@ -54,13 +54,13 @@ def generate(
         write_note,
     )
     from grace_vlm.engine.sampling import SamplingParams
-    from grace_vlm.errors import ConfigError, GraceError, RequestError
+    from grace_vlm.errors import CheckpointError, ConfigError, GraceError, RequestError
     from grace_vlm.evals.suite.run import weights_digest
 
     if out.exists() and data.exists() and out.samefile(data):
         raise ConfigError(f"--out and --data are one file, {out}; pass another --out")
     if out.exists() and not resume:
-        raise ConfigError(f"{out} is there already; pass --resume to go on with it, or another --out")
+        raise CheckpointError(f"{out} already exists; choose another path or pass --resume to go on with it")
     schema = None if json_schema is None else read_text(json_schema)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed, json_schema=schema)
     start = root or data.parent

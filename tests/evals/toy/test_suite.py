@@ -14,7 +14,7 @@ import pytest
 import toy_rows
 
 from grace_vlm.cli import main as cli
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError
 from grace_vlm.evals.toy.suite import BENCHMARKS, read_manifest, write_toy_suite
 
 
@@ -106,10 +106,10 @@ def test_a_folder_is_replaced_only_if_asked_and_if_it_is_ours(tmp_path: Path) ->
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(CheckpointError) as error:
         write_toy_suite(mine)
-    assert str(error.value) == f"{mine} exists; give another folder or --overwrite"
-    with pytest.raises(ConfigError) as error:
+    assert str(error.value) == f"{mine} already exists; choose another path or pass --overwrite"
+    with pytest.raises(CheckpointError) as error:
         write_toy_suite(mine, overwrite=True)
     assert str(error.value) == (
         f"{mine} was not made by grace (no manifest.json); delete it yourself or give another folder"

@@ -118,7 +118,7 @@ def prepare_conversations(
         progress: called as ``progress(done, total, what)``.
 
     Raises:
-        ConfigError: an ``out`` that exists without ``overwrite``, or that must not be replaced.
+        CheckpointError: an ``out`` that exists without ``overwrite``, or that must not be replaced.
         DataError: a file or folder that cannot be read, a file without rows.
         PicturesMissing: pictures are missing, without ``skip_missing``. ``out`` is then as it was.
     """

@@ -67,7 +67,8 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
             in toy).
 
     Raises:
-        ConfigError: an unknown source or size, an existing ``out`` without ``overwrite``, a missing package.
+        ConfigError: an unknown source or size, a missing package.
+        CheckpointError: an existing ``out`` without ``overwrite``.
     """
     if source not in _PARTS:
         raise ConfigError(f"unknown source {source!r}; choose one of {', '.join(SOURCES)}")
@@ -84,21 +85,23 @@ def prepare(source: str, out: Path, *, seed: int = 0, overwrite: bool = False, *
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """``ConfigError`` if ``out`` is there and may not be replaced."""
+    """``CheckpointError`` if ``out`` is there and may not be replaced."""
     if os.path.lexists(out) and not overwrite:
-        raise ConfigError(f"{out} exists; give another folder or --overwrite")
+        raise CheckpointError(f"{out} already exists; choose another path or pass --overwrite")
 
 
 def check_place(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """``ConfigError`` if ``out`` must not be replaced, which must never cost ``inputs`` or somebody's own files."""
+    """``CheckpointError`` if ``out`` must not be replaced, which must never cost ``inputs`` or somebody's own files."""
     refuse_existing(out, overwrite)
     if not os.path.lexists(out):
         return
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
-            raise ConfigError(f"{out} holds {path}, which is read; give another folder")
+            raise CheckpointError(f"{out} holds {path}, which is read; give another folder")
     if not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} was not made by grace (no manifest.json); delete it yourself or give another folder")
+        raise CheckpointError(
+            f"{out} was not made by grace (no manifest.json); delete it yourself or give another folder"
+        )
 
 
 @contextmanager

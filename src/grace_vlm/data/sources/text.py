@@ -73,8 +73,8 @@ def prepare_text(
         num_continuations: rows of prose. most_words: of a paragraph of one; shorter ones than ``MIN_WORDS`` are none.
 
     Raises:
-        ConfigError: a package is missing, ``out`` is there already, or there is less prose. DataError: a package's
-            files are damaged.
+        ConfigError: a package is missing, or there is less prose. CheckpointError: ``out`` is there already.
+            DataError: a package's files are damaged.
     """
     out = Path(out)
     check_place(out, overwrite, ())

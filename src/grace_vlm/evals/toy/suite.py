@@ -51,7 +51,7 @@ def write_toy_suite(
         Benchmark -> its folder.
 
     Raises:
-        ConfigError: ``folder`` exists and may not be replaced, or easy-vqa or pyarrow is not installed.
+        CheckpointError: ``folder`` exists and may not be replaced. ConfigError: easy-vqa or pyarrow is not installed.
     """
     folder = Path(folder)
     check_place(folder, overwrite, ())

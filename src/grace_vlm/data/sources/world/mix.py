@@ -99,7 +99,8 @@ def prepare_world(
         num_rows: rows to train on, about. num_workers: processes that draw; default: the cores.
 
     Raises:
-        ConfigError: a package is missing or another one, ``out`` is there already, or a number is out of its range.
+        ConfigError: a package is missing or another one, or a number is out of its range. CheckpointError: ``out`` is
+            there already.
         DataError: a package's files are damaged.
     """
     out = Path(out)
