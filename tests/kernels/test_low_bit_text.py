@@ -4,6 +4,7 @@ NVRTC's word that it compiles."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,11 +36,14 @@ TEXT = Path(module.__file__).with_name("low_bit_linear.cu")
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+NUMBERS = itertools.count()
 
 
 def compiled(tmp_path: Path, file: str, defines: dict[str, int]) -> ctypes.CDLL:
     """A text for the CPU, and how its grid is run."""
-    library = tmp_path / f"{file}.so"
+    # A name that this process has not loaded yet: for a path that comes again dlopen gives the library that it loaded
+    # first, and pytest before 9.2 gives the next test the path of the folder that it removed after a passed one.
+    library = tmp_path / f"{file}.{next(NUMBERS)}.so"
     options = [f"-D{name}={int(value)}" for name, value in defines.items()]
     folders = [f"-I{EMULATED}", f"-I{TEXT.parent}"]
     command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DEMULATE", *folders, *options]
@@ -85,6 +89,18 @@ CASES = [
     (4, 80, 512, 128, 2, Setup(1, 4, 4, 2), torch.bfloat16),
     (8, 16, 1024, 128, 9, Setup(2, 4, 2, 8), torch.float16),
 ]
+
+
+@needs_compiler
+def test_a_path_that_comes_again(tmp_path: Path) -> None:
+    """A case runs its own text, not that of a case before it, whatever pytest calls their folders."""
+    folder, libraries = tmp_path / "again", []
+    for inputs in (64, 128):
+        folder.mkdir()
+        defines = plain_defines_of(inputs, Setup(1, 1, inputs // 64, 1), is_half=False, silu=False)
+        libraries.append(compiled(folder, "linear.cpp", defines))
+        shutil.rmtree(folder)
+    assert len({ctypes.cast(library.launch, ctypes.c_void_p).value for library in libraries}) == 2
 
 
 @needs_compiler
