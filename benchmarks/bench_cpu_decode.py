@@ -74,7 +74,7 @@ def our_turn(engine: Engine, prompt: Prompt, num_tokens: int) -> Turn:
     def turn() -> tuple[float, float]:
         started = time.perf_counter()
         engine.add("turn", prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
-        times = []
+        times: list[float] = []
         while len(times) < num_tokens:
             if any(event.choice for event in engine.step()):
                 times.append(time.perf_counter())

@@ -187,8 +187,8 @@ def main() -> None:
         if impl.startswith("ours"):
             most = max(count * pages_for(length + args.tokens) for _, count, length in cases) * PAGE_TOKENS
             codes = quantized(loaded.model) if impl.startswith("ours_w4") else {}
-            rows = max(count for _, count, _ in cases)
-            options = EngineOptions(cache_tokens=most, max_running=rows, **OPTIONS.get(impl, {}))
+            at_once = max(count for _, count, _ in cases)
+            options = EngineOptions(cache_tokens=most, max_running=at_once, **OPTIONS.get(impl, {}))
             engine = Engine(loaded, codes, options)
             del codes
             if device.type == "cuda":  # on a CPU all weights are FP32

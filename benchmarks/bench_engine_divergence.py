@@ -222,7 +222,7 @@ def toy(rows_file: Path, impls: Sequence[str]) -> list[Row]:
         if own:
             found += compare(case, lambda name=name: (load_model(name, "cpu"), {}), prompts, params, own)  # type: ignore[misc]
         if w4:
-            opener = lambda name=name: on_a_grid(load_model(name, "cpu"))  # type: ignore[misc]  # noqa: E731
+            opener = lambda name=name: on_a_grid(load_model(name, "cpu"))  # noqa: E731
             found += compare(f"{case}_w4", opener, prompts, params, w4)
     return found
 

@@ -15,6 +15,7 @@ Case ``optimizer_step_1p4b``, metric ``ms``: what fake-quantization costs beside
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def ours(masters: Masters) -> None:
 
 
 def ours_torch(masters: Masters) -> None:
-    (grids,) = masters._grids
+    ((grids, _),) = masters._grids
     kept, grids._table = grids._table, None
     try:
         ours(masters)
@@ -83,7 +84,7 @@ def main() -> None:
     gradients = [torch.randn_like(w) for w in weights]
     num_weights = sum(w.numel() for w in weights)
     half = torch.empty(9 * num_weights // 8, dtype=torch.uint8, device=device)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "ours": partial(ours, masters),
         "ours_torch": partial(ours_torch, masters),
         "official": partial(official, weights, log_scales, gradients),

@@ -119,7 +119,7 @@ def measure(engine: Engine, coming: Sequence[Arrival]) -> Waits:
 
     A request that comes during a step waits for its end, which counts: the wait is from when it came.
     """
-    waits, last = Waits(), {}
+    waits, last = Waits(), dict[str, float]()
     started, num_added = time.perf_counter(), 0
     now = 0.0
     while num_added < len(coming) or engine.has_work:

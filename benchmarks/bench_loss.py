@@ -350,8 +350,8 @@ def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Shape
     args.impls = names_in(made, "--impls", args.impls, SCALING_IMPLS if args.scaling else tuple(IMPLS))
     args.impls += [name for name in args.require if name not in args.impls]
     tokens = numbers_in(made, "--cases", args.cases, SCALING_TOKENS if args.scaling else TOKENS, "n")
-    words = (VOCABULARY,) if not args.scaling else SCALING_VOCABULARIES
-    words = numbers_in(made, "--vocabulary", args.vocabulary, words, "")
+    usual = (VOCABULARY,) if not args.scaling else SCALING_VOCABULARIES
+    words = numbers_in(made, "--vocabulary", args.vocabulary, usual, "")
     shapes = [Shape(n, v, args.student_width, args.teacher_width) for n in tokens for v in words]
     args.out = args.out or results_file("loss_scaling" if args.scaling else "loss", args.device)
     try:

@@ -31,7 +31,7 @@ def main() -> None:
     z, y = (torch.randn(ROWS, WORDS, device=device) * 2 for _ in range(2))
     gradient = torch.empty(ROWS, WORDS, dtype=torch.bfloat16, device=device)
     targets, weights = torch.randint(WORDS, (ROWS,), device=device), torch.rand(ROWS, device=device)
-    options = {"temperature": 2.0, "tckd_weight": 1.0, "nckd_weight": 4.0, "decoupled": True, "gradient": gradient}
+    gdkd = partial(gdkd_rows, temperature=2.0, tckd_weight=1.0, nckd_weight=4.0, decoupled=True, gradient=gradient)
     both = torch.empty(9 * ROWS * WORDS, dtype=torch.uint8, device=device)
     half = torch.empty(2 * ROWS * WORDS, dtype=torch.uint8, device=device)
     calls = {
@@ -39,10 +39,11 @@ def main() -> None:
         ("all", "floor", "entropy_us"): partial(torch.clone, half),
     }
     for block, warps in CONFIGURATIONS:
-        chosen = {"block_words": block, "num_warps": warps}
         case = f"b{block}_w{warps}"
-        calls[case, "ours", "gdkd_us"] = partial(gdkd_rows, z, y, targets, weights, weights, **options, **chosen)
-        calls[case, "ours", "entropy_us"] = partial(entropy_rows, y, **chosen)
+        calls[case, "ours", "gdkd_us"] = partial(
+            gdkd, z, y, targets, weights, weights, block_words=block, num_warps=warps
+        )
+        calls[case, "ours", "entropy_us"] = partial(entropy_rows, y, block_words=block, num_warps=warps)
     samples = time_interleaved({" ".join(key): call for key, call in calls.items()}, device)
     place = place_of(device)
     rows = []

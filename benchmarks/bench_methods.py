@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path("runs/comparison")
 RECIPE = Path("recipes/toy_comparison_grace_w2g128.yaml")
 RESULTS = Path("benchmarks/results")
-SIZES = {"num_train_images": 1200, "num_val_images": 200, "num_test_images": 340}
+SIZES: dict[str, Any] = {"num_train_images": 1200, "num_val_images": 200, "num_test_images": 340}
 FIELDS = (
     "name", "method", "scheme", "seed", "learning_rate", "num_steps", "num_correct", "num_scored", "accuracy",
     "first_cross_entropy", "last_cross_entropy", "first_distillation", "last_distillation", "last_weight", "seconds",

@@ -49,7 +49,7 @@ class Case:
 
 def read_by_engine(engine: Engine, case: Case) -> list[int]:
     """First tokens of all requests, in order."""
-    params, first = SamplingParams(max_tokens=1, ignore_eos=True), {}
+    params, first = SamplingParams(max_tokens=1, ignore_eos=True), dict[str, int]()
     for number, prompt in enumerate(prompts(case.count, case.length, engine.weights.embeddings.num_words)):
         engine.add(f"{number}", prompt, params)
     while engine.has_work:

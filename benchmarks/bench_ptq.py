@@ -147,7 +147,7 @@ def quantize_theirs(model: Any, rows: list[list[int]], method: str, scale: str, 
 
     if not torch.cuda.is_available():
         # 0.14 pins what it caches for AWQ, which torch cannot do without a driver; nothing else depends on it.
-        IntermediatesCache.pin_memory = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+        IntermediatesCache.pin_memory = lambda *_args, **_kwargs: None
     bits, group_size = (int(part) for part in scheme_name.removeprefix("w").split("g"))
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
     grid: dict[str, Any] = {

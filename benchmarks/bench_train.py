@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_true_size import PUBLISHED, WORDS, published_recipe, write_rows
+from official_step import Mode, OfficialStep
 from PIL import Image
 from record import GB, Row, place_of, results_file, row_of
 from record import write_rows as write_csv
@@ -92,8 +93,12 @@ CASES = {
 }
 UNUSUAL = tuple(name for name in CASES if name.startswith("llava") or name.endswith("teacher_gpu"))
 """Cases that are left out unless they are named: 80 GB do not hold those of LLaVA, and the other takes two GPUs."""
-OFFICIAL = {"sft_8x512": ("sft", 8), "qat_8x512": ("qat", 8), "grace_8x512_online": ("grace", 8),
-            "grace_2x512_online": ("grace", 2)}  # fmt: skip
+OFFICIAL: dict[str, tuple[Mode, int]] = {
+    "sft_8x512": ("sft", 8),
+    "qat_8x512": ("qat", 8),
+    "grace_8x512_online": ("grace", 8),
+    "grace_2x512_online": ("grace", 2),
+}
 """Case -> (mode of ``official_step.OfficialStep``, rows of a micro-batch)."""
 
 
@@ -191,7 +196,8 @@ def measure_ours(recipe: Recipe, out: Path, num_steps: int, warmup: int = 5, ran
         assert pending is not None
         pending.resolve()
     peak_gib = [peak_bytes(gpu) / GIB for gpu in gpus]
-    return Measured(milliseconds, tokens, peak_gib[0], *peak_gib[1:], sent_gb=sent / GB)
+    of_teacher = peak_gib[1] if len(gpus) > 1 else None
+    return Measured(milliseconds, tokens, peak_gib[0], of_teacher, sent / GB)
 
 
 def peak_bytes(gpu: torch.device) -> int:
@@ -204,10 +210,8 @@ def peak_bytes(gpu: torch.device) -> int:
     return torch.cuda.max_memory_allocated(gpu) + sum(s["total_size"] - s["active_size"] for s in here)
 
 
-def measure_official(mode: str, micro_batch_size: int, rows: Path, out: Path, num_steps: int) -> Measured:
+def measure_official(mode: Mode, micro_batch_size: int, rows: Path, out: Path, num_steps: int) -> Measured:
     """The official step on the same rows, padded; our loop is opened for its loader and its models."""
-    from official_step import OfficialStep
-
     accumulation = 16 if micro_batch_size == 2 else 1
     rows_a_step = (f"data.micro_batch_size={micro_batch_size}", f"data.accumulation={accumulation}")
     recipe = recipe_of(rows, (*rows_a_step, "data.packing=false", "runtime.cuda_graphs=false"))
@@ -268,8 +272,8 @@ def main() -> None:
             keep(name, "official", measured, 16 if size == 2 else 1)
         for name in args.cases:
             case = CASES[name]
-            more = (f"model.teacher_cache={caches[case.models]}",) if case.cached else ()
-            more += ("runtime.cuda_graphs=false",) if args.no_graphs else ()
+            more = [f"model.teacher_cache={caches[case.models]}"] if case.cached else []
+            more += ["runtime.cuda_graphs=false"] if args.no_graphs else []
             recipe = recipe_of(rows[case.rows], (*case.overrides, *more), case.models)
             if case.fit is not None:
                 recipe, changes = fit(recipe, gpu_bytes(case.fit), Described(recipe, None, None, None).estimate)

@@ -99,7 +99,7 @@ def plot(lines: Sequence[Line], title: str) -> str:
     values = [value for line in lines for _, value in line.points]
     x = TokenAxis(*padded(tokens, log=True, share=0.04), LEFT, RIGHT, log=True)
     y = Axis(*padded(values, log=True, share=0.06), BOTTOM, TOP, log=True)
-    marks = [element("text", title, x=LEFT, y=22.0, class_="head")]
+    marks: list[str] = [element("text", title, x=LEFT, y=22.0, class_="head")]
     for line in lines:
         color, dashes = impls[line.impl], words.index(line.vocabulary) % 4
         places = [(x.at(at), y.at(value)) for at, value in line.points]
@@ -117,7 +117,7 @@ def plot(lines: Sequence[Line], title: str) -> str:
 
 def legend(impls: dict[str, int], words: Sequence[int]) -> list[str]:
     """Marks of the implementations, then dashes of the vocabularies, right of the frame."""
-    left, top, found = RIGHT + 28, TOP + 12, []
+    left, top, found = RIGHT + 28, TOP + 12, list[str]()
     for impl, index in impls.items():
         found += [mark(left + 8, top - 4, index), element("text", LABELS.get(impl, impl), x=left + 26, y=top)]
         top += 20

@@ -211,7 +211,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
         return [], None
     costs = costs_of(folder, rows[0]["student"])
     names = ("teacher", "student", "sft", *ROUNDED, *OTHER_RULES, *SEARCHED)
-    lines = []
+    lines: list[str] = []
     for scheme, width in WIDTHS.items():
         if any(key[1] == scheme for key in runs):
             pairs = [
@@ -289,8 +289,8 @@ WHY = ("grace/entropy", "grace/gate", "grace/cka", "grace/layers", "rtn_minmax/l
 def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     """Numbers and pictures of ``smollm2_why.py``, if they are of this student; pictures are written into ``images``."""
     path = folder / "why.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"student": None}
-    if student is None or content["student"] != student:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if student is None or content.get("student") != student:
         return []
     from grace_vlm.evals.why.pictures import pictures_of
     from grace_vlm.evals.why.summary import summary_lines

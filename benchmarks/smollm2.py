@@ -312,7 +312,12 @@ def on_gpus(count: int, at_once: int, arguments: Sequence[str]) -> int:
             )
             for name in names
         ]
-        before = signal.signal(signal.SIGTERM, lambda number, frame: [one.terminate() for one in started])
+
+        def end_all(number: int, frame: Any) -> None:
+            for one in started:
+                one.terminate()
+
+        before = signal.signal(signal.SIGTERM, end_all)
         codes = [one.wait() for one in started]
         signal.signal(signal.SIGTERM, before)
     faults = [code for code in codes if code not in (0, LEFT_OVER)]

@@ -170,6 +170,7 @@ def prompter(loaded: LoadedModel) -> Callable[[Question], Prompt]:
         images = []
         for number, data in enumerate(picture_bytes(question)):
             picture = pictures.add(f"{question.key}/{number}", take_image(data))
+            assert picture.pixels is not None
             images.append(EngineImage(picture.grid, picture.pixels, picture.digest))
         sample = encoder.prompt_of(
             [part if isinstance(part, str) else None for part in question.parts], [image.grid for image in images]

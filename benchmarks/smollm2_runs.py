@@ -101,7 +101,8 @@ def recovered(runs: Runs, name: str, scheme: str, measure: Measure) -> str:
         return ""
     shares = [100 * (value - lost[0]) / (whole[0] - lost[0]) for value in own]
     if name != "rtn_minmax" and is_untrained(runs[keys[2]]):
-        low, high = share_interval(*(runs[key][None] for key in keys), measure)
+        good, bad, mine = (runs[key][None] for key in keys)
+        low, high = share_interval(good, bad, mine, measure)
     else:
         low, high = t_interval(shares)
     return f"{statistics.mean(shares):.0f} %" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")

@@ -89,14 +89,14 @@ def by_runtime(name: str, python: Path, model: Path, questions: Path) -> dict[st
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     if name == "vllm":  # its wheel of torchvision is another torch's (tests/interop)
         variables["PYTHONPATH"] = str(ROOT / "tests" / "interop" / "vllm_site")
-    command = [python, script, name, folder, questions, out]
+    command = [str(part) for part in (python, script, name, folder, questions, out)]
     subprocess.run(command, check=True, cwd=questions.parent, env={**variables, "HF_HUB_OFFLINE": "1"})
     found: dict[str, str] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
 def version_of(python: Path, name: str) -> str:
-    command = [python, "-c", _VERSION, PACKAGES[name]]
+    command = [str(python), "-c", _VERSION, PACKAGES[name]]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -73,7 +73,7 @@ def candidates(num_tokens: int, packed: PackedLinear, thorough: bool) -> list[Ca
         return few
     processors = torch.cuda.get_device_properties(packed.device).multi_processor_count
     layer = (num_tokens, packed.out_features, packed.in_features, processors)
-    tiles: list[Candidate] = sorted(tile_setups(num_tokens), key=lambda setup: tile_microseconds(setup, *layer))
+    tiles = sorted(tile_setups(num_tokens), key=lambda setup: tile_microseconds(setup, *layer))
     if thorough:
         return [*few, *tiles]
     if num_tokens <= 8:
