@@ -262,10 +262,10 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def rows_at_once(num_gpus: int, num_left: int) -> int:
-    """As many on each GPU as its memory, and the host's cores by twos, are enough for, and no more than there are."""
+    """As many on each GPU as its free memory and the host's cores, by twos, are enough for, and no more than there are."""
     import torch
 
-    room = torch.cuda.get_device_properties(0).total_memory // (ROW_GIB << 30)
+    room = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(num_gpus)) // (ROW_GIB << 30)
     cores = len(os.sched_getaffinity(0)) // (2 * num_gpus)
     return max(1, min(MOST_AT_ONCE, room, cores, -(-num_left // num_gpus)))
 

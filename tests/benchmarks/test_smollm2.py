@@ -439,13 +439,12 @@ def test_rows_on_a_gpu_are_as_many_as_have_room(tmp_path: Path, monkeypatch: pyt
     assert bench.share_of_gpus(None, argparse.Namespace(gpus=1, at_once=None, **one), tmp_path) == 1
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for gib, cores, gpus, rows in ((140, 16, 1, 6), (140, 16, 2, 4), (80, 32, 1, 6), (24, 16, 1, 2), (8, 2, 1, 1)):
-        about = argparse.Namespace(total_memory=gib << 30)
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda index, about=about: about)
+        free = [gib << 30, 144 << 30]  # the GPU with the least room decides
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda index, free=free: (free[index], 144 << 30))
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: set(range(cores)))
         assert bench.rows_at_once(gpus, 40) == rows
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
-    about = argparse.Namespace(total_memory=140 << 30)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: about)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (140 << 30, 144 << 30))
     assert [bench.rows_at_once(2, left) for left in (0, 1, 3, 9)] == [1, 1, 2, 5]
     monkeypatch.setattr(bench, "student_of", lambda overrides: "a student")
     monkeypatch.setattr(bench, "digest_of", lambda student: "s")
