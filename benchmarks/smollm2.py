@@ -20,9 +20,9 @@ left out (a row alone keeps its GPU waiting for the host; the times of rows that
 ``benchmarks/results/smollm2/<command>.jsonl`` with every answer's score, and the hash of the student they belong to:
 rows of another student are left out, never mixed.
 
-Stages and rows repeat to the bit on the same kind of GPU with the same versions (``runtime.deterministic``), whatever
-runs beside them. A stage is one process: two (torchrun) share out its batches, sum in another order, and make another
-pair.
+Stages and trained rows repeat to the bit on the same kind of GPU with the same versions (``runtime.deterministic``): a
+row's ``weights`` are the hash of what was trained (rows without are older, and do not). A stage is one process: two
+share out its batches, sum in another order, and make another pair.
 
 All trained rows have the same data, order of rows per seed and number of steps (``recipes/smollm2/comparison.yaml``);
 they differ by overrides (``smollm2_jobs.py``).
@@ -196,31 +196,25 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) ->
         print(f"{name}: {stopped}")
         return False
     finally:
-        if _is_first():
-            _add_seconds(out, time.monotonic() - started)
-    if _is_first():
-        note_stage(name, noted / STAGES_FILE)
-        print(f"{name} is complete: {out / 'final'}", flush=True)
+        _add_seconds(out, time.monotonic() - started)
+    note_stage(name, noted / STAGES_FILE)
+    print(f"{name} is complete: {out / 'final'}", flush=True)
     return True
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(report: Any, num_steps: int) -> None:
     done = report.step + 1
-    if _is_first() and (done % 100 == 0 or done == num_steps):
+    if done % 100 == 0 or done == num_steps:
         print(f"  step {done} of {num_steps}, loss {report.loss:.4f}", flush=True)
 
 
 def _add_seconds(out: Path, seconds: float) -> None:
-    """Of a stage's run, over all the times it was begun and all its GPUs: ``seconds.txt`` beside its checkpoints."""
+    """Of a stage's run, over all the times it was begun: ``seconds.txt`` beside its checkpoints."""
     if not out.is_dir():
         return
     path = out / "seconds.txt"
     before = float(path.read_text()) if path.is_file() else 0.0
-    path.write_text(f"{before + seconds * int(os.environ.get('WORLD_SIZE', '1')):.1f}\n")
+    path.write_text(f"{before + seconds:.1f}\n")
 
 
 def note_stage(name: str, path: Path) -> None:
@@ -262,7 +256,7 @@ def require_gpus(made: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def rows_at_once(num_gpus: int, num_left: int) -> int:
-    """As many on each GPU as its free memory and the host's cores, by twos, are enough for, and no more than there are."""
+    """As many on each GPU as its free memory, and the host's cores by twos, are enough for; no more than there are."""
     import torch
 
     room = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(num_gpus)) // (ROW_GIB << 30)
@@ -362,6 +356,8 @@ def main() -> None:
     made.add_argument("--beside", type=int, default=0, help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        made.error(f"{processes} processes were started, which make other weights than one; leave the launcher out")
     if args.command == "data":
         print(f"{join_rows(ROWS):,} rows in {ROWS}")
         return

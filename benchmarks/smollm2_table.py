@@ -69,11 +69,11 @@ def claim_of(path: Path, job: Job) -> Path:
 
 
 class Made(NamedTuple):
-    """A job's model. diary: what its training noted; weights: the hash of what came of it, None where nothing did."""
+    """A job's model. diary: what its training noted; run: its folder, None where nothing was trained."""
 
     loaded: Any
     diary: Sequence[dict[str, Any]] = ()
-    weights: str | None = None
+    run: Path | None = None
 
 
 class Table:
@@ -142,8 +142,11 @@ class Table:
         import transformers
 
         started = time.monotonic()
-        loaded, diary, weights = self._model(job)
+        loaded, diary, run = self._model(job)
         made_seconds = time.monotonic() - started
+        weights = None if run is None else digest_of(str(run))
+        if run is not None:
+            shutil.rmtree(run)
         found = self.examination.of(loaded, self.reference)
         first, last = (diary[0], diary[-1]) if diary else ({}, {})
         shown = ("cross_entropy", "distillation", "relational", "gate_mean", "weight")
@@ -206,8 +209,7 @@ class Table:
         first = self._before(job)
         out = RUNS / "rows" / f"{self.path.stem}_{job.label}"  # two commands may have one job
         final = train(recipe_of(job, self.overrides), out, overwrite=True)
-        made = Made(load_model(str(final)), read_metrics(out / "metrics.jsonl"), digest_of(str(final)))
-        shutil.rmtree(out)
+        made = Made(load_model(str(final)), read_metrics(out / "metrics.jsonl"), out)
         if first is not None:
             shutil.rmtree(first)
         return made

@@ -91,6 +91,7 @@ def test_rows_of_every_kind_and_a_second_call_makes_none_again(
     assert grace["last"]["distillation"] > 0
     assert (student["weights"], gptq["weights"], len(grace["weights"])) == (None, None, 32)
     assert table.row(jobs[-1])["weights"] == grace["weights"], "the same bits"
+    assert table.row(replace(jobs[-1], seed=2))["weights"] != grace["weights"]
     # Right or wrong is what grace eval says of the same rows.
     loaded = load_model(str(STUDENT), "cpu")
     assert exam.questions is not None
@@ -389,6 +390,13 @@ def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     write(made / "headline.jsonl", [row("qat", seed, 70, 2.2) for seed in range(2)])
     lines = again.tables(made, shipped)
     assert any(line.startswith("| QAT | 70.00 | 70.00 [") for line in lines), "a seed that the shipped rows lack"
+    noted = [row("qat", 0, 70, 2.2) | {"weights": "a"}, row("qat", 1, 72, 2.2) | {"weights": "b"}]
+    write(tmp_path / "noted" / "headline.jsonl", noted)
+    write(tmp_path / "one" / "headline.jsonl", [noted[0]])
+    write(tmp_path / "other" / "headline.jsonl", [noted[0] | {"weights": "c"}])
+    own, other = (again.tables(tmp_path / name, tmp_path / "noted") for name in ("one", "other"))
+    assert any(" | the same, 1 of 2 seeds | " in line for line in own)
+    assert not any("the same, " in line for line in other), "other weights, the same answers"
     command = [sys.executable, str(ROOT / "benchmarks" / "smollm2_again.py")]
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout == f"no rows in {tmp_path} yet that docs/results.md has, too\n"
@@ -743,8 +751,17 @@ def test_stages_and_rows_repeat_to_the_bit(name: str, monkeypatch: pytest.Monkey
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_seconds_of_a_stage_are_those_of_all_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_of_a_stage_add_up(tmp_path: Path) -> None:
     bench._add_seconds(tmp_path, 10)
-    monkeypatch.setenv("WORLD_SIZE", "4")
     bench._add_seconds(tmp_path, 2.5)
-    assert (tmp_path / "seconds.txt").read_text() == "20.0\n"
+    assert (tmp_path / "seconds.txt").read_text() == "12.5\n"
+    bench._add_seconds(tmp_path / "nothing", 1)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", "tower"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "error: 2 processes were started, which make other weights than one; leave the" in capsys.readouterr().err

@@ -166,9 +166,7 @@ def test_a_projector_into_other_states_is_refused(monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(config=LlavaConfig(vision_config=_TOWER, text_config={"hidden_size": width}))
 
     monkeypatch.setattr("grace_vlm.models.load.load_model", lambda *args: SimpleNamespace(model=llava(512)))
-    with pytest.raises(
-        ConfigError, match=r"^the projector of runs/a makes states of 512 numbers and SmolLM2"
-    ):
+    with pytest.raises(ConfigError, match=r"^the projector of runs/a makes states of 512 numbers and SmolLM2"):
         take_tower(llava(576), "runs/a")
 
 
