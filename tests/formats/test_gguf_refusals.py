@@ -17,7 +17,6 @@ from grace_vlm.formats.gguf_names import QWEN3
 from grace_vlm.formats.gguf_tokenizer import tokenizer_values
 from grace_vlm.formats.gguf_values import parsed_config, text_values, vision_values
 from grace_vlm.formats.pack import pack
-from grace_vlm.models.llama_cpp import apart, interleaved
 
 Change = Callable[[Any], Any]
 CONFIG_CASES: list[tuple[Change, str]] = [
@@ -195,12 +194,6 @@ def test_odd_settings_of_a_tokenizer_say_nothing(models: Path, tmp_path: Path) -
 def test_a_number_that_no_header_holds(tmp_path: Path, value: Any) -> None:
     with pytest.raises(FormatError, match="gguf cannot hold a = "):
         write_gguf(tmp_path / "x.gguf", {"a": value}, {}, lambda name: torch.zeros(1))
-
-
-def test_rows_that_are_no_whole_heads() -> None:
-    for function in (interleaved, apart):
-        with pytest.raises(FormatError, match="has 6 rows; 2 heads need a multiple of twice that"):
-            function(torch.zeros(6, 2), 2)
 
 
 @pytest.mark.parametrize("model_type", [["qwen3_vl"], {}, None, "bert"])

@@ -45,7 +45,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _is_of_numbers(cells: Sequence[str]) -> bool:
-    return all(re.match(r"[-+±<]?\s?[0-9]", cell) for cell in cells if cell not in ("", "-", "nan"))
+    """Whether a column's cells are numbers, with their signs and units, where they are anything."""
+    filled = [cell for cell in cells if cell not in ("", "-", "nan")]
+    return bool(filled) and all(re.match(r"[-+]?[0-9]", cell) for cell in filled)
 
 
 def show(line: str) -> None:

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grace_vlm.errors import FormatError
-from grace_vlm.models.llama_cpp import DECODER
-
-_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
+from grace_vlm.models.llama_cpp import DECODER, NUMBER
 
 
 def _both(rules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -158,9 +156,9 @@ class Names:
         for prefix, rules in zip(self.prefixes, self._rules(), strict=True):
             if stock.startswith(prefix):
                 rest = stock.removeprefix(prefix)
-                targets = rules.get(_NUMBER.sub("N", rest, count=1)) or rules.get(rest)
+                targets = rules.get(NUMBER.sub("N", rest, count=1)) or rules.get(rest)
                 if targets:
-                    number = _NUMBER.search(rest)
+                    number = NUMBER.search(rest)
                     return tuple(self._numbered(t, int(number[0]) if number else 0) for t in targets)
         raise FormatError(f"gguf has no place for tensor {stock} in a model of architecture {self.architecture.name}")
 
@@ -178,10 +176,10 @@ class Names:
             stock.update({target: (prefix, rest) for rest, targets in rules.items() for target in targets})
         present, found = set(names), {}
         for name in present:
-            prefix, rest = stock.get(name) or stock.get(_NUMBER.sub("N", name, count=1)) or ("", "")
+            prefix, rest = stock.get(name) or stock.get(NUMBER.sub("N", name, count=1)) or ("", "")
             if not rest:
                 raise FormatError(f"gguf tensor {name} is no part of architecture {self.architecture.name}")
-            number = _NUMBER.search(name)
+            number = NUMBER.search(name)
             index = int(number[0]) if number else 0
             if name.startswith("v.deepstack."):
                 if index not in self.deepstack:

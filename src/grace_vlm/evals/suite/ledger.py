@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from grace_vlm.checkpoint.atomic import make_folder, write_json_atomic
 from grace_vlm.data.ledger import whole_lines
-from grace_vlm.errors import ConfigError, DataError
+from grace_vlm.errors import CheckpointError, ConfigError, DataError
 
 FORMAT_VERSION = 1
 
@@ -52,7 +52,7 @@ class Ledger:
         identity: what must be the same for answers to belong together. resume: go on with what is there.
 
     Raises:
-        ConfigError: answers are there and ``resume`` is not asked for, or they are of another identity.
+        CheckpointError: answers are there and ``resume`` is not asked for, or they are of another identity.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool, part: tuple[int, int] = (0, 1)) -> None:
@@ -63,7 +63,9 @@ class Ledger:
         if note.is_file():
             _require_same(note, stated)
             if self.path.is_file() and self.path.stat().st_size and not resume:
-                raise ConfigError(f"{self.path} has answers already; pass --resume to go on, or another --out")
+                raise CheckpointError(
+                    f"{self.path} already exists; choose another path or pass --resume to go on with it"
+                )
         self._stated = stated
         if self.path.is_file():
             whole_lines(self.path)
@@ -134,4 +136,6 @@ def _require_same(note: Path, stated: Mapping[str, Any]) -> None:
         if before.get(name) != wanted.get(name)
     ]
     if changed:
-        raise ConfigError(f"{note.parent} has answers of another evaluation ({'; '.join(changed)}); pass another --out")
+        raise CheckpointError(
+            f"{note.parent} has answers of another evaluation ({'; '.join(changed)}); pass another --out"
+        )

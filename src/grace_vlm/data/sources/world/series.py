@@ -53,7 +53,7 @@ def find_package() -> Package:
     Raises:
         ConfigError: it is not installed.
     """
-    return find_installed(NAME, "vega_datasets", LICENCE, (_FOLDER,))
+    return find_installed(NAME, LICENCE, (_FOLDER,))
 
 
 def read_series(folder: Path) -> list[list[Series]]:
