@@ -765,3 +765,15 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit):
         bench.main()
     assert "error: 2 processes were started, which make other weights than one; leave the" in capsys.readouterr().err
+
+
+def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
+    folder = rows_of.OUT / "rebuilt"
+    first, *again = (rows_of.read_stages(folder / f"stages{which}.json") for which in ("", "_second", "_third"))
+    assert [set(stages) for stages in again] == [{"tower", "teacher", "student"}, {"tower"}]
+    for stages in again:
+        assert all(made["weights"] == first[name]["weights"] for name, made in stages.items())
+    log = (ROOT / "docs" / "log.md").read_text()
+    seeds = {row["name"]: row["weights"] for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
+    for name, title in (("qat", "QAT (weights "), ("grace", "and GRACE (")):
+        assert f"{title}{seeds[name][:8]})" in log, "what the other machine had"
