@@ -267,7 +267,7 @@ def test_a_demo_folder_of_other_inputs(world: Path, fails: Any, tmp_path: Path) 
         f"{tmp_path} is a demo of other inputs (teacher was other, now nowhere; steps was None, now 7); "
         "choose another --out or remove it"
     )
-    fails(2, line, "demo", "--out", tmp_path, "--teacher", "nowhere", "--student", "mine", "--steps", "7")
+    fails(5, line, "demo", "--out", tmp_path, "--teacher", "nowhere", "--student", "mine", "--steps", "7")
     assert os.listdir(tmp_path) == ["inputs.json"]
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import typer
 
 from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
-from grace_vlm.errors import ConfigError, StoppedError
+from grace_vlm.errors import CheckpointError, ConfigError, StoppedError
 
 HELP = """Run the whole method on real pictures and questions: train, quantize, pack, prove, compare.
 
@@ -90,7 +90,7 @@ def _require_same_inputs(out: Path, inputs: dict[str, Any], sources: Sequence[st
             f"{name} was {before.get(name)}, now {value}" for name, value in inputs.items() if before.get(name) != value
         ]
         if changed:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{out} is a demo of other inputs ({'; '.join(changed)}); choose another --out or remove it"
             )
     else:

@@ -25,7 +25,7 @@ from typing import Any
 from grace_vlm.checkpoint.atomic import write_bytes_atomic, write_json_atomic
 from grace_vlm.engine.llm import Answer, Asked
 from grace_vlm.engine.sampling import SamplingParams
-from grace_vlm.errors import ConfigError, DataError, RequestError
+from grace_vlm.errors import CheckpointError, DataError, RequestError
 
 FORMAT_VERSION = 1
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -102,18 +102,18 @@ def write_note(out: Path, stated: Mapping[str, Any]) -> None:
 
 
 def _require_same_run(out: Path, stated: Mapping[str, Any]) -> None:
-    """``ConfigError``: the answers are of another model or other options, or nothing says of which."""
+    """``CheckpointError``: the answers are of another model or other options, or nothing says of which."""
     note = note_of(out)
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(
+        raise CheckpointError(
             f"{out} has answers, and no readable {note.name} says of which model; pass another --out"
         ) from None
     now = json.loads(json.dumps({"format_version": FORMAT_VERSION, **stated}))
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
-            raise ConfigError(
+            raise CheckpointError(
                 f"{out} has answers of another run: {name} was {before.get(name)!r}, now {now.get(name)!r}; pass "
                 "another --out"
             )
@@ -129,8 +129,9 @@ def kept_answers(out: Path, asked: Sequence[Asked], stated: Mapping[str, Any]) -
     """Ids that have a text in a file of an interrupted run; the file then holds these lines alone.
 
     Raises:
-        DataError: the file is none of answers. ConfigError: its answers are of another run than ``stated`` says, or one
-            is to another prompt, other pictures or other sampling than its id has in ``asked``. It stays as it is.
+        DataError: the file is none of answers.
+        CheckpointError: its answers are of another run than ``stated`` says, or one is to another prompt, other
+            pictures or other sampling than its id has in ``asked``. It stays as it is.
     """
     if not out.exists():
         return set()
@@ -150,7 +151,7 @@ def kept_answers(out: Path, asked: Sequence[Asked], stated: Mapping[str, Any]) -
             )
         if "text" in row:
             if hashes.get(str(row["id"]), row.get("asked")) != row.get("asked"):
-                raise ConfigError(
+                raise CheckpointError(
                     f"{out}, line {number}, answers another prompt, picture or sampling than {str(row['id'])!r} has "
                     "now; pass another --out"
                 )
