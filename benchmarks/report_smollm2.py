@@ -11,6 +11,7 @@ perplexity and on right answers, with RTN by min-max scales as the field uses it
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import math
@@ -361,6 +362,7 @@ def write_between(page: Path, lines: Sequence[str]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write_between(PAGE, pages(OUT, PAGE.parent / "images"))
     write_between(README, [*readme_table(OUT), ""])
 

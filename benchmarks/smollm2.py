@@ -181,11 +181,15 @@ def join_rows(out: Path) -> int:
 
 def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) -> bool:
     """Train a stage, going on where it stopped; whether it is complete. What it took goes to the folder ``noted``."""
+    import torch
+
     from grace_vlm.errors import StoppedError
     from grace_vlm.train.config import load_recipe
     from grace_vlm.train.loop import train
 
     out, started = RUNS / name, time.monotonic()
+    if not torch.cuda.is_available():
+        print(f"no GPU is usable, and {name} is far too long for a CPU; make smollm2-small is for CPUs", flush=True)
     if clock.is_over:
         return False
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
@@ -396,5 +400,18 @@ def main() -> None:
     sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
 
 
+def run() -> None:
+    """``main``, with an error that a user can cause as one line."""
+    from grace_vlm.cli.output import fail
+    from grace_vlm.errors import GraceError
+
+    try:
+        main()
+    except GraceError as error:
+        fail(f"{error} (docs/results.md has the commands in their order)", error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where it stopped", 128 + signal.SIGINT)
+
+
 if __name__ == "__main__":
-    main()
+    run()

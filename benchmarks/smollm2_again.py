@@ -9,9 +9,9 @@ seeds are two samples (Welch), and a new mean outside an old interval happens to
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,7 +94,14 @@ def tables(folder: Path, shipped: Path = OUT) -> list[str]:
     return lines
 
 
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("folder", type=Path, help="of rows, as in smollm2.py --out FOLDER")
+    folder = made.parse_args().folder
+    if not folder.is_dir():
+        made.error(f"{folder} is no folder; expected one of rows, as in smollm2.py --out FOLDER")
+    print("\n".join(tables(folder) or [f"no rows in {folder} yet that docs/results.md has, too"]))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("expected the folder of rows, as in smollm2.py --out FOLDER")
-    print("\n".join(tables(Path(sys.argv[1])) or [f"no rows in {sys.argv[1]} yet that docs/results.md has, too"]))
+    main()

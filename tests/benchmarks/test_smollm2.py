@@ -401,7 +401,8 @@ def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout == f"no rows in {tmp_path} yet that docs/results.md has, too\n"
     found = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, check=False)
-    assert found.stderr == "expected the folder of rows, as in smollm2.py --out FOLDER\n"
+    said = f"error: {tmp_path / 'no'} is no folder; expected one of rows, as in smollm2.py --out FOLDER\n"
+    assert (found.returncode, found.stderr.endswith(said)) == (2, True)
 
 
 def test_the_readme_has_both_headlines(tmp_path: Path) -> None:
@@ -777,3 +778,26 @@ def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
     seeds = {row["name"]: row["weights"] for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
     for name, title in (("qat", "QAT (weights "), ("grace", "and GRACE (")):
         assert f"{title}{seeds[name][:8]})" in log, "what the other machine had"
+
+
+def test_commands_out_of_order_are_one_line(in_a_folder: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", "headline"])
+    with pytest.raises(SystemExit) as stop:
+        bench.run()
+    err = capsys.readouterr().err
+    assert (stop.value.code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: runs/smollm2/student does not exist; expected a model folder")
+    assert err.endswith("(docs/results.md has the commands in their order)\n")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        bench.run()
+    assert (stop.value.code, capsys.readouterr().err) == (
+        130,
+        "error: interrupted; the same command goes on where it stopped\n",
+    )

@@ -77,6 +77,10 @@ def evaluate(
                 ("--task", task),
                 ("--by", by),
                 ("--control", control),
+                ("--profile", profile != ["strict"]),
+                ("--part", part != "1/1"),
+                ("--resume", resume),
+                ("--transformers", stock),
             )
             if value
         ]:

@@ -137,9 +137,12 @@ def test_a_control_is_named_everywhere_and_kept_apart(grace: Any, tmp_path: Path
     assert "control was None, now 'majority'" in err
 
 
-def test_control_is_of_a_suite(grace: Any, tmp_path: Path) -> None:
-    code, _, err = grace("eval", "m", "--data", tmp_path, "--control", "blind")
-    assert (code, err) == (2, "error: --control is for a suite; pass --suite card, or leave it out\n")
+@pytest.mark.parametrize(
+    "flag", [("--control", "blind"), ("--profile", "lmms"), ("--part", "2/4"), ("--resume",), ("--transformers",)]
+)
+def test_what_is_of_a_suite(grace: Any, tmp_path: Path, flag: tuple[str, ...]) -> None:
+    code, _, err = grace("eval", "m", "--data", tmp_path, *flag)
+    assert (code, err) == (2, f"error: {flag[0]} is for a suite; pass --suite card, or leave it out\n")
 
 
 def test_a_folder_without_a_suite_is_said(grace: Any, tmp_path: Path) -> None:
