@@ -12,7 +12,7 @@ import torch
 from tiny_models import copy_of
 
 from grace_vlm.checkpoint import is_complete, verify_manifest
-from grace_vlm.errors import CheckpointError, FormatError
+from grace_vlm.errors import CheckpointError, ConfigError, FormatError
 from grace_vlm.formats import compressed_tensors, packed
 from grace_vlm.formats.pack import estimate_bytes, pack
 from grace_vlm.formats.registry import converter_for, converters, detect, read_model
@@ -71,7 +71,7 @@ def test_what_cannot_be_packed(models: Path, tmp_path: Path) -> None:
         (
             models / "w4",
             "onnx",
-            FormatError,
+            ConfigError,
             "unknown format 'onnx'; expected one of official-awq, official, compressed-tensors",
         ),
         (tmp_path / "nowhere", "official", CheckpointError, "does not exist; expected a model folder"),

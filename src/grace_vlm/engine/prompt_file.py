@@ -58,7 +58,9 @@ def read_text(path: Path) -> str:
     """A file in UTF-8; ``DataError`` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {str(error.strerror).lower()}; expected a file in UTF-8") from None
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}; expected a file in UTF-8") from None
 
 

@@ -72,7 +72,9 @@ def read_windows(path: Path, tokenizer: Any, window_tokens: int, limit: int | No
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {str(error.strerror).lower()}; expected a UTF-8 text") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     count = len(ids) // window_tokens

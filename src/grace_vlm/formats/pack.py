@@ -88,8 +88,8 @@ def convert(
         progress: called with (what, weights done, weights in all).
 
     Raises:
-        FormatError: unknown format, no grid in ``src``, a grid that the layout cannot hold, or scales that it
-            would round.
+        ConfigError: unknown format.
+        FormatError: no grid in ``src``, a grid that the layout cannot hold, or scales that it would round.
         CheckpointError: ``src`` is no model, ``dst`` exists, or the disk refuses.
     """
     converter = converter_for(format_name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_vlm.checkpoint.strict_json import shown
-from grace_vlm.errors import FormatError
+from grace_vlm.errors import ConfigError, FormatError
 from grace_vlm.formats.awq import Awq
 from grace_vlm.formats.compressed_tensors import CompressedTensors
 from grace_vlm.formats.converter import Converter, ModelContent
@@ -40,10 +40,10 @@ def converters() -> dict[str, Converter]:
 
 
 def converter_for(name: str) -> Converter:
-    """The layout called ``name``; ``FormatError`` lists them."""
+    """The layout called ``name``; ``ConfigError`` lists them."""
     found = converters()
     if name not in found:
-        raise FormatError(f"unknown format {shown(name)}; expected one of {', '.join(found)}")
+        raise ConfigError(f"unknown format {shown(name)}; expected one of {', '.join(found)}")
     return found[name]
 
 
