@@ -272,7 +272,7 @@ def test_missing_python_packages_are_named_at_once(given: dict[str, Path], tmp_p
     )
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError) as caught:
-        packages.require_installed("world", "world", ["easy-vqa", "resvg-py"])
+        packages.require_installed("world", ["easy-vqa", "resvg-py"])
     assert str(caught.value) == (
         "the source world needs the package resvg-py, which is not installed; pip install resvg-py (the extra world)"
     )

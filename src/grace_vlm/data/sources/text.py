@@ -78,7 +78,7 @@ def prepare_text(
     """
     out = Path(out)
     check_place(out, overwrite, ())
-    require_installed("text", "text", PACKAGES)
+    require_installed("text", PACKAGES)
     speeches, facts = find_package(), factbook.find_package()
     kept, held_out = read_addresses(speeches.folder)
     train, test, countries = _fact_rows(factbook.read_pages(facts.folder), seed)

@@ -103,7 +103,7 @@ def prepare_world(
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"workers={num_workers}: a number of processes is expected, 1 or more")
     check_place(out, overwrite, (emoji_package, flags_package))
-    require_installed("world", "world", [name for name in PACKAGES if suite is not None or name != "pyarrow"])
+    require_installed("world", [name for name in PACKAGES if suite is not None or name != "pyarrow"])
     with staged_folder(out) as staging:
         parts = _parts(staging / _SCRATCH, emoji_package, flags_package, seed)
         if suite is not None:

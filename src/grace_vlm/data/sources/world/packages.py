@@ -77,15 +77,15 @@ def open_npm(given: Path, name: str, needed: Sequence[str], licence: str, scratc
     return Package(name, str(known.get("version", "")), licence, folder, digest(folder, files))
 
 
-def require_installed(source: str, extra: str, distributions: Sequence[str]) -> None:
+def require_installed(source: str, distributions: Sequence[str]) -> None:
     """``ConfigError`` that names everything of ``distributions`` that is not installed: one after another they would be
-    as many tries. ``extra``: of ours, which has them all."""
+    as many tries. The extra that has them all is called as the source."""
     missing = [name for name in distributions if _installed(name) is None]
     if missing:
         what, are = ("the package", "is") if len(missing) == 1 else ("the packages", "are")
         raise ConfigError(
             f"the source {source} needs {what} {', '.join(missing)}, which {are} not installed; "
-            f"pip install {' '.join(missing)} (the extra {extra})"
+            f"pip install {' '.join(missing)} (the extra {source})"
         )
 
 
