@@ -62,6 +62,9 @@ from grace_vlm.evals.student_t import t_interval, t_test
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
 BEGIN, END = "<!-- smollm2:begin (benchmarks/report_smollm2.py) -->", "<!-- smollm2:end -->"
+EARLIER = "earlier_pair"
+"""A folder beside the rows: those of another pair."""
+
 PAIRS = (
     *((name, "rtn_minmax") for name in (*ROUNDED, *SEARCHED) if name != "rtn_minmax"),
     *((name, "gptq") for name in ("block", *SEARCHED)),
@@ -183,17 +186,21 @@ def section(title: str, *parts: list[str]) -> list[str]:
 
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
-    lines, student = comparison(folder, "")
-    lines += again_pages(folder)
-    if student:
-        lines += section("Why", why_pages(folder, student, images))
+    lines = pair_pages(folder, "", images)
     lines += section("The W4 student in other programs", runtime_pages(folder))
+    lines += pair_pages(folder / EARLIER, "An earlier pair: ", images)
     lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     small, rows = collect([folder / "small.jsonl"])
     if rows:
         table = method_table(small, SCHEME, ("student", *ROUNDED, *OTHER_RULES, *SEARCHED))
         lines += section("The language alone, one seed, at a rate that was not searched", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+
+
+def pair_pages(folder: Path, title: str, images: Path) -> list[str]:
+    """What there is of a student and its teacher: their rows, those made again, and where four bits hurt."""
+    lines, student = comparison(folder, title)
+    return lines + again_pages(folder, title) + section(_headed(title, "why"), why_pages(folder, student, images))
 
 
 def costs_of(folder: Path, student: str) -> Runs:
@@ -211,6 +218,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     if not rows:
         return [], None
     costs = costs_of(folder, rows[0]["student"])
+    is_timed = folder.name != LANGUAGE_OUT.name
     names = ("teacher", "student", "sft", *ROUNDED, *OTHER_RULES, *SEARCHED)
     lines: list[str] = []
     for scheme, width in WIDTHS.items():
@@ -224,7 +232,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],
                 cost_line(folder, rows[0]["student"]) if not lines else [],
-                method_table(runs, scheme, names, is_timed=not title, costs=costs),
+                method_table(runs, scheme, names, is_timed, costs),
                 benchmark_table(runs, scheme, names),
                 pair_table(runs, pairs),
             )
@@ -232,31 +240,29 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     lines += section(_headed(title, "GRACE without each part"), pair_table(runs, pairs))
     pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
     if any((name, SCHEME) in runs for name in VARIANTS):
-        table = method_table(runs, SCHEME, ["grace", *VARIANTS], is_timed=not title)
+        table = method_table(runs, SCHEME, ["grace", *VARIANTS], is_timed)
         lines += section(_headed(title, "what might be better"), table, pair_table(runs, pairs))
     lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
     return lines, rows[0]["student"]
 
 
-def again_pages(folder: Path) -> list[str]:
-    """The headline made again: with a teacher trained anew under the same student, and with another pair."""
-    names = ("teacher", "student", *ROUNDED, *SEARCHED)
+def again_pages(folder: Path, title: str) -> list[str]:
+    """The headline of a student made again, by other processes, on other machines or under a teacher trained anew."""
     first, own = collect([folder / "headline.jsonl"])
     again, rows = collect([folder / "again" / "headline.jsonl"])
-    lines: list[str] = []
-    if own and rows and own[0]["student"] == rows[0]["student"]:
-        made = read_stages(folder / "again" / STAGES_FILE).items()
-        told = [
-            "; ".join(f"`{name}` {one['weights'][:8]}, {one['seconds'] / 60:.1f} GPU minutes" for name, one in made)
-        ]
-        table = again_table(first, again, SCHEME, names)
-        lines += section("The headline made again, under a teacher trained anew", [provenance(rows)], told, table)
-    other, rows = collect([folder / "rebuilt" / "headline.jsonl"])
-    if rows:
-        costs = cost_line(folder / "rebuilt", rows[0]["student"])
-        table = method_table(other, SCHEME, names, is_timed=False)
-        lines += section("Another pair, at the rates of the first", [provenance(rows)], costs, table)
-    return lines
+    if not (own and rows and own[0]["student"] == rows[0]["student"]):
+        return []
+    told = [stages_line(path) for path in sorted((folder / "again").glob(f"{Path(STAGES_FILE).stem}*.json"))]
+    table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *SEARCHED))
+    return section(_headed(title, "the headline made again"), [provenance(rows)], told, table)
+
+
+def stages_line(path: Path) -> str:
+    """What the stages of one machine were, and took."""
+    made = read_stages(path)
+    shown = (f"`{name}` {one['weights'][:8]}, {one['seconds'] / 60:.1f} GPU minutes" for name, one in made.items())
+    commits = sorted({one["commit"] for one in made.values()})
+    return f"- Stages at commit {', '.join(commits)}: {'; '.join(shown)}."
 
 
 def _headed(title: str, what: str) -> str:
@@ -296,6 +302,7 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     from grace_vlm.evals.why.pictures import pictures_of
     from grace_vlm.evals.why.summary import summary_lines
 
+    stem = "smollm2_earlier" if folder.name == EARLIER else "smollm2"
     lines: list[str] = []
     drawn = {}
     for name in ("grace", "rtn_minmax"):
@@ -306,7 +313,7 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     for place in WHY:
         name, _, picture = place.partition("/")
         if text := drawn[name].get(f"{picture}.svg"):  # too few rows have no picture
-            file = images / f"smollm2_{name}_{picture}.svg"
+            file = images / f"{stem}_{name}_{picture}.svg"
             file.write_text(text, encoding="utf-8")
             lines.append(f"![{picture} of {LABELS[name]}](images/{file.name})")
     one = content["grace"]

@@ -361,7 +361,7 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     (tmp_path / "again" / "stages.json").write_text(json.dumps({"teacher": made}))
     lines = report.pages(tmp_path, tmp_path)
     own = [line for line in lines[lines.index(next(one for one in lines if "made again" in one)) :] if line]
-    assert "`teacher` 01234567, 1.5 GPU minutes" in own
+    assert "- Stages at commit c: `teacher` 01234567, 1.5 GPU minutes." in own
     assert "| student, BF16 | 80.00 | the same |  |  | 7.39 | the same |  |" in own
     assert "| RTN, MSE scales | 60.00 | 60.00 | 33 % |  | 12.18 | 13.46 | 40 % [40, 40] |" in own
     # 70, 71 and 72: 71 and t(2) sd / sqrt(3) = 4.303 * 1 / 1.732; 75 of (80 - 50). t(4) = 4 / sqrt(2 / 3) = 4.899.
@@ -371,10 +371,15 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     )
     assert line.endswith(" | 80 % [80, 80] |"), "losses without spread are not tested, and have no column"
     assert not any(one.startswith("| QAT with") for one in own), "nobody made it again"
-    write(tmp_path / "rebuilt" / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
-    assert "| student, BF16 | 90.00 | 90.00 | 2.72 | 0.100 | 90.0 |" in "\n".join(report.pages(tmp_path, tmp_path))
+    earlier = tmp_path / report.EARLIER
+    write(earlier / "headline.jsonl", [row("student", None, 90, 1.0, "another"), row("qat", 0, 70, 2.2, "another")])
+    write(earlier / "again" / "headline.jsonl", [row("qat", 0, 70, 2.2, "another")])
+    text = "\n".join(report.pages(tmp_path, tmp_path))
+    own = text[text.index("### An earlier pair: four bits, groups of 64") :]
+    assert "| student, BF16 |  | 90.00 | 90.00 | 2.72 | 0.100 | 90.0 |" in own
+    assert "| QAT | 70.00 | the same |" in own[own.index("### An earlier pair: the headline made again") :]
     write(tmp_path / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
-    assert "made again" not in "\n".join(report.pages(tmp_path, tmp_path)), "it was another student's"
+    assert "### The headline made again" not in "\n".join(report.pages(tmp_path, tmp_path)), "it was another student's"
 
 
 def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
@@ -769,11 +774,15 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
-    folder = rows_of.OUT / "rebuilt"
-    first, *again = (rows_of.read_stages(folder / f"stages{which}.json") for which in ("", "_second", "_third"))
-    assert [set(stages) for stages in again] == [{"tower", "teacher", "student"}, {"tower"}]
-    for stages in again:
+    folder = rows_of.OUT / "again"
+    first = rows_of.read_stages(rows_of.OUT / "stages.json")
+    others = [rows_of.read_stages(folder / f"stages{which}.json") for which in ("", "_second", "_third")]
+    assert [set(stages) for stages in others] == [{*bench.STAGES}, {*bench.STAGES}, {"tower"}]
+    for stages in others:
         assert all(made["weights"] == first[name]["weights"] for name, made in stages.items())
+    told = {line.split(" | ")[0]: line for line in report.again_pages(rows_of.OUT, "")[-12:] if line}
+    assert {"| teacher, BF16", "| GPTQ", "| QAT", "| QAT with plain distillation", "| GRACE"} < set(told)
+    assert all(line.count("the same") == 2 for title, line in told.items() if title not in ("| W4G64", "| ---"))
     log = (ROOT / "docs" / "log.md").read_text()
     seeds = {row["name"]: row["weights"] for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
     for name, title in (("qat", "QAT (weights "), ("grace", "and GRACE (")):
