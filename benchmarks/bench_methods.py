@@ -45,6 +45,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "kd_gated": ("loss.decoupled=false", "loss.relational=false", "loss.adaptive=false"),
     "grace": (),
     "grace_rate_of_kd": (),
+    "grace_relation_in_the_middle": ("loss.relational_layer=-3",),
+    "grace_relation_early": ("loss.relational_layer=1",),
     "grace_no_gate": ("loss.gate=false",),
     "grace_no_decoupled": ("loss.decoupled=false",),
     "grace_no_relational": ("loss.relational=false",),
@@ -59,7 +61,9 @@ ROUNDED: dict[str, tuple[Any, Any]] = {
 """Rows without training: method and scale rule."""
 SEARCHED = {"sft": "bf16", "qat": "w2g128", "kd": "w2g128", "grace": "w2g128"}
 """Methods with a learning rate of their own, and the scheme it is searched at."""
-BORROWED = {"kd_gated": "kd", "grace_rate_of_kd": "kd"}
+RELATIONS = ("grace_relation_in_the_middle", "grace_relation_early")
+"""GRACE with the relations of another layer than the last one's input, beside ``grace_rate_of_kd``."""
+BORROWED = {"kd_gated": "kd", "grace_rate_of_kd": "kd", **dict.fromkeys(RELATIONS, "kd")}
 """Whose rate another method takes; those that stand nowhere take that of grace."""
 RATES = (1e-4, 3e-4, 1e-3)
 ABLATIONS = ("grace_no_gate", "grace_no_decoupled", "grace_no_relational", "grace_no_adaptive")
@@ -71,6 +75,7 @@ TRAINED = [
     ("kd", "bf16"),
     ("grace", "bf16"),
     *[("grace_rate_of_kd", scheme) for scheme in ("w4g128", "w2g128")],
+    *[(name, "w2g128") for name in RELATIONS],
 ]
 
 

@@ -29,6 +29,8 @@ LABELS = {
     "sft": "fine-tuning only", "qat": "QAT only",
     "kd": "distillation, plain KL", "kd_gated": "distillation, gated KL", "grace": "GRACE",
     "grace_rate_of_kd": "GRACE at the rate of plain KL",
+    "grace_relation_in_the_middle": "GRACE at that rate, relations in the middle",
+    "grace_relation_early": "GRACE at that rate, relations early",
     "grace_no_gate": "GRACE without the gate", "grace_no_decoupled": "GRACE without decoupling",
     "grace_no_relational": "GRACE without relations", "grace_no_adaptive": "GRACE without the adaptive weight",
 }  # fmt: skip
@@ -40,6 +42,7 @@ PAIRS = (
         ("qat", "rtn_mse"), ("grace", "rtn_mse"), ("grace", "qat"), ("grace", "kd"), ("kd", "qat"), ("kd_gated", "kd"),
     )),
     *(("grace_rate_of_kd", other, scheme) for scheme in ("w4g128", "w2g128") for other in ("grace", "qat", "kd")),
+    *((f"grace_relation_{where}", "grace_rate_of_kd", "w2g128") for where in ("in_the_middle", "early")),
     *(("grace", f"grace_no_{part}", "w2g128") for part in ("gate", "decoupled", "relational", "adaptive")),
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ from smollm2_again import again_table
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
 from smollm2_rows import (
     LANGUAGE_OUT,
+    MINUTES_FILE,
     OUT,
     STAGES_FILE,
     read_rows,
@@ -172,9 +173,12 @@ def cost_line(folder: Path, student: str) -> list[str]:
     if stages.get("student", {}).get("weights") != student:
         return []
     parts = {f"`{name}`": one["seconds"] / 60 for name, one in stages.items()}
+    clock = [one for one in read_rows(folder / MINUTES_FILE) if one["student"] == student]
     for name in ("search", "headline"):
-        if rows := [row for row in read_rows(folder / f"{name}.jsonl") if row["student"] == student]:
-            parts[f"{name} ({len(rows)} rows)"] = minutes_of(rows)
+        rows = [row for row in read_rows(folder / f"{name}.jsonl") if row["student"] == student]
+        took = [one["seconds"] * one["gpus"] / 60 for one in clock if one["command"] == name]
+        if rows:
+            parts[f"{name} ({len(rows)} rows)"] = sum(took) or minutes_of(rows)
     shown = ", ".join(f"{name} {minutes:.1f}" for name, minutes in parts.items())
     return [f"GPU minutes: {shown}; {sum(parts.values()):.0f} in all."]
 
@@ -200,7 +204,8 @@ def pages(folder: Path, images: Path) -> list[str]:
 def pair_pages(folder: Path, title: str, images: Path) -> list[str]:
     """What there is of a student and its teacher: their rows, those made again, and where four bits hurt."""
     lines, student = comparison(folder, title)
-    return lines + again_pages(folder, title) + section(_headed(title, "why"), why_pages(folder, student, images))
+    lines += again_pages(folder, title) + rates_pages(folder, title)
+    return lines + section(_headed(title, "why"), why_pages(folder, student, images))
 
 
 def costs_of(folder: Path, student: str) -> Runs:
@@ -255,6 +260,19 @@ def again_pages(folder: Path, title: str) -> list[str]:
     told = [stages_line(path) for path in sorted((folder / "again").glob(f"{Path(STAGES_FILE).stem}*.json"))]
     table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *SEARCHED))
     return section(_headed(title, "the headline made again"), [provenance(rows)], told, table)
+
+
+def rates_pages(folder: Path, title: str) -> list[str]:
+    """Trained rows of the headline's student at other rates than it has, beside what was not trained."""
+    first, own = collect([folder / "headline.jsonl"])
+    others, rows = collect([folder / "other_rates.jsonl"])
+    if not (own and rows and own[0]["student"] == rows[0]["student"]):
+        return []
+    beside = {key: seeds for key, seeds in first.items() if is_untrained(seeds)}
+    rates = {name: next(iter(seeds.values()))["rate"] for (name, _), seeds in others.items()}
+    told = "Rates: " + ", ".join(f"{LABELS[name]} {rate:g}" for name, rate in rates.items()) + "."
+    table = method_table({**beside, **others}, SCHEME, ("student", "rtn_minmax", *SEARCHED), is_timed=False)
+    return section(_headed(title, "at other rates"), [provenance(rows)], [told], table)
 
 
 def stages_line(path: Path) -> str:

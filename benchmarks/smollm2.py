@@ -21,8 +21,8 @@ left out (a row alone keeps its GPU waiting for the host; the times of rows that
 rows of another student are left out, never mixed.
 
 Stages and trained rows repeat to the bit on the same kind of GPU with the same versions (``runtime.deterministic``): a
-row's ``weights`` are the hash of what was trained (rows without are older, and do not). A stage is one process: two
-share out its batches, sum in another order, and make another pair.
+trained row's ``weights`` are the hash of what was trained (rows without are older, and do not). A stage is one process:
+two share out its batches, sum in another order, and make another pair.
 
 All trained rows have the same data, order of rows per seed and number of steps (``recipes/smollm2/comparison.yaml``);
 they differ by overrides (``smollm2_jobs.py``).
@@ -59,7 +59,17 @@ from smollm2_jobs import (
     searched_rates,
     small_jobs,
 )
-from smollm2_rows import LANGUAGE_OUT, OUT, STAGES_FILE, is_reported, is_validation, read_stages
+from smollm2_rows import (
+    LANGUAGE_OUT,
+    MINUTES_FILE,
+    OUT,
+    STAGES_FILE,
+    append_row,
+    is_reported,
+    is_validation,
+    read_rows,
+    read_stages,
+)
 from smollm2_table import (
     CALIBRATION_ROWS,
     SMALL_CALIBRATION_ROWS,
@@ -234,6 +244,25 @@ def note_stage(name: str, path: Path) -> None:
         write_json_atomic(path, {**stages, name: made})
 
 
+@contextlib.contextmanager
+def noting_minutes(args: argparse.Namespace, out: Path, student: str) -> Iterator[None]:
+    """What the rows inside take together: ``MINUTES_FILE`` has a line of whoever began the command, and none of the
+    processes that share its GPUs."""
+    import torch
+
+    path, started = out / f"{args.command}.jsonl", time.monotonic()
+    before = len(read_rows(path))
+    try:
+        yield
+    finally:
+        made = len(read_rows(path)) - before
+        if args.beside is None and made:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            about = {"command": args.command, "student": student, "rows": made, "gpus": args.gpus}
+            took = {"seconds": round(time.monotonic() - started, 1), "device": device_name(device)}
+            append_row(out / MINUTES_FILE, {**about, **took, "commit": commit_name()})
+
+
 def write_language() -> Path:
     """SmolLM2 with a tower that nobody asks, as a model folder."""
     from grace_vlm.formats.publish import publish_model
@@ -357,7 +386,7 @@ def main() -> None:
     )
     made.add_argument("--gpus", type=int, default=1, help="that make rows at once")
     made.add_argument("--at-once", type=int, help="rows on each GPU at once; as many as there is room for")
-    made.add_argument("--beside", type=int, default=0, help=argparse.SUPPRESS)
+    made.add_argument("--beside", type=int, help=argparse.SUPPRESS)
     made.add_argument("--limit", type=int, help="questions of each benchmark, of the file, and windows of each text")
     args = made.parse_intermixed_args()
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
@@ -376,7 +405,9 @@ def main() -> None:
         sys.exit(0 if run_stage(args.command, clock, args.overrides, out) else LEFT_OVER)
     at_once = share_of_gpus(made, args, out)
     if (args.gpus, at_once) != (1, 1):
-        sys.exit(on_gpus(args.gpus, at_once, sys.argv[1:]))
+        with noting_minutes(args, out, digest_of(student_of(args.overrides))):
+            code = on_gpus(args.gpus, at_once, sys.argv[1:])
+        sys.exit(code)
     from smollm2_measure import Exam
 
     overrides, calibration_rows = list(args.overrides), CALIBRATION_ROWS
@@ -392,12 +423,14 @@ def main() -> None:
         exam = replace(exam, suite=None, texts={}, is_asked=is_validation)
     elif args.command == "costs":  # the headline asks
         exam = replace(exam, suite=None, questions=None, texts={})
-    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.beside)
+    table = Table(out / f"{args.command}.jsonl", overrides, exam, calibration_rows, args.beside or 0)
     try:
         jobs = jobs_of(args, out, table.student)
     except ValueError as error:
         made.error(str(error))
-    sys.exit(0 if table.make(jobs, clock) else LEFT_OVER)
+    with noting_minutes(args, out, table.student):
+        is_whole = table.make(jobs, clock)
+    sys.exit(0 if is_whole else LEFT_OVER)
 
 
 def run() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/smollm2_again.py FOLDER     # of smollm2.py --out FOLDER
 
 On a GPU of the same kind, with the same versions, student and teacher, trained weights repeat to the bit, and what is
-the same is shown so; shipped rows without ``weights`` are older, and their training did not repeat. Else two sets of
-seeds are two samples (Welch), and a new mean outside an old interval happens to one in eight without any change.
+the same is shown so; trained rows without ``weights`` are older, and did not repeat. Else two sets of seeds are two
+samples (Welch), and a new mean outside an old interval happens to one in eight without any change.
 """
 
 from __future__ import annotations

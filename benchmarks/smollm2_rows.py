@@ -20,6 +20,9 @@ LANGUAGE_OUT = OUT / "language"
 STAGES_FILE = "stages.json"
 """Beside the rows: what teacher and student took."""
 
+MINUTES_FILE = "minutes.jsonl"
+"""Beside the rows: what each call of a command took by the clock, of so many GPUs, for so many rows."""
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Lines of a file of rows; none if it does not exist."""

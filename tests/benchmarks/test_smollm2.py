@@ -39,6 +39,7 @@ from grace_vlm.models.load import load_model  # noqa: E402
 from grace_vlm.models.toy import build_toy_model, build_toy_processor  # noqa: E402
 from grace_vlm.train.config import load_recipe  # noqa: E402
 
+IMAGES = ROOT / "docs" / "images"
 STUDENT, TEACHER = ROOT / "assets" / "toy-student", ROOT / "assets" / "toy-teacher"
 
 
@@ -269,6 +270,10 @@ def test_what_it_took_in_all(tmp_path: Path, in_a_folder: None) -> None:
     said = "GPU minutes: `teacher` 1.5, `student` 1.5, search (1 rows) 1.0, headline (2 rows) 2.0; 6 in all."
     assert said in report.pages(tmp_path, tmp_path)
     assert report.cost_line(tmp_path, "s") == []
+    took = {"command": "headline", "student": digest, "rows": 2, "seconds": 45.0, "gpus": 2}
+    write(tmp_path / "minutes.jsonl", [took, {**took, "seconds": 15.0}, {**took, "student": "s"}])
+    said = "GPU minutes: `teacher` 1.5, `student` 1.5, search (1 rows) 1.0, headline (2 rows) 2.0; 6 in all."
+    assert said in report.pages(tmp_path, tmp_path), "sixty seconds of two GPUs, by the clock"
 
 
 def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
@@ -380,6 +385,20 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     assert "| QAT | 70.00 | the same |" in own[own.index("### An earlier pair: the headline made again") :]
     write(tmp_path / "headline.jsonl", [row("student", None, 90, 1.0, "another")])
     assert "### The headline made again" not in "\n".join(report.pages(tmp_path, tmp_path)), "it was another student's"
+
+
+def test_rows_at_other_rates_stand_apart(tmp_path: Path) -> None:
+    untrained = [row("student", None, 80, 2.0), row("rtn_minmax", None, 60, 3.0), row("gptq", None, 70, 2.5)]
+    write(tmp_path / "headline.jsonl", [*untrained, {**row("qat", 0, 70, 2.2), "rate": 1e-4}])
+    assert report.rates_pages(tmp_path, "") == []
+    write(tmp_path / "other_rates.jsonl", [{**row("qat", seed, 66, 2.2), "rate": 2e-5} for seed in range(2)])
+    text = "\n".join(report.pages(tmp_path, tmp_path)).partition("### At other rates")[2]
+    assert "Rates: QAT 2e-05." in text
+    assert "| QAT | 2 | 66.00 ± 0.00 |" in text
+    assert "30 % [30, 30]" in text, "(66 - 60) of 20"
+    assert "GPTQ" not in text
+    write(tmp_path / "headline.jsonl", [row("student", None, 80, 2.0, "another")])
+    assert report.rates_pages(tmp_path, "") == [], "they were another student's"
 
 
 def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
@@ -637,6 +656,28 @@ def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.
     assert made == ["rtn", "block", "awq"]
 
 
+def test_whoever_began_a_command_notes_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argparse.Namespace(command="headline", gpus=2, beside=None)
+
+    def noted() -> list[dict[str, Any]]:
+        with bench.noting_minutes(args, tmp_path, "s"):
+            write(tmp_path / "headline.jsonl", [row("rtn", None, 60, 3.0), row("gptq", None, 60, 3.0)])
+            time.sleep(0.2)
+        return rows_of.read_rows(tmp_path / "minutes.jsonl")
+
+    (line,) = noted()
+    assert {key: line[key] for key in ("command", "student", "rows", "gpus")} == {
+        "command": "headline", "student": "s", "rows": 2, "gpus": 2,
+    }  # fmt: skip
+    assert 0.2 <= line["seconds"] < 5
+    args.beside = 0
+    assert noted() == [line], "a process that shares the GPUs"
+    args.beside = None
+    with bench.noting_minutes(args, tmp_path, "s"):
+        pass
+    assert rows_of.read_rows(tmp_path / "minutes.jsonl") == [line], "nothing was made"
+
+
 def test_the_file_is_a_program(in_a_folder: None) -> None:
     """Called as the Makefile calls it; nothing heavy is imported before the command is known."""
     command = [sys.executable, str(ROOT / "benchmarks" / "smollm2.py"), "data"]
@@ -777,16 +818,32 @@ def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
     folder = rows_of.OUT / "again"
     first = rows_of.read_stages(rows_of.OUT / "stages.json")
     others = [rows_of.read_stages(folder / f"stages{which}.json") for which in ("", "_second", "_third")]
-    assert [set(stages) for stages in others] == [{*bench.STAGES}, {*bench.STAGES}, {"tower"}]
+    pair = {"teacher", "student"}
+    assert [set(stages) for stages in others] == [pair, {"tower", *pair}, {"tower"}]
     for stages in others:
         assert all(made["weights"] == first[name]["weights"] for name, made in stages.items())
     told = {line.split(" | ")[0]: line for line in report.again_pages(rows_of.OUT, "")[-12:] if line}
     assert {"| teacher, BF16", "| GPTQ", "| QAT", "| QAT with plain distillation", "| GRACE"} < set(told)
     assert all(line.count("the same") == 2 for title, line in told.items() if title not in ("| W4G64", "| ---"))
     log = (ROOT / "docs" / "log.md").read_text()
-    seeds = {row["name"]: row["weights"] for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
+    seeds = {row["name"]: row for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
     for name, title in (("qat", "QAT (weights "), ("grace", "and GRACE (")):
-        assert f"{title}{seeds[name][:8]})" in log, "what the other machine had"
+        assert f"{title}{seeds[name]['weights'][:8]})" in log, "what the other machine had"
+    searched = rows_of.OUT / report.EARLIER / "search.jsonl"
+    assert f"--rates {searched.relative_to(ROOT)} model.student" in log
+    rates = jobs_of.searched_rates(searched, None)
+    assert {name: row["rate"] for name, row in seeds.items()} == {name: rates[name] for name in seeds}
+
+
+def test_the_page_is_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing between the marks was written by hand, and no picture is another's."""
+    monkeypatch.chdir(ROOT)
+    for page, lines in ((report.PAGE, report.pages(rows_of.OUT, tmp_path)), (report.README, [])):
+        own = page.read_text(encoding="utf-8").partition(f"{report.BEGIN}\n")[2].partition(report.END)[0]
+        assert own == "\n".join(lines or [*report.readme_table(rows_of.OUT), ""])
+    drawn, shown = ({one.name: one.read_text() for one in where.glob("smollm2*.svg")} for where in (tmp_path, IMAGES))
+    assert drawn == shown
+    assert len(drawn) == len(report.WHY)
 
 
 def test_commands_out_of_order_are_one_line(in_a_folder: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
