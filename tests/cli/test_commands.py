@@ -95,6 +95,9 @@ def test_train_pack_verify_eval(world: Path, grace: Any, document: Any) -> None:
     answers = world / "answers.jsonl"
     scored = document("eval", packed, "--data", world / "rows.jsonl", "--limit", 5, "--answers", answers)
     assert (scored["num_scored"], scored["num_total"], len(answers.read_text().splitlines())) == (5, 5, 5)
+    before = answers.read_bytes()
+    code, _ = grace("eval", packed, "--data", world / "rows.jsonl", "--limit", 2, "--answers", answers)
+    assert (code, answers.read_bytes()) == (5, before), "what was answered is not replaced"
     assert document("eval", official, "--data", world / "rows.jsonl", "--limit", 5)["kinds"] == scored["kinds"]
     options = ("--limit", 5, "--cpu-activations", "int8", "--batch-size", 2, "--max-new-tokens", 3)
     assert document("eval", run, "--data", world / "rows.jsonl", *options)["num_scored"] == 5

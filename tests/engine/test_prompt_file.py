@@ -284,5 +284,11 @@ def test_what_could_not_begin_leaves_nothing(
     code, _, err = grace(*args, "--json-schema", schema)
     assert (code, err.strip()) == (2, "error: json_schema needs llguidance; pip install llguidance")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "schema.json"]
+    monkeypatch.undo()
+    schema.write_text('{"type": "colour"}')
+    code, _, err = grace(*args, "--json-schema", schema)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {schema}: json_schema cannot be followed: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "schema.json"]
     assert grace(*args)[0] == 0
     assert len(out.read_text().splitlines()) == 1

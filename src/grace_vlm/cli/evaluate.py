@@ -10,7 +10,7 @@ import typer
 
 from grace_vlm.cli.output import ProgressBar, emit_json, print_table, say
 from grace_vlm.cli.suite import Asked, By, run_suite
-from grace_vlm.errors import ConfigError
+from grace_vlm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from grace_vlm.engine.engine import EngineOptions
@@ -124,6 +124,8 @@ def _file(
     from grace_vlm.engine.open import open_model
     from grace_vlm.evals.run import QuestionFile, answer_all, open_engine, score, write_answers
 
+    if answers is not None and answers.exists():
+        raise CheckpointError(f"{answers} already exists; choose another path for --answers")
     loaded, codes = open_model(model, device)
     with ProgressBar("answering") as bar:
         questions = QuestionFile(data, loaded, root, limit)

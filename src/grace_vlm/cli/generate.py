@@ -76,6 +76,11 @@ def generate(
     stated = {"weights": weights_digest(model), **kept, "max_pixels": max_pixels}
     done = kept_answers(out, asked, stated) & {one.id for one in asked}
     llm = LLM(model, device, options, max_pixels=max_pixels)
+    if schema is not None:  # every prompt would be refused for one that nobody can follow
+        try:
+            llm.engine.guides.of_schema(schema)
+        except RequestError as error:
+            raise ConfigError(f"{json_schema}: {error}; pass a file with a JSON schema") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     was_there = out.exists()
     write_note(out, stated)
