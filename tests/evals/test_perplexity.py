@@ -88,10 +88,10 @@ def test_a_text_that_is_too_short_or_no_text(tmp_path: Path, text: Path) -> None
     tokenizer = load_model(str(STUDENT), "cpu").processor.tokenizer
     with pytest.raises(DataError, match="a window 100,000; expected one window at least"):
         read_windows(text, tokenizer, 100_000)
-    with pytest.raises(DataError, match=r"none\.txt cannot be read: no such file or directory; expected a UTF-8 text$"):
+    with pytest.raises(DataError, match=r"none\.txt cannot be read: no such file.*; expected a file in UTF-8$"):
         read_windows(tmp_path / "none.txt", tokenizer, 8)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read as UTF-8"):
+    with pytest.raises(DataError, match=r"bytes\.txt cannot be read: .*can.t decode.*; expected a file in UTF-8$"):
         read_windows(tmp_path / "bytes.txt", tokenizer, 8)
 
 

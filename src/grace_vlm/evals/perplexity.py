@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from grace_vlm.engine.prompt_file import read_text
 from grace_vlm.errors import DataError
 from grace_vlm.evals.student_t import t_interval
 from grace_vlm.models.load import LoadedModel
@@ -70,13 +71,7 @@ def read_windows(path: Path, tokenizer: Any, window_tokens: int, limit: int | No
     Raises:
         DataError: no such text, or one that is shorter than a window.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {str(error.strerror).lower()}; expected a UTF-8 text") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(tokenizer(read_text(path), add_special_tokens=False)["input_ids"], dtype=torch.int64)
     count = len(ids) // window_tokens
     if not count:
         raise DataError(f"{path} has {len(ids):,} tokens and a window {window_tokens:,}; expected one window at least")
