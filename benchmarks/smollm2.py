@@ -257,9 +257,10 @@ def noting_minutes(args: argparse.Namespace, out: Path, student: str) -> Iterato
     finally:
         made = len(read_rows(path)) - before
         if args.beside is None and made:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            about = {"command": args.command, "student": student, "rows": made, "gpus": args.gpus}
-            took = {"seconds": round(time.monotonic() - started, 1), "device": device_name(device)}
+            is_on_gpu = torch.cuda.is_available()
+            device = device_name(torch.device("cuda" if is_on_gpu else "cpu"))
+            about = {"command": args.command, "student": student, "rows": made, "gpus": args.gpus if is_on_gpu else 0}
+            took = {"seconds": round(time.monotonic() - started, 1), "device": device}
             append_row(out / MINUTES_FILE, {**about, **took, "commit": commit_name()})
 
 
