@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bench_methods import RESULTS, ROOT, prepare_data, read_rows
+from bench_methods import RELATIONS, RESULTS, ROOT, prepare_data, read_rows
 
 PAGE = Path("docs/results.md")
 BEGIN, END = "<!-- tables:begin (benchmarks/report_methods.py) -->", "<!-- tables:end -->"
@@ -42,7 +42,7 @@ PAIRS = (
         ("qat", "rtn_mse"), ("grace", "rtn_mse"), ("grace", "qat"), ("grace", "kd"), ("kd", "qat"), ("kd_gated", "kd"),
     )),
     *(("grace_rate_of_kd", other, scheme) for scheme in ("w4g128", "w2g128") for other in ("grace", "qat", "kd")),
-    *((f"grace_relation_{where}", "grace_rate_of_kd", "w2g128") for where in ("in_the_middle", "early")),
+    *((name, "grace_rate_of_kd", "w2g128") for name in RELATIONS),
     *(("grace", f"grace_no_{part}", "w2g128") for part in ("gate", "decoupled", "relational", "adaptive")),
 )  # fmt: skip
 

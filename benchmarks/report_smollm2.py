@@ -251,11 +251,17 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     return lines, rows[0]["student"]
 
 
+def beside_headline(folder: Path, name: str) -> tuple[Runs, Runs, list[dict[str, Any]]]:
+    """(the headline's runs, those of another file, this file's rows), if both are of one student; else nothing."""
+    first, own = collect([folder / "headline.jsonl"])
+    other, rows = collect([folder / name])
+    return (first, other, rows) if own and rows and own[0]["student"] == rows[0]["student"] else ({}, {}, [])
+
+
 def again_pages(folder: Path, title: str) -> list[str]:
     """The headline of a student made again, by other processes, on other machines or under a teacher trained anew."""
-    first, own = collect([folder / "headline.jsonl"])
-    again, rows = collect([folder / "again" / "headline.jsonl"])
-    if not (own and rows and own[0]["student"] == rows[0]["student"]):
+    first, again, rows = beside_headline(folder, "again/headline.jsonl")
+    if not rows:
         return []
     told = [stages_line(path) for path in sorted((folder / "again").glob(f"{Path(STAGES_FILE).stem}*.json"))]
     table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *SEARCHED))
@@ -264,9 +270,8 @@ def again_pages(folder: Path, title: str) -> list[str]:
 
 def rates_pages(folder: Path, title: str) -> list[str]:
     """Trained rows of the headline's student at other rates than it has, beside what was not trained."""
-    first, own = collect([folder / "headline.jsonl"])
-    others, rows = collect([folder / "other_rates.jsonl"])
-    if not (own and rows and own[0]["student"] == rows[0]["student"]):
+    first, others, rows = beside_headline(folder, "other_rates.jsonl")
+    if not rows:
         return []
     beside = {key: seeds for key, seeds in first.items() if is_untrained(seeds)}
     rates = {name: next(iter(seeds.values()))["rate"] for (name, _), seeds in others.items()}

@@ -245,23 +245,20 @@ def note_stage(name: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def noting_minutes(args: argparse.Namespace, out: Path, student: str) -> Iterator[None]:
+def noting_minutes(args: argparse.Namespace, out: Path) -> Iterator[None]:
     """What the rows inside take together: ``MINUTES_FILE`` has a line of whoever began the command, and none of the
     processes that share its GPUs."""
-    import torch
-
     path, started = out / f"{args.command}.jsonl", time.monotonic()
     before = len(read_rows(path))
     try:
         yield
     finally:
-        made = len(read_rows(path)) - before
+        made = read_rows(path)[before:]
         if args.beside is None and made:
-            is_on_gpu = torch.cuda.is_available()
-            device = device_name(torch.device("cuda" if is_on_gpu else "cpu"))
-            about = {"command": args.command, "student": student, "rows": made, "gpus": args.gpus if is_on_gpu else 0}
-            took = {"seconds": round(time.monotonic() - started, 1), "device": device}
-            append_row(out / MINUTES_FILE, {**about, **took, "commit": commit_name()})
+            about = {name: made[-1][name] for name in ("student", "device", "commit")}
+            took = {"rows": len(made), "seconds": round(time.monotonic() - started, 1)}
+            gpus = 0 if about["device"] == "cpu" else args.gpus
+            append_row(out / MINUTES_FILE, {"command": args.command, **about, "gpus": gpus, **took})
 
 
 def write_language() -> Path:
@@ -406,7 +403,7 @@ def main() -> None:
         sys.exit(0 if run_stage(args.command, clock, args.overrides, out) else LEFT_OVER)
     at_once = share_of_gpus(made, args, out)
     if (args.gpus, at_once) != (1, 1):
-        with noting_minutes(args, out, digest_of(student_of(args.overrides))):
+        with noting_minutes(args, out):
             code = on_gpus(args.gpus, at_once, sys.argv[1:])
         sys.exit(code)
     from smollm2_measure import Exam
@@ -429,7 +426,7 @@ def main() -> None:
         jobs = jobs_of(args, out, table.student)
     except ValueError as error:
         made.error(str(error))
-    with noting_minutes(args, out, table.student):
+    with noting_minutes(args, out):
         is_whole = table.make(jobs, clock)
     sys.exit(0 if is_whole else LEFT_OVER)
 

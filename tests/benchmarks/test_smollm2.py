@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from toy_run import COLOURS, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -660,23 +659,25 @@ def test_whoever_is_free_takes_the_next_row(tmp_path: Path, monkeypatch: pytest.
 def test_whoever_began_a_command_notes_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = argparse.Namespace(command="headline", gpus=2, beside=None)
 
-    def noted() -> list[dict[str, Any]]:
-        with bench.noting_minutes(args, tmp_path, "s"):
-            write(tmp_path / "headline.jsonl", [row("rtn", None, 60, 3.0), row("gptq", None, 60, 3.0)])
+    def noted(device: str = "NVIDIA H200") -> list[dict[str, Any]]:
+        with bench.noting_minutes(args, tmp_path):
+            made = [{**row(name, None, 60, 3.0), "device": device} for name in ("rtn", "gptq")]
+            write(tmp_path / "headline.jsonl", made)
             time.sleep(0.2)
         return rows_of.read_rows(tmp_path / "minutes.jsonl")
 
     (line,) = noted()
-    assert {key: line[key] for key in ("command", "student", "rows", "gpus")} == {
-        "command": "headline", "student": "s", "rows": 2, "gpus": 2 * torch.cuda.is_available(),
-    }  # fmt: skip
-    assert 0.2 <= line["seconds"] < 5
+    assert 0.2 <= line.pop("seconds") < 5
+    about = {"student": "s", "device": "NVIDIA H200", "commit": "c"}
+    assert line == {"command": "headline", **about, "rows": 2, "gpus": 2}
+    line = rows_of.read_rows(tmp_path / "minutes.jsonl")[0]
     args.beside = 0
     assert noted() == [line], "a process that shares the GPUs"
     args.beside = None
-    with bench.noting_minutes(args, tmp_path, "s"):
+    with bench.noting_minutes(args, tmp_path):
         pass
     assert rows_of.read_rows(tmp_path / "minutes.jsonl") == [line], "nothing was made"
+    assert noted("cpu")[-1]["gpus"] == 0
 
 
 def test_the_file_is_a_program(in_a_folder: None) -> None:
@@ -839,9 +840,10 @@ def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
 def test_the_page_is_what_the_records_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing between the marks was written by hand, and no picture is another's."""
     monkeypatch.chdir(ROOT)
-    for page, lines in ((report.PAGE, report.pages(rows_of.OUT, tmp_path)), (report.README, [])):
+    table = [*report.readme_table(rows_of.OUT), ""]
+    for page, lines in ((report.PAGE, report.pages(rows_of.OUT, tmp_path)), (report.README, table)):
         own = page.read_text(encoding="utf-8").partition(f"{report.BEGIN}\n")[2].partition(report.END)[0]
-        assert own == "\n".join(lines or [*report.readme_table(rows_of.OUT), ""])
+        assert own == "\n".join(lines)
     drawn, shown = ({one.name: one.read_text() for one in where.glob("smollm2*.svg")} for where in (tmp_path, IMAGES))
     assert drawn == shown
     assert len(drawn) >= len(report.WHY)

@@ -284,6 +284,12 @@ def test_what_could_not_begin_leaves_nothing(
     code, _, err = grace(*args, "--json-schema", schema)
     assert (code, err.strip()) == (2, "error: json_schema needs llguidance; pip install llguidance")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "schema.json"]
+    asked = prompts.read_text()
+    prompts.write_text(json.dumps({"id": "a", "prompt": "what is it?", "json_schema": {"type": "string"}}) + "\n")
+    code, _, err = grace(*args)
+    assert (code, err.strip()) == (2, "error: json_schema needs llguidance; pip install llguidance")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "schema.json"]
+    prompts.write_text(asked)
     monkeypatch.undo()
     schema.write_text('{"type": "colour"}')
     code, _, err = grace(*args, "--json-schema", schema)
