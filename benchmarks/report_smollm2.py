@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2_again import again_table
-from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
+from smollm2_again import again_table, is_same
+from smollm2_jobs import ABLATIONS, OTHER_RULES, OWN_RATE, ROUNDED, SCHEME, SEARCHED, VARIANTS
 from smollm2_rows import (
     LANGUAGE_OUT,
     MINUTES_FILE,
     OUT,
     STAGES_FILE,
+    key_of,
     read_rows,
     read_stages,
     validation_score,
@@ -111,6 +112,7 @@ def method_table(
 def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
     """Seed by seed; what was not trained stands beside each seed of the other."""
     seeds = [seed for seed in one if seed in other or None in other] or [seed for seed in other if None in one]
+    seeds.sort(key=lambda seed: -1 if seed is None else seed)
     found = []
     for seed in seeds:
         a, b = measure(one.get(seed) or one[None]), measure(other.get(seed) or other[None])
@@ -190,9 +192,12 @@ def section(title: str, *parts: list[str]) -> list[str]:
 
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
-    lines = pair_pages(folder, "", images)
+    lines, student = comparison(folder, "")
+    lines += section("The headline made again", again_pages(folder))
+    lines += section("At other rates", rates_pages(folder))
+    lines += section("Why", why_pages(folder, student, images))
     lines += section("The W4 student in other programs", runtime_pages(folder))
-    lines += pair_pages(folder / EARLIER, "An earlier pair: ", images)
+    lines += comparison(folder / EARLIER, "An earlier pair: ")[0]
     lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     small, rows = collect([folder / "small.jsonl"])
     if rows:
@@ -201,17 +206,13 @@ def pages(folder: Path, images: Path) -> list[str]:
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
 
-def pair_pages(folder: Path, title: str, images: Path) -> list[str]:
-    """What there is of a student and its teacher: their rows, those made again, and where four bits hurt."""
-    lines, student = comparison(folder, title)
-    lines += again_pages(folder, title) + rates_pages(folder, title)
-    return lines + section(_headed(title, "why"), why_pages(folder, student, images))
-
-
 def costs_of(folder: Path, student: str) -> Runs:
-    """Rows that were made alone, of this student."""
+    """Rows that were made alone, of this student, but for the first that was trained: it waits for what is compiled."""
     runs, rows = collect([folder / "costs.jsonl"])
-    return runs if rows and rows[0]["student"] == student else {}
+    if not rows or rows[0]["student"] != student:
+        return {}
+    waited = next((row for row in rows if row["steps"]), None)
+    return {key: {seed: row for seed, row in own.items() if row is not waited} for key, own in runs.items()}
 
 
 WIDTHS = {"w4g64": "four bits, groups of 64", "w8g64": "eight bits", "w3g64": "three bits", "w4g32": "groups of 32"}
@@ -258,17 +259,29 @@ def beside_headline(folder: Path, name: str) -> tuple[Runs, Runs, list[dict[str,
     return (first, other, rows) if own and rows and own[0]["student"] == rows[0]["student"] else ({}, {}, [])
 
 
-def again_pages(folder: Path, title: str) -> list[str]:
-    """The headline of a student made again, by other processes, on other machines or under a teacher trained anew."""
+def again_pages(folder: Path) -> list[str]:
+    """The headline of a student made again, by other processes or on other machines, with its stages and search."""
     first, again, rows = beside_headline(folder, "again/headline.jsonl")
     if not rows:
         return []
     told = [stages_line(path) for path in sorted((folder / "again").glob(f"{Path(STAGES_FILE).stem}*.json"))]
+    told += search_again_line(folder, rows[0]["student"])
     table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *SEARCHED))
-    return section(_headed(title, "the headline made again"), [provenance(rows)], told, table)
+    return [provenance(rows), "", *told, *([""] if told else []), *table]
 
 
-def rates_pages(folder: Path, title: str) -> list[str]:
+def search_again_line(folder: Path, student: str) -> list[str]:
+    """How many rows of the search were made again, and how many of them are the same."""
+    first, again = (
+        {key_of(row): row for row in read_rows(own / "search.jsonl") if row["student"] == student}
+        for own in (folder, folder / "again")
+    )
+    both = [key for key in first if key in again]
+    same = sum(is_same({None: first[key]}, {None: again[key]}) for key in both)
+    return [f"- Of {len(first)} rows of the search {len(both)} were made again: {same} are the same."] if both else []
+
+
+def rates_pages(folder: Path) -> list[str]:
     """Trained rows of the headline's student at other rates than it has, beside what was not trained."""
     first, others, rows = beside_headline(folder, "other_rates.jsonl")
     if not rows:
@@ -277,7 +290,7 @@ def rates_pages(folder: Path, title: str) -> list[str]:
     rates = {name: next(iter(seeds.values()))["rate"] for (name, _), seeds in others.items()}
     told = "Rates: " + ", ".join(f"{LABELS[name]} {rate:g}" for name, rate in rates.items()) + "."
     table = method_table({**beside, **others}, SCHEME, ("student", "rtn_minmax", *SEARCHED), is_timed=False)
-    return section(_headed(title, "at other rates"), [provenance(rows)], [told], table)
+    return [provenance(rows), "", told, "", *table]
 
 
 def stages_line(path: Path) -> str:
@@ -304,7 +317,8 @@ def rate_table(folder: Path, student: str) -> list[str]:
         f"| {'right %' if has_questions else 'perplexity'}, validation | " + " | ".join(f"{r:g}" for r in rates) + " |",
         "|---" * (len(rates) + 1) + "|",
     ]
-    for name in dict.fromkeys(row["name"] for row in rows):
+    searched = {row["name"] for row in rows}
+    for name in (name for name in (*SEARCHED, *OWN_RATE) if name in searched):
         own = [found.get((name, rate)) for rate in rates]
         scores = [None if row is None else validation_score(row) for row in own]
         shown = ["" if s is None else f"{100 * s if has_questions else math.exp(-s):.2f}" for s in scores]
@@ -325,7 +339,6 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     from grace_vlm.evals.why.pictures import pictures_of
     from grace_vlm.evals.why.summary import summary_lines
 
-    stem = "smollm2_earlier" if folder.name == EARLIER else "smollm2"
     lines: list[str] = []
     drawn = {}
     for name in ("grace", "rtn_minmax"):
@@ -336,7 +349,7 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     for place in WHY:
         name, _, picture = place.partition("/")
         if text := drawn[name].get(f"{picture}.svg"):  # too few rows have no picture
-            file = images / f"{stem}_{name}_{picture}.svg"
+            file = images / f"smollm2_{name}_{picture}.svg"
             file.write_text(text, encoding="utf-8")
             lines.append(f"![{picture} of {LABELS[name]}](images/{file.name})")
     one = content["grace"]
