@@ -60,7 +60,7 @@ QUANTIZED_FIRST: dict[str, tuple[Any, Any]] = {
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "kd_global_t1": ("method=kd", "loss.temperature=1"),
-    "microbatch": ("loss.normalization=microbatch",),
+    "microbatch": ("loss.normalization=microbatch", "data.micro_batch_size=PART", "data.accumulation=PARTS"),
     "temperature_1": ("loss.temperature=1",),
     "temperature_4": ("loss.temperature=4",),
     "even_parts": ("loss.nckd_weight=1",),
@@ -76,6 +76,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "minmax_start": ("quant.scale_init=minmax",),
     "frozen_scales": ("optim.scale_learning_rate=0",),
     "twice_as_long": ("optim.num_steps=DOUBLE",),
+    "seen_twice": ("optim.num_steps=DOUBLE", "data.train=SEEN", "data.root=ROOT"),
     "from_w8": ("model.student=FIRST",),
     **dict.fromkeys(QUANTIZED_FIRST, ("model.student=FIRST", "quant.scale_init=stored")),
     "self_first": ("model.student=FIRST",),
@@ -91,6 +92,12 @@ PICTURED = ("grace_no_relational", "relation_in_the_middle", "relation_early")
 """Rows that differ from GRACE in nothing without pictures."""
 
 SEARCHED = ("qat", "kd", "grace")
+
+MOST_PARTS = 4
+"""Micro-batches that ``microbatch`` makes of one: with a single one it would be GRACE itself."""
+
+SEEN_FILE = "rows.jsonl"
+"""Of ``seen_twice``: as many rows as a run has room for, drawn by its seed; it reads them twice."""
 
 OWN_RATE = ("from_signed_awq",)
 """Variants that may have a rate of their own: where they begin a large one loses more than it finds."""
@@ -128,8 +135,16 @@ def recipe_of(job: Job, overrides: Sequence[str]) -> Any:
     from grace_vlm.train.config import load_recipe
 
     changes = METHODS.get(job.name) or VARIANTS.get(job.name, ())
-    steps = load_recipe(RECIPES / "comparison.yaml", overrides).optim.num_steps
-    words = {"DOUBLE": str(2 * steps), "FIRST": str(first_stage(job))}
+    base = load_recipe(RECIPES / "comparison.yaml", overrides)
+    parts = min(MOST_PARTS, base.data.micro_batch_size)
+    words = {
+        "DOUBLE": str(2 * base.optim.num_steps),
+        "FIRST": str(first_stage(job)),
+        "SEEN": str(first_stage(job) / SEEN_FILE),
+        "ROOT": str(base.data.images_root),
+        "PARTS": str(parts * base.data.accumulation),
+        "PART": str(base.data.micro_batch_size // parts),
+    }
     stated = [change.partition("=") for change in changes]
     return load_recipe(
         RECIPES / "comparison.yaml",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import sys
 import time
@@ -13,7 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from record import commit_name, device_name
-from smollm2_jobs import OTHER_RULES, QUANTIZED_FIRST, RATES, ROUNDED, RUNS, TWO_STAGES, Job, first_stage, recipe_of
+from smollm2_jobs import (
+    OTHER_RULES,
+    QUANTIZED_FIRST,
+    RATES,
+    ROUNDED,
+    RUNS,
+    SEEN_FILE,
+    TWO_STAGES,
+    Job,
+    first_stage,
+    recipe_of,
+)
 from smollm2_rows import append_row, claim, key_of, read_rows, shown_of
 
 
@@ -215,7 +227,8 @@ class Table:
         return made
 
     def _before(self, job: Job) -> Path | None:
-        """The model that a variant of two stages goes on from, of the same student, seed and rate; None for others."""
+        """What a variant goes on from, in a folder of this row: a model of the same student, seed and rate, or rows of
+        its own; None for others."""
         from grace_vlm.ptq.calibration import Calibration
         from grace_vlm.ptq.quantize import quantize_folder
         from grace_vlm.train.loop import train
@@ -240,6 +253,13 @@ class Table:
             first = replace(job, name="grace", scheme=scheme)
             stated = [change.replace("STUDENT", self.student_name) for change in changes]
             train(recipe_of(first, (*self.overrides, *stated)), first_out, overwrite=True)
+        elif job.name == "seen_twice":
+            data = self.recipe.data
+            lines = data.rows_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            count = min(len(lines), self.recipe.optim.num_steps * data.micro_batch_size * data.accumulation)
+            first_out.mkdir(parents=True, exist_ok=True)
+            seen = random.Random(job.seed).sample(lines, count)
+            (first_out / SEEN_FILE).write_text("".join(seen), encoding="utf-8")
         else:
             return None
         return first_out

@@ -157,6 +157,31 @@ def test_a_variant_goes_on_from_a_quantized_student(
     assert not list((tmp_path / "runs" / "smollm2" / "first").iterdir())
 
 
+def test_a_variant_reads_half_as_many_rows_twice(
+    world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None
+) -> None:
+    exam, overrides = world
+    table = bench.Table(tmp_path / "v.jsonl", overrides, Exam(None, None, exam.texts, 128, 1))
+    job = jobs_of.Job("seen_twice", seed=3, rate=1e-4)
+    folder = table._before(job)
+    assert folder is not None
+    assert exam.questions is not None
+    seen = (folder / jobs_of.SEEN_FILE).read_text().splitlines()
+    assert len(set(seen)) == 4, "two steps of two rows"
+    assert set(seen) < set(exam.questions.read_text().splitlines())
+    assert table.make([job], bench.Clock(None))
+    (made,) = rows_of.read_rows(tmp_path / "v.jsonl")
+    assert made["steps"] == 4
+    assert not folder.exists()
+
+
+def test_a_step_of_several_micro_batches_has_the_rows_of_one(in_a_folder: None) -> None:
+    for size, parts in ((64, [16, 4]), (4, [1, 4]), (2, [1, 2]), (1, [1, 1])):
+        stated = [f"data.micro_batch_size={size}"]
+        data = jobs_of.recipe_of(jobs_of.Job("microbatch", seed=0, rate=1e-4), stated).data
+        assert [data.micro_batch_size, data.accumulation] == parts
+
+
 def test_every_row_is_a_recipe() -> None:
     """Names, overrides and rates make valid recipes that differ from the base where they say."""
     rates = dict.fromkeys(jobs_of.SEARCHED, 1e-4)
