@@ -420,11 +420,16 @@ def analyze() -> str:
     return _filled((HERE / "analyze.md").read_text(encoding="utf-8"), {"analyze": _analyze_tables(_analysis())})
 
 
+ANALYZED = ("entropy", "gate", "cka", "layers", "codes_w4g128")
+"""Pictures of the demo's analysis that docs/analyze.md shows."""
+
+
 def analyze_pictures() -> dict[str, str]:
     """File name -> text of the demo's pictures in docs/images."""
     from grace_vlm.evals.why.pictures import pictures_of
 
-    return {f"analyze_{name}": text for name, text in pictures_of(_analysis()["whole"]).items()}
+    drawn = pictures_of(_analysis()["whole"])
+    return {f"analyze_{name}.svg": drawn[f"{name}.svg"] for name in ANALYZED}
 
 
 def _analysis() -> dict[str, Any]:
@@ -438,9 +443,7 @@ def _analyze_tables(content: dict[str, Any]) -> str:
 
     whole, labels = content["whole"], content["labels"]
     numbers = "\n".join(f"| {what.strip()} | {value} |" for what, value in summary_lines(whole))
-    shown = "\n".join(
-        f"![{name}](images/analyze_{name}.svg)" for name in ("entropy", "gate", "cka", "layers", "codes_w4g128")
-    )
+    shown = "\n".join(f"![{name}](images/analyze_{name}.svg)" for name in ANALYZED)
     models = {content["first"]: whole, **content["others"]}
     heads = [f"layer {one['layer']}" for one in whole["layers"]["layers"]]
     rows = [

@@ -42,6 +42,13 @@ def test_the_readmes_tables_and_the_analysis_pictures_are_of_the_records(generat
         assert (ROOT / "docs" / "images" / name).read_text() == text, "run make docs"
 
 
+def test_every_picture_is_shown() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    pictures = [path.name for path in (ROOT / "docs" / "images").iterdir()]
+    assert pictures
+    assert [name for name in pictures if f"images/{name}" not in pages] == []
+
+
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
 )
