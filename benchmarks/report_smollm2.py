@@ -1,12 +1,10 @@
-"""docs/results.md: the tables of the SmolLM2 pair, from the rows that smollm2.py left, and the one in README.md.
+"""docs/results.md: what the rows that smollm2.py left say, in sentences and tables, and the table in README.md.
 
     python benchmarks/report_smollm2.py
 
-Only what stands between the two marks of a page is written. Seeds are the units: a difference of two methods is the
-mean of their differences seed by seed, with Student's t; what was not trained stands beside each seed. Of two models
-that were not trained the units are what they were asked: blocks of a hundred questions, windows of text. p values of a
-table are adjusted together (Holm). A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the
-perplexity and on right answers, with RTN by min-max scales as the field uses it; its interval is over the same units.
+Only what stands between the two marks of a page is written: sentences by ``smollm2_said.py``, differences by
+``smollm2_pairs.py``. A share of loss recovered is (x - RTN) / (BF16 student - RTN), on the log of the perplexity and on
+right answers, with RTN by min-max scales as the field uses it; its interval is over the same units as a difference's.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import html
 import json
 import math
 import os
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 
 from smollm2_again import again_table, is_same
 from smollm2_jobs import ABLATIONS, OTHER_RULES, OWN_RATE, ROUNDED, SCHEME, SEARCHED, VARIANTS
+from smollm2_pairs import pair_table, pairs_of, pairs_with_grace
 from smollm2_rows import (
     LANGUAGE_OUT,
     MINUTES_FILE,
@@ -48,34 +46,20 @@ from smollm2_runs import (
     table_of,
     values,
 )
+from smollm2_said import language_said, pair_said, runtimes_said, why_said
 from smollm2_units import (
-    MEASURES,
-    Measure,
     agreement,
     divergence,
     suite,
     test_right,
     text_loss,
-    units_of,
 )
-
-from grace_vlm.evals.statistics import holm
-from grace_vlm.evals.student_t import t_interval, t_test
 
 PAGE, README = Path("docs/results.md"), Path("README.md")
 BEGIN, END = "<!-- smollm2:begin (benchmarks/report_smollm2.py) -->", "<!-- smollm2:end -->"
 EARLIER = "earlier_pair"
 """A folder beside the rows: those of another pair."""
 
-PAIRS = (
-    *((name, "rtn_minmax") for name in (*ROUNDED, *SEARCHED) if name != "rtn_minmax"),
-    *((name, "gptq") for name in ("block", *SEARCHED)),
-    *((name, "block") for name in SEARCHED),
-    *((name, "qat") for name in ("kd", "grace")),
-    ("grace", "kd"),
-    *((name, "student") for name in SEARCHED),
-    ("teacher", "student"),
-)
 RUNTIMES = {"engine": "our engine", "llama_cpp": "llama.cpp (xllamacpp)", "vllm": "vLLM, CPU build"}
 COLUMNS = ("seeds", "toy suite %", "questions %", "perplexity", "KL to BF16", "same word %", "questions given back",
            "perplexity given back", "least seconds")  # fmt: skip
@@ -107,53 +91,6 @@ def method_table(
         ]
         lines.append(cells)
     return table_of((scheme.upper(), *COLUMNS), lines)
-
-
-def differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
-    """Seed by seed; what was not trained stands beside each seed of the other."""
-    seeds = [seed for seed in one if seed in other or None in other] or [seed for seed in other if None in one]
-    seeds.sort(key=lambda seed: -1 if seed is None else seed)
-    found = []
-    for seed in seeds:
-        a, b = measure(one.get(seed) or one[None]), measure(other.get(seed) or other[None])
-        if a is not None and b is not None:
-            found.append(a - b)
-    return found
-
-
-def unit_differences(one: dict[int | None, Any], other: dict[int | None, Any], measure: Measure) -> list[float]:
-    """Of two models that were not trained, unit by unit of what they were asked; none of others."""
-    if not (is_untrained(one) and is_untrained(other)):
-        return []
-    a, b = units_of((one[None], other[None]), measure)
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def shown_p(p: float) -> str:
-    return f"{p:.2g}" if p >= 1e-10 else "< 1e-10"
-
-
-def pair_table(runs: Runs, pairs: Sequence[tuple[tuple[str, str], tuple[str, str], str]]) -> list[str]:
-    """Of every pair and measure the mean difference, its interval, p, and p adjusted for all of the table."""
-    rows: list[tuple[str, str, list[float], list[float]]] = []
-    for one, other, label in pairs:
-        if one not in runs or other not in runs:
-            continue
-        for name, measure in MEASURES.items():
-            if measure is divergence and "student" in (one[0], other[0]):
-                continue  # what it is measured from
-            if found := differences(runs[one], runs[other], measure):
-                rows.append((label, name, found, unit_differences(runs[one], runs[other], measure) or found))
-    tested = [t_test(units) for *_, units in rows]
-    adjusted = iter(holm([p for p in tested if not math.isnan(p)]))
-    lines = ["| difference of | in | mean [95 %] | p | p, Holm | by seed |", "|---" * 6 + "|"]
-    for (label, name, found, units), p in zip(rows, tested, strict=True):
-        low, high = t_interval(units)
-        shown = f"{statistics.mean(found):+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
-        ps = ("", "") if math.isnan(p) else (shown_p(p), shown_p(next(adjusted)))
-        seeds = ", ".join(f"{value:+.2f}" for value in found) if len(found) > 1 else ""
-        lines.append(f"| {label} | {name} | {shown} | {ps[0]} | {ps[1]} | {seeds} |")
-    return lines if len(lines) > 2 else []
 
 
 def benchmark_table(runs: Runs, scheme: str, names: Sequence[str]) -> list[str]:
@@ -192,27 +129,32 @@ def section(title: str, *parts: list[str]) -> list[str]:
 
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
-    lines, student = comparison(folder, "")
-    lines += section("The headline made again", again_pages(folder))
-    lines += section("At other rates", rates_pages(folder))
+    tables, student = comparison(folder, "")
+    said = pair_said(folder, costs_of(folder, student)) + why_said(folder, student) + runtimes_said(folder)
+    lines = section("What the pair says", said) + tables
+    lines += section("The headline made again", *again_pages(folder))
+    lines += section("At other rates", *rates_pages(folder))
     lines += section("Why", why_pages(folder, student, images))
     lines += section("The W4 student in other programs", runtime_pages(folder))
-    lines += comparison(folder / EARLIER, "An earlier pair: ")[0]
-    lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
+    tables, student = comparison(folder / EARLIER, "An earlier pair: ")
+    lines += section("An earlier pair: what it says", pair_said(folder / EARLIER, costs_of(folder / EARLIER, student)))
+    lines += tables
+    lines += section("An earlier pair: the headline made again", *again_pages(folder / EARLIER))
     small, rows = collect([folder / "small.jsonl"])
+    lines += section("The language alone: what it says", language_said(folder / LANGUAGE_OUT.name, small))
+    lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
     if rows:
         table = method_table(small, SCHEME, ("student", *ROUNDED, *OTHER_RULES, *SEARCHED))
         lines += section("The language alone, one seed, at a rate that was not searched", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
 
 
-def costs_of(folder: Path, student: str) -> Runs:
-    """Rows that were made alone, of this student, but for the first that was trained: it waits for what is compiled."""
+def costs_of(folder: Path, student: str | None) -> Runs:
+    """Rows that were made alone, of this student, but for those that waited for what their process compiled."""
     runs, rows = collect([folder / "costs.jsonl"])
     if not rows or rows[0]["student"] != student:
         return {}
-    waited = next((row for row in rows if row["steps"]), None)
-    return {key: {seed: row for seed, row in own.items() if row is not waited} for key, own in runs.items()}
+    return {key: {seed: row for seed, row in own.items() if not row.get("compiled")} for key, own in runs.items()}
 
 
 WIDTHS = {"w4g64": "four bits, groups of 64", "w8g64": "eight bits", "w3g64": "three bits", "w4g32": "groups of 32"}
@@ -229,25 +171,18 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
     lines: list[str] = []
     for scheme, width in WIDTHS.items():
         if any(key[1] == scheme for key in runs):
-            pairs = [
-                ((a, scheme_of(a, scheme)), (b, scheme_of(b, scheme)), f"{LABELS[a]} - {LABELS[b]}")
-                for a, b in PAIRS
-                if scheme == SCHEME or a != "teacher"
-            ]
             lines += section(
                 _headed(title, width),
                 [provenance(rows)] if not lines else [],
                 cost_line(folder, rows[0]["student"]) if not lines else [],
                 method_table(runs, scheme, names, is_timed, costs),
                 benchmark_table(runs, scheme, names),
-                pair_table(runs, pairs),
+                pair_table(runs, pairs_of(scheme)),
             )
-    pairs = [((name, SCHEME), ("grace", SCHEME), f"{LABELS[name]} - GRACE") for name in ABLATIONS]
-    lines += section(_headed(title, "GRACE without each part"), pair_table(runs, pairs))
-    pairs = [((name, SCHEME), ("grace", SCHEME), f"`{name}` - GRACE") for name in VARIANTS]
-    if any((name, SCHEME) in runs for name in VARIANTS):
-        table = method_table(runs, SCHEME, ["grace", *VARIANTS], is_timed)
-        lines += section(_headed(title, "what might be better"), table, pair_table(runs, pairs))
+    for own, what in ((ABLATIONS, "GRACE without each part"), (tuple(VARIANTS), "what might be better")):
+        if any((name, SCHEME) in runs for name in own):
+            table = method_table(runs, SCHEME, ["grace", *own], is_timed=False)
+            lines += section(_headed(title, what), table, pair_table(runs, pairs_with_grace(own)))
     lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
     return lines, rows[0]["student"]
 
@@ -259,7 +194,7 @@ def beside_headline(folder: Path, name: str) -> tuple[Runs, Runs, list[dict[str,
     return (first, other, rows) if own and rows and own[0]["student"] == rows[0]["student"] else ({}, {}, [])
 
 
-def again_pages(folder: Path) -> list[str]:
+def again_pages(folder: Path) -> list[list[str]]:
     """The headline of a student made again, by other processes or on other machines, with its stages and search."""
     first, again, rows = beside_headline(folder, "again/headline.jsonl")
     if not rows:
@@ -267,7 +202,7 @@ def again_pages(folder: Path) -> list[str]:
     told = [stages_line(path) for path in sorted((folder / "again").glob(f"{Path(STAGES_FILE).stem}*.json"))]
     told += search_again_line(folder, rows[0]["student"])
     table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *SEARCHED))
-    return [provenance(rows), "", *told, *([""] if told else []), *table]
+    return [[provenance(rows)], told, table]
 
 
 def search_again_line(folder: Path, student: str) -> list[str]:
@@ -281,7 +216,7 @@ def search_again_line(folder: Path, student: str) -> list[str]:
     return [f"- Of {len(first)} rows of the search {len(both)} were made again: {same} are the same."] if both else []
 
 
-def rates_pages(folder: Path) -> list[str]:
+def rates_pages(folder: Path) -> list[list[str]]:
     """Trained rows of the headline's student at other rates than it has, beside what was not trained."""
     first, others, rows = beside_headline(folder, "other_rates.jsonl")
     if not rows:
@@ -290,7 +225,7 @@ def rates_pages(folder: Path) -> list[str]:
     rates = {name: next(iter(seeds.values()))["rate"] for (name, _), seeds in others.items()}
     told = "Rates: " + ", ".join(f"{LABELS[name]} {rate:g}" for name, rate in rates.items()) + "."
     table = method_table({**beside, **others}, SCHEME, ("student", "rtn_minmax", *SEARCHED), is_timed=False)
-    return [provenance(rows), "", told, "", *table]
+    return [[provenance(rows)], [told], table]
 
 
 def stages_line(path: Path) -> str:
@@ -317,8 +252,8 @@ def rate_table(folder: Path, student: str) -> list[str]:
         f"| {'right %' if has_questions else 'perplexity'}, validation | " + " | ".join(f"{r:g}" for r in rates) + " |",
         "|---" * (len(rates) + 1) + "|",
     ]
-    searched = {row["name"] for row in rows}
-    for name in (name for name in (*SEARCHED, *OWN_RATE) if name in searched):
+    searched = [*SEARCHED, *OWN_RATE, *(row["name"] for row in rows)]
+    for name in (name for name in dict.fromkeys(searched) if any(key[0] == name for key in found)):
         own = [found.get((name, rate)) for rate in rates]
         scores = [None if row is None else validation_score(row) for row in own]
         shown = ["" if s is None else f"{100 * s if has_questions else math.exp(-s):.2f}" for s in scores]

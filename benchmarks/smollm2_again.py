@@ -90,8 +90,18 @@ def tables(folder: Path, shipped: Path = OUT) -> list[str]:
         if before and rows:
             same = "the same student" if before[0]["student"] == rows[0]["student"] else "another student"
             table = again_table(first, again, SCHEME, ("teacher", "student", *ROUNDED, *OTHER_RULES, *SEARCHED))
-            lines += [f"{folder / name}, of {same}, beside {shipped / name}", "", *table, ""]
+            lines += [f"{folder / name}, of {same}, beside {shipped / name}", ""]
+            if (here := made_with(rows)) != (there := made_with(before)):
+                lines += [f"made on {here}; those on {there}: intervals and not bits are to be compared", ""]
+            lines += [*table, ""]
     return lines
+
+
+def made_with(rows: Sequence[Row]) -> str:
+    """On what rows were made, and with which versions."""
+    return "; ".join(
+        sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
+    )
 
 
 def main() -> None:

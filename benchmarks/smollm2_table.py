@@ -111,6 +111,7 @@ class Table:
         self.student_name = str(self.recipe.model.student)
         self.student = digest_of(self.student_name)
         self._teacher: str | None = None
+        self._has_trained = False
         self.reference = load_model(self.student_name)
         from smollm2_measure import Examination
 
@@ -156,6 +157,8 @@ class Table:
         started = time.monotonic()
         loaded, diary, run = self._model(job)
         made_seconds = time.monotonic() - started
+        has_compiled = run is not None and not self._has_trained
+        self._has_trained |= run is not None
         weights = None if run is None else digest_of(str(run))
         if run is not None:
             shutil.rmtree(run)
@@ -171,6 +174,7 @@ class Table:
             "teacher": self.teacher_of(job),
             "weights": weights,
             "steps": len(diary) and last["step"] + 1,
+            "compiled": has_compiled,
             "made_seconds": round(made_seconds, 1),
             "first": {name: first.get(name) for name in shown if diary},
             "last": {name: last.get(name) for name in shown if diary},

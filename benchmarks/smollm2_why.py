@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quantize_folder(student, ROUNDED, SCHEME, scale="minmax", overwrite=True)
     content = {
         "student": digest,
+        "weights": digest_of(str(KEPT)),
         "commit": commit_name(),
         "grace": analysis_of(KEPT, teacher, student, args, linears=False),
         "rtn_minmax": analysis_of(ROUNDED, None, student, args, linears=True),

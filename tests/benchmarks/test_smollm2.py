@@ -91,7 +91,9 @@ def test_rows_of_every_kind_and_a_second_call_makes_none_again(
     assert (student["steps"], grace["steps"]) == (0, 2)
     assert grace["last"]["distillation"] > 0
     assert (student["weights"], gptq["weights"], len(grace["weights"])) == (None, None, 32)
-    assert table.row(jobs[-1])["weights"] == grace["weights"], "the same bits"
+    again = table.row(jobs[-1])
+    assert again["weights"] == grace["weights"], "the same bits"
+    assert [one["compiled"] for one in (student, gptq, grace, again)] == [False, False, True, False]
     assert table.row(replace(jobs[-1], seed=2))["weights"] != grace["weights"]
     # Right or wrong is what grace eval says of the same rows.
     loaded = load_model(str(STUDENT), "cpu")
@@ -235,8 +237,9 @@ def test_the_time_of_rows_beside_others_says_nothing(tmp_path: Path) -> None:
     assert ends["| QAT"] == "120 |"
     assert ends["| QAT with plain distillation"] == " |"
     costs = [{**row(name, seed, 0, 0.0), "made_seconds": 20.0 + seed} for name in ("qat", "kd") for seed in (1, 0)]
-    costs[0]["made_seconds"] = 5.0  # whoever is trained first waits for what is compiled, and is no measure
-    write(tmp_path / "costs.jsonl", [{**one, "steps": 2, "suite": {}, "questions": {}, "texts": {}} for one in costs])
+    for one in (costs[0], costs[2]):  # the first of two processes: they wait for what is compiled, and are no measure
+        one |= {"made_seconds": 5.0, "compiled": True}
+    write(tmp_path / "costs.jsonl", [{**one, "suite": {}, "questions": {}, "texts": {}} for one in costs])
     table = "\n".join(report.pages(tmp_path, tmp_path)).partition("least seconds")[2].split("\n\n")[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}
     assert (ends["| QAT"], ends["| QAT with plain distillation"]) == ("20 |", "20 |")
@@ -327,6 +330,45 @@ def test_the_report_says_what_rows_say(tmp_path: Path) -> None:
     assert "another" not in text
 
 
+def test_sentences_are_of_the_rows(tmp_path: Path) -> None:
+    """Orders, shares, gaps and their p values; what nobody made is not spoken of."""
+    rows = [row("student", None, 80, 2.0), row("teacher", None, 90, 1.0), row("rtn_minmax", None, 60, 2.5)]
+    for name, right in (("qat", 70), ("kd", 76), ("grace", 72)):
+        rows += [{**row(name, seed, right + seed, 2.2), "last": {"cross_entropy": 0.5}} for seed in range(3)]
+    for one in rows:
+        if one["name"] == "grace":
+            one["last"] |= {"distillation": 9.0, "weight": 1.0}
+    write(tmp_path / "headline.jsonl", rows)
+    write(
+        tmp_path / "variants.jsonl",
+        [{**row("relation_early", seed, right, 2.2), "rate": 5e-5} for seed, right in enumerate((74, 74, 75))],
+    )
+    rates = [{**row("qat", 100, 0, 2.0), "rate": rate} for rate in (1e-4, 2e-4)]
+    for one, right in zip(rates, (60, 62), strict=True):
+        one["questions"]["correct"] = "1" * right + "0" * (100 - right)
+    write(tmp_path / "search.jsonl", rates)
+    write(
+        tmp_path / "other_rates.jsonl",
+        [{**row(name, 1, 60 + len(name), 2.2), "rate": 9e-4} for name in ("qat", "grace")],
+    )
+    text = "\n".join(report.pages(tmp_path, tmp_path)).partition("### Four bits")[0]
+    # exp(0.5) - 1; 20 of 100 points, of which 11, 17 and 13 come back in the mean.
+    assert (
+        "costs 65 % of perplexity (7.4 to 12.2) and 20.0 points of the questions (80.0 to 60.0 %), of which 200 are"
+        in text
+    )
+    assert "best first: plain distillation 85 % [73, 97], GRACE 65 % [53, 77], QAT 55 % [43, 67]. Of what was" in text
+    assert "trained the order is plain distillation, GRACE and QAT: GRACE - QAT +2.0 (one seed)" not in text
+    assert "GRACE - QAT +2.0," in text, "the same difference for every seed has no p"
+    assert "QAT 0.0002 (by 2.00 points)" in text
+    assert "term is 9.0 " in text
+    assert "GRACE at 0.0009 beside QAT at 0.0009: +2.0 points over the seeds 1; at the searched rates these" in text
+    # 74 - 72, 74 - 73 and 75 - 74: mean 1.33, standard error 1 / 3, t = 4.
+    assert "- **`relation_early` - GRACE** (3 seeds, rate 5e-05): questions +1.3 (p 0.057, Holm" in text
+    assert "three bits" not in text
+    assert "What a method takes" not in text
+
+
 def test_why_is_made_of_a_run_that_is_kept(world: tuple[Exam, list[str]], tmp_path: Path, in_a_folder: None) -> None:
     exam, overrides = world
     digest = table_of.digest_of(str(STUDENT))
@@ -408,7 +450,7 @@ def test_the_headline_made_again_stands_beside_the_first(tmp_path: Path) -> None
     write(tmp_path / "search.jsonl", searched)
     write(
         tmp_path / "again" / "search.jsonl",
-        [searched[0], {**searched[1], "rate": 5e-4}, row("qat", 100, 0, 0, "other")],
+        [searched[0], {**searched[1], "rate": 5e-4}, {**row("qat", 100, 0, 0, "other"), "rate": 2e-4}],
     )
     text = "\n".join(report.pages(tmp_path, tmp_path))
     assert "- Of 3 rows of the search 2 were made again: 1 are the same." in text, "the last has other answers"
@@ -452,6 +494,12 @@ def test_rows_of_a_folder_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     own, other = (again.tables(tmp_path / name, tmp_path / "noted") for name in ("one", "other"))
     assert any(" | the same, 1 of 2 seeds | " in line for line in own)
     assert not any("the same, " in line for line in other), "other weights, the same answers"
+    assert not any("bits" in line for line in own)
+    write(tmp_path / "newer" / "headline.jsonl", [noted[0] | {"torch": "3"}])
+    said = (
+        "made on cpu, torch 3, transformers 5; those on cpu, torch 2, transformers 5: intervals and not bits are to be"
+    )
+    assert f"{said} compared" in again.tables(tmp_path / "newer", tmp_path / "noted")
     command = [sys.executable, str(ROOT / "benchmarks" / "smollm2_again.py")]
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout == f"no rows in {tmp_path} yet that docs/results.md has, too\n"
@@ -855,8 +903,8 @@ def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
     assert [set(stages) for stages in others] == [pair, {"tower", *pair}, {"tower"}]
     for stages in others:
         assert all(made["weights"] == first[name]["weights"] for name, made in stages.items())
-    lines = report.again_pages(rows_of.OUT)
-    told = {line.split(" | ")[0]: line for line in lines[-10:]}
+    _, lines, table = report.again_pages(rows_of.OUT)
+    told = {line.split(" | ")[0]: line for line in table[2:]}
     assert {"| teacher, BF16", "| GPTQ", "| QAT", "| QAT with plain distillation", "| GRACE"} < set(told)
     assert all(line.count(" the same |") == 2 for line in told.values())
     assert "- Of 16 rows of the search 12 were made again: 12 are the same." in lines
@@ -869,6 +917,10 @@ def test_what_was_made_again_has_the_hashes_that_it_had() -> None:
         assert len(both) == trained
         assert all(one["weights"] == other["weights"] and one["last"] == other["last"] for one, other in both)
         assert all(one["commit"] != other["commit"] for one, other in both)
+    headline = {rows_of.key_of(row): row for row in rows_of.read_rows(rows_of.OUT / "headline.jsonl")}
+    rate = jobs_of.searched_rates(rows_of.OUT / "search.jsonl", None)["grace"]
+    looked_at = json.loads((rows_of.OUT / "why.json").read_text())["weights"]
+    assert looked_at == headline["grace", "w4g64", 0, rate]["weights"], "why is of the headline's first GRACE"
     log = (ROOT / "docs" / "log.md").read_text()
     seeds = {row["name"]: row for row in rows_of.read_rows(folder / "same_bits.jsonl") if row["seed"] == 0}
     for name, title in (("qat", "QAT (weights "), ("grace", "and GRACE (")):
