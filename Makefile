@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 export GOMP_SPINCOUNT ?= 1000
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-tower smollm2-teacher smollm2-student smollm2-search smollm2-headline smollm2-costs smollm2-why smollm2-runtimes smollm2-more smollm2-report test soak interop gpu-test lint format types docs clean
+.PHONY: help demo demo-from-scratch smollm2-small smollm2-language smollm2-data smollm2-gpu smollm2-tower smollm2-teacher smollm2-student smollm2-search smollm2-headline smollm2-costs smollm2-why smollm2-runtimes smollm2-more smollm2-report test soak interop gpu-test lint format types docs clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /: /'
@@ -31,7 +31,7 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace train recipes/toy_student_3_sft_bf16.yaml --out runs/toy-student-3 --resume
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
-# The proof on pretrained weights (docs/results.md). Every target stops after MINUTES with what is finished, and make
+# The proof on pretrained weights (docs/results.md). Every target but smollm2-small stops after MINUTES with what is finished, and make
 # ends with error 3: the same command goes on, on another day or machine. MINUTES= sets no limit.
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
@@ -67,7 +67,8 @@ runs/world/manifest.json: | runs/npm/.stamp runs/.smollm2-packages
 runs/toy-suite/manifest.json: | .venv/.stamp
 	$(BIN)/grace data prepare toy-suite runs/toy-suite
 
-smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE, on two CPU cores
+smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE; 20 minutes on two CPU cores
+	@echo "fifteen rows, half a minute to three minutes each on two cores, twenty in all; stopped, the same command goes on"
 	$(SMOLLM2) small --out $(OUT)
 	@$(AGAIN)
 
@@ -80,7 +81,10 @@ smollm2-language: runs/text/manifest.json  ## the same with searched rates, five
 smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
 	$(SMOLLM2) data
 
-smollm2-tower: smollm2-data  ## GPU
+smollm2-gpu: .venv/.stamp
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: no GPU is usable here (grace doctor); make smollm2-small is for CPUs')"
+
+smollm2-tower: smollm2-gpu smollm2-data  ## GPU
 	$(SMOLLM2) tower --out $(OUT) $(LIMITED)
 
 smollm2-teacher: smollm2-tower  ## GPU
@@ -104,6 +108,7 @@ smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits h
 
 smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
 	@test -n "$(LLAMA_PYTHON)$(VLLM_PYTHON)" || { echo "error: nobody is asked but our engine; set LLAMA_PYTHON or VLLM_PYTHON (benchmarks/smollm2_runtimes.py)"; exit 1; }
+	@for one in $(LLAMA_PYTHON) $(VLLM_PYTHON); do test -x "$$one" || { echo "error: $$one is no program; expected the python of an environment with xllamacpp or vLLM"; exit 1; }; done
 	@test -d runs/smollm2/grace/final || $(MAKE) smollm2-why
 	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final --out $(OUT) $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 

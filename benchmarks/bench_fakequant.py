@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from official_step import fake_quantize
-from record import place_of, results_file, row_of, time_interleaved, write_rows
+from record import gpu, place_of, results_file, row_of, time_interleaved, write_rows
 from torch import nn
 
 from grace_vlm.models.adapter import linear_shapes
@@ -72,7 +72,7 @@ def main() -> None:
     made.add_argument("--out", type=Path)
     made.add_argument("--iterations", type=int, default=20)
     args = made.parse_args()
-    device = torch.device("cuda")
+    device = gpu()
     torch.manual_seed(0)
     model = make_model(LAYERS, device)
     masters = Masters(model, make_plan(linear_shapes(model), ".*", "w4g128"), scale_init="minmax")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import place_of, results_file, row_of, time_interleaved, write_rows
+from record import gpu, place_of, results_file, row_of, time_interleaved, write_rows
 
 ROWS, WORDS = 512, 151_936
 CONFIGURATIONS = [(b, w) for b in (512, 1024, 2048, 4096, 8192) for w in (4, 8, 16, 32) if 128 <= b // w <= 512]
@@ -26,7 +26,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
-    device = torch.device("cuda")
+    device = gpu()
     torch.manual_seed(0)
     z, y = (torch.randn(ROWS, WORDS, device=device) * 2 for _ in range(2))
     gradient = torch.empty(ROWS, WORDS, dtype=torch.bfloat16, device=device)

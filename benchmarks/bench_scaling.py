@@ -27,7 +27,7 @@ from pathlib import Path
 
 from bench_train import EIGHT, QWEN, SMALL, Measured, clean_gpu, measure_ours, recipe_of
 from bench_true_size import write_rows
-from record import Row, place_of, read_rows, results_file, row_of
+from record import Row, gpu, place_of, read_rows, results_file, row_of
 from record import write_rows as write_csv
 
 from grace_vlm.train.ranks import Ranks
@@ -62,7 +62,7 @@ def main() -> None:
     made.add_argument("--toy", action="store_true", help="toy models on CPUs: whether the script runs, no speed")
     made.add_argument("--out", type=Path)
     args = made.parse_args()
-    with Ranks.started("cpu" if args.toy else "cuda") as ranks, tempfile.TemporaryDirectory() as temporary:
+    with Ranks.started("cpu" if args.toy else gpu().type) as ranks, tempfile.TemporaryDirectory() as temporary:
         names = args.cases or (ALONE if ranks.count == 1 else SHARED)
         place = place_of(ranks.device)
         path = args.out or results_file("scaling", ranks.device)

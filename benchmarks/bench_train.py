@@ -34,7 +34,7 @@ import torch
 from bench_true_size import PUBLISHED, WORDS, published_recipe, write_rows
 from official_step import Mode, OfficialStep
 from PIL import Image
-from record import GB, Row, place_of, results_file, row_of
+from record import GB, Row, gpu, place_of, results_file, row_of
 from record import write_rows as write_csv
 
 from grace_vlm.cli.dry_run import Described
@@ -247,7 +247,7 @@ def main() -> None:
     made.add_argument("--num-rows", type=int, default=384)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
-    device = torch.device("cuda")
+    device = gpu()
     path, place = args.out or results_file("train_step", device), place_of(device)
 
     def keep(case: str, impl: str, measured: Measured, micro_batches: int) -> None:

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -54,7 +55,15 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name as CUDA says it; ``cpu`` for a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(gpu()) if device.type == "cuda" else "cpu"
+
+
+def gpu() -> torch.device:
+    """The GPU; a program that wants one where none is ends with a line."""
+    if not torch.cuda.is_available():
+        sys.stderr.write("error: a GPU is wanted, and none is usable here (grace doctor)\n")
+        sys.exit(2)
+    return torch.device("cuda")
 
 
 def results_file(bench: str, device: torch.device) -> Path:

@@ -193,16 +193,16 @@ def run_stage(name: str, clock: Clock, overrides: Sequence[str], noted: Path) ->
     """Train a stage, going on where it stopped; whether it is complete. What it took goes to the folder ``noted``."""
     import torch
 
-    from grace_vlm.errors import StoppedError
+    from grace_vlm.errors import ConfigError, StoppedError
     from grace_vlm.train.config import load_recipe
     from grace_vlm.train.loop import train
 
     out, started = RUNS / name, time.monotonic()
-    if not torch.cuda.is_available():
-        print(f"no GPU is usable, and {name} is far too long for a CPU; make smollm2-small is for CPUs", flush=True)
     if clock.is_over:
         return False
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
+    if recipe.runtime.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"no GPU is usable, and {name} is far too long for a CPU; make smollm2-small is for CPUs")
     try:
         with clock.stopping():
             train(recipe, out, resume=True, notify=print, progress=_say)

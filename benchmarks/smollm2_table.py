@@ -143,6 +143,8 @@ class Table:
                 if clock.is_over:
                     return False
                 started = time.monotonic()
+                if not self.beside:
+                    print(f"  {' '.join(str(part) for part in job.key if part is not None)} ...", flush=True)
                 row = self.row(job)
                 row |= {"seconds": round(time.monotonic() - started, 1), "beside": self.beside}
                 append_row(self.path, row)

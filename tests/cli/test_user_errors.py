@@ -171,6 +171,13 @@ def test_a_comparison_into_a_file(world: Path, fails: Any) -> None:
     fails(5, line, "compare", *both, "--out", world / "file")
 
 
+def test_a_comparison_with_a_model_that_is_not_there(world: Path, fails: Any, tmp_path: Path) -> None:
+    line = f"{tmp_path / 'gone'} does not exist; expected a model folder, a run folder or a hub id like org/name"
+    both = (world / "student", tmp_path / "gone", "--data", world / "rows.jsonl")
+    fails(2, line, "compare", *both, "--out", tmp_path / "page")
+    assert not (tmp_path / "page").exists(), "nobody was asked"
+
+
 def test_existing_output(world: Path, fails: Any) -> None:
     before = sorted((world / "run").rglob("*"))
     line = f"{world}/run exists; pass --resume to go on, --overwrite to start again, or another --out"
@@ -183,6 +190,16 @@ def test_overwrite_spares_what_is_no_run(world: Path, fails: Any, tmp_path: Path
     line = f"{tmp_path} is no run folder (no config.yaml); it is not overwritten: choose another --out"
     fails(5, line, "train", world / "recipe.yaml", "--out", tmp_path, "--overwrite")
     assert (tmp_path / "diary.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_a_model_is_no_run_to_go_on_with(world: Path, fails: Any, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "student", model)
+    before = sorted(model.rglob("*"))
+    line = f"{model} is a model folder and no run; it is left as it is: choose another --out"
+    fails(5, line, "train", world / "recipe.yaml", "--out", model, *flags)
+    assert sorted(model.rglob("*")) == before
 
 
 def test_resume_with_another_recipe(world: Path, fails: Any) -> None:

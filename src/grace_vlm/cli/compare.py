@@ -40,6 +40,7 @@ def compare(
     from grace_vlm.evals.report import render_report
     from grace_vlm.evals.run import EXACT
     from grace_vlm.formats.folder import is_model
+    from grace_vlm.models.load import resolve_source
 
     if any((path / "run.json").is_file() for path in paths):
         _suites(paths, data, out, profile, baseline, as_json)
@@ -60,6 +61,9 @@ def compare(
         chosen = baseline or names[0]
         if chosen not in names:
             raise ConfigError(f"baseline {chosen!r} is not among the models ({', '.join(names)})")
+        for path in paths:  # before the first is asked for minutes
+            if not path.exists():
+                resolve_source(str(path))
         options = EngineOptions(cpu_activations=cpu_activations)  # type: ignore[arg-type]
         comparison = Comparison(data, out, chosen, teacher=None, say=say, options=options)
         for path in sorted(paths, key=lambda path: path.name != chosen):

@@ -27,6 +27,8 @@ def prepare_run_folder(out: Path, resume: bool, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise CheckpointError(f"{out} is a file; expected a folder for the run")
+    if (out / "config.json").is_file() and not (out / "config.yaml").is_file():
+        raise CheckpointError(f"{out} is a model folder and no run; it is left as it is: choose another --out")
     if resume:
         return
     if not overwrite:
