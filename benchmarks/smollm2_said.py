@@ -337,10 +337,10 @@ def language_said(folder: Path, small: Runs) -> list[str]:
     lines += _parts_said(s) + _variants_said(s)
     if "awq_signed" in {name for name, _ in small} and ("from_signed_awq", SCHEME) in runs:
         t = Said(small)
-        lines[-1] += (
-            f" AWQ with signed scales has a KL of {t.kl('awq_signed')} untrained, and a perplexity of "
-            f"{t.perplexity('awq_signed')}; trained from there {s.kl('from_signed_awq')} and "
-            f"{s.perplexity('from_signed_awq')}."
+        lines.append(
+            "- **AWQ with signed scales**, from which `from_signed_awq` goes on, has a KL of "
+            f"{t.kl('awq_signed')} and a perplexity of {t.perplexity('awq_signed')}; trained, "
+            f"{s.kl('from_signed_awq')} and {s.perplexity('from_signed_awq')}."
         )
     once = [name for name in VARIANTS if 0 < len(runs.get((name, SCHEME), ())) < len(runs["grace", SCHEME])]
     if once:
