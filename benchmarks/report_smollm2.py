@@ -130,7 +130,8 @@ def section(title: str, *parts: list[str]) -> list[str]:
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
     tables, student = comparison(folder, "")
-    said = pair_said(folder, costs_of(folder, student)) + why_said(folder, student) + runtimes_said(folder)
+    headline, _ = collect([folder / "headline.jsonl"])
+    said = pair_said(folder, costs_of(folder, student)) + why_said(folder, student) + runtimes_said(folder, headline)
     lines = section("What the pair says", said) + tables
     lines += section("The headline made again", *again_pages(folder))
     lines += section("At other rates", *rates_pages(folder))

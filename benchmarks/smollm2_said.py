@@ -76,7 +76,7 @@ class Said:
         return self._tested[scheme].get((label, measure))
 
     def gap(self, label: str, measure: str, unit: str = "", scheme: str = SCHEME) -> str:
-        """A difference with its p, and Holm's where that is another one."""
+        """A difference with its p, and p adjusted for all of its table."""
         one = self.at(label, measure, scheme)
         if one is None:
             return "not measured"
@@ -84,11 +84,7 @@ class Said:
         shown = _signed(one.mean, digits) + unit
         if math.isnan(one.p):
             return f"{shown} (one seed)" if len(one.seeds) == 1 else shown
-        return f"{shown} (p {_p(one.p)}, Holm {_p(one.adjusted)})"
-
-
-def _p(p: float) -> str:
-    return shown_p(p) if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.1f}".removesuffix(".0")
+        return f"{shown} (p {shown_p(one.p)}, Holm {shown_p(one.adjusted)})"
 
 
 def _signed(number: float, digits: int = 1) -> str:
@@ -115,7 +111,7 @@ def pair_said(folder: Path, costs: Runs) -> list[str]:
     lines = [
         f"- **Four bits hurt.** Rounding with min-max scales costs {more:.0f} % of perplexity "
         f"({s.perplexity('student')} to {s.perplexity('rtn_minmax')}) and {lost:.1f} points of the questions "
-        f"({s.right('student')} to {s.right('rtn_minmax')} %), of which {asked:,} are asked.",
+        f"({s.right('student')} to {s.right('rtn_minmax')} % of {asked:,} that no rate was chosen on).",
         f"- **The teacher is better**, so there is something to be taught: {s.right('teacher')} % of the questions, "
         f"{s.gap('teacher, BF16 - student, BF16', 'questions %', ' points')}, and a perplexity of "
         f"{s.perplexity('teacher')}.",
@@ -131,7 +127,7 @@ def pair_said(folder: Path, costs: Runs) -> list[str]:
         f"{s.gap('GRACE - QAT with plain distillation', 'toy suite %')}.",
         "- **Of the lost log perplexity** give back: "
         + s.listed(s.ordered((*CALIBRATED, *SEARCHED), text_loss, sign=1), lambda name: s.share(name, text_loss))
-        + ". Nearest to BF16 in KL: "
+        + ". Of these, nearest to BF16 in KL: "
         + s.listed(s.ordered((*CALIBRATED, *SEARCHED), divergence, sign=1), s.kl)
         + f"; GRACE - QAT {s.gap('GRACE - QAT', 'KL to BF16')}.",
         *_rates_said(folder, s),
@@ -159,7 +155,8 @@ def _rates_said(folder: Path, s: Said) -> list[str]:
     lines = [
         "- **Rates**, the best of four on the other half of the questions, one seed: "
         + ", ".join(said)
-        + f". At the end of its run GRACE's distillation term is {_last(s.runs, 'grace', 'distillation'):.1f} "
+        + ". In the last step, a mean over seeds, GRACE's distillation term is "
+        f"{_last(s.runs, 'grace', 'distillation'):.1f} "
         f"(b, T² and both parts in it; [method.md](method.md)) at a weight of {_last(s.runs, 'grace', 'weight'):g}, "
         f"its cross-entropy {_last(s.runs, 'grace', 'cross_entropy'):.2f}, where QAT's is "
         f"{_last(s.runs, 'qat', 'cross_entropy'):.2f} and plain distillation's "
@@ -167,8 +164,11 @@ def _rates_said(folder: Path, s: Said) -> list[str]:
     ]
     others, own = collect([folder / "other_rates.jsonl"])
     if own and own[0]["student"] == student:
-        pairs = {name: others[name, SCHEME] for name in ("grace", "qat")}
-        seeds = [seed for seed in pairs["grace"] if seed in pairs["qat"]]
+        pairs = {name: others.get((name, SCHEME), {}) for name in ("grace", "qat")}
+        made = [*pairs.values(), *(s.runs[name, SCHEME] for name in pairs)]
+        seeds = [seed for seed in made[0] if all(seed in rows for rows in made)]
+        if not seeds:
+            return lines
         gaps = [
             statistics.mean(_right(one["grace"][seed]) - _right(one["qat"][seed]) for seed in seeds)
             for one in (pairs, {name: s.runs[name, SCHEME] for name in pairs})
@@ -281,18 +281,24 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def runtimes_said(folder: Path) -> list[str]:
+def runtimes_said(folder: Path, runs: Runs) -> list[str]:
+    """If the model that was asked is the GRACE of one of these rows."""
     path = folder / "runtimes.json"
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = content["answers"]
+    if content["weights"] not in {row.get("weights") for row in runs.get(("grace", SCHEME), {}).values()}:
+        return []
     titles = {"llama_cpp": "llama.cpp", "vllm": "vLLM's CPU build"}
     told = [
         f"{titles[name]} {sum(one['said'][name] == one['said']['engine'] for one in found)} times "
         f"({sum(one['right'][name] for one in found)} right)"
         for name in titles
-        if name in found[0]["said"]
+        if found and name in found[0]["said"]
     ]
+    if not told:
+        return []
     ours = sum(one["right"]["engine"] for one in found)
     return [
         f"- **In other programs** GRACE's student answers {len(found)} held-out questions as in our engine "
@@ -303,7 +309,7 @@ def runtimes_said(folder: Path) -> list[str]:
 def language_said(folder: Path, small: Runs) -> list[str]:
     """Of SmolLM2 alone: itself, before it was rounded, is the teacher."""
     runs, _ = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
-    if not {("student", "bf16"), ("rtn_minmax", SCHEME), ("grace", SCHEME)} <= runs.keys():
+    if not {("student", "bf16"), *((name, SCHEME) for name in ("rtn_minmax", "rtn", *SEARCHED))} <= runs.keys():
         return []
     s = Said(runs)
     more = [100 * math.expm1(s.mean(name, text_loss) - s.mean("student", text_loss)) for name in ("rtn_minmax", "rtn")]
@@ -315,7 +321,7 @@ def language_said(folder: Path, small: Runs) -> list[str]:
         + f". GRACE - QAT: log perplexity {s.gap('GRACE - QAT', 'log perplexity')}, KL "
         f"{s.gap('GRACE - QAT', 'KL to BF16')}; GRACE - plain distillation: log perplexity "
         f"{s.gap('GRACE - QAT with plain distillation', 'log perplexity')}, KL "
-        f"{s.gap('GRACE - QAT with plain distillation', 'KL to BF16')}. That is the order of the paper.",
+        f"{s.gap('GRACE - QAT with plain distillation', 'KL to BF16')}.",
     ]
     if ("awq_signed", SCHEME) in small:
         t = Said(small)
@@ -344,11 +350,16 @@ def language_said(folder: Path, small: Runs) -> list[str]:
         )
     once = [name for name in VARIANTS if 0 < len(runs.get((name, SCHEME), ())) < len(runs["grace", SCHEME])]
     if once:
-        first: Runs = {("grace", SCHEME): {0: runs["grace", SCHEME][0]}}
+        seed = min(seed for seed in runs["grace", SCHEME] if seed is not None)
+        first: Runs = {("grace", SCHEME): {seed: runs["grace", SCHEME][seed]}}
+        one_seed: Runs = {(name, SCHEME): {seed: row} for name in once for row in [runs[name, SCHEME].get(seed)] if row}
+        t = Said(one_seed)
         lines.append(
-            "- **Other changes**, a seed or two each, beside GRACE's first seed "
+            "- **Other changes**, the first seed of each, beside GRACE's "
             f"({Said(first).perplexity('grace')}, KL {Said(first).kl('grace')}), best perplexity first: "
-            + ", ".join(f"`{name}` {shown(name)}" for name in s.ordered(once, text_loss, sign=1))
+            + ", ".join(
+                f"`{name}` {t.perplexity(name)} (KL {t.kl(name)})" for name in t.ordered(once, text_loss, sign=1)
+            )
             + "."
         )
     return lines
