@@ -38,7 +38,7 @@ MINUTES ?= 9
 SMOLLM2 = $(BIN)/python benchmarks/smollm2.py
 LIMITED = $(if $(MINUTES),--minutes $(MINUTES))
 # GPUS=2 (or 4): rows on so many at once; a stage is one process, for two would make another pair. AT_ONCE=3: so many rows on each GPU, not as many as there is room for.
-# PAIR_PYTHON: the versions that drew the data of the pair of docs/results.md and trained it, since others make another pair; .venv/bin/python has the lock's.
+# PAIR_PYTHON: the versions that drew the data of the pair of docs/results.md and trained it, since others make another pair; .venv/bin/python has the lock's. PAIR_BASE: the Python 3.12 that it is made with.
 PAIR_PYTHON ?= .venv-pair/bin/python
 PAIR_BASE ?= python3.12
 PAIR = $(PAIR_PYTHON) benchmarks/smollm2.py
@@ -50,7 +50,7 @@ OUT ?= runs/smollm2/made
 AGAIN = $(BIN)/python benchmarks/smollm2_again.py $(OUT)
 ROWS = --out $(OUT) $(LIMITED) --gpus $(GPUS) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 
-.venv-pair/.stamp: recipes/smollm2/requirements.txt pyproject.toml | .venv/.stamp
+.venv-pair/.stamp: recipes/smollm2/requirements.txt pyproject.toml
 	@$(PAIR_BASE) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "error: the pair needs Python 3.12, 3.11 draws other pictures; set PAIR_BASE=python3.12"; exit 1; }
 	@.venv-pair/bin/python -m pip --version > /dev/null 2>&1 || $(PAIR_BASE) -m venv --clear .venv-pair
 	.venv-pair/bin/python -m pip install --quiet --disable-pip-version-check -r recipes/smollm2/requirements.txt -e ".[gpu,eval]"

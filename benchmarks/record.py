@@ -55,7 +55,10 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name as CUDA says it; ``cpu`` for a CPU."""
-    return torch.cuda.get_device_name(gpu()) if device.type == "cuda" else "cpu"
+    if device.type != "cuda":
+        return "cpu"
+    gpu()
+    return torch.cuda.get_device_name(device)
 
 
 def gpu() -> torch.device:

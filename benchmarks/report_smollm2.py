@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from smollm2_rows import (
     OUT,
     STAGES_FILE,
     key_of,
+    read_object,
     read_rows,
     read_stages,
     validation_score,
@@ -37,6 +37,7 @@ from smollm2_runs import (
     Runs,
     cell,
     collect,
+    collect_all,
     is_untrained,
     least_seconds,
     minutes_of,
@@ -129,25 +130,32 @@ def section(title: str, *parts: list[str]) -> list[str]:
 
 def pages(folder: Path, images: Path) -> list[str]:
     """Every section whose rows are there; pictures are written into ``images``."""
-    tables, student = comparison(folder, "")
-    headline, _ = collect([folder / "headline.jsonl"])
-    said = pair_said(folder, costs_of(folder, student)) + why_said(folder, student) + runtimes_said(folder, headline)
-    lines = section("What the pair says", said) + tables
+    lines, student = pair_pages(folder, "")
     lines += section("The headline made again", *again_pages(folder))
     lines += section("At other rates", *rates_pages(folder))
     lines += section("Why", why_pages(folder, student, images))
     lines += section("The W4 student in other programs", runtime_pages(folder))
-    tables, student = comparison(folder / EARLIER, "An earlier pair: ")
-    lines += section("An earlier pair: what it says", pair_said(folder / EARLIER, costs_of(folder / EARLIER, student)))
-    lines += tables
+    lines += pair_pages(folder / EARLIER, "An earlier pair: ")[0]
     lines += section("An earlier pair: the headline made again", *again_pages(folder / EARLIER))
     small, rows = collect([folder / "small.jsonl"])
-    lines += section("The language alone: what it says", language_said(folder / LANGUAGE_OUT.name, small))
-    lines += comparison(folder / LANGUAGE_OUT.name, "The language alone: ")[0]
+    language = folder / LANGUAGE_OUT.name
+    runs, own = collect_all(language)
+    lines += section("The language alone: what it says", language_said(runs, small))
+    lines += comparison(language, "The language alone: ", runs, own, {})
     if rows:
         table = method_table(small, SCHEME, ("student", *ROUNDED, *OTHER_RULES, *SEARCHED))
         lines += section("The language alone, one seed, at a rate that was not searched", [provenance(rows)], table)
     return lines or ["No rows yet: `make smollm2-small`, `make smollm2-headline`.", ""]
+
+
+def pair_pages(folder: Path, title: str) -> tuple[list[str], str | None]:
+    """(what a pair says, and its tables; the hash of its student)."""
+    runs, rows = collect_all(folder)
+    student = rows[0]["student"] if rows else None
+    costs = costs_of(folder, student)
+    said = pair_said(folder, runs, costs) + why_said(folder, student) + runtimes_said(folder, runs)
+    whose = "what it says" if title else "what the pair says"
+    return section(_headed(title, whose), said) + comparison(folder, title, runs, rows, costs), student
 
 
 def costs_of(folder: Path, student: str | None) -> Runs:
@@ -161,12 +169,10 @@ def costs_of(folder: Path, student: str | None) -> Runs:
 WIDTHS = {"w4g64": "four bits, groups of 64", "w8g64": "eight bits", "w3g64": "three bits", "w4g32": "groups of 32"}
 
 
-def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
-    """(the tables of headline, others and variants in a folder, the hash of their student); ``title`` begins each."""
-    runs, rows = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
+def comparison(folder: Path, title: str, runs: Runs, rows: Sequence[dict[str, Any]], costs: Runs) -> list[str]:
+    """The tables of headline, others and variants of a folder; ``title`` begins each."""
     if not rows:
-        return [], None
-    costs = costs_of(folder, rows[0]["student"])
+        return []
     is_timed = folder.name != LANGUAGE_OUT.name
     names = ("teacher", "student", "sft", *ROUNDED, *OTHER_RULES, *SEARCHED)
     lines: list[str] = []
@@ -185,7 +191,7 @@ def comparison(folder: Path, title: str) -> tuple[list[str], str | None]:
             table = method_table(runs, SCHEME, ["grace", *own], is_timed=False)
             lines += section(_headed(title, what), table, pair_table(runs, pairs_with_grace(own)))
     lines += section(_headed(title, "the search of rates"), rate_table(folder, rows[0]["student"]))
-    return lines, rows[0]["student"]
+    return lines
 
 
 def beside_headline(folder: Path, name: str) -> tuple[Runs, Runs, list[dict[str, Any]]]:
@@ -268,8 +274,7 @@ WHY = ("grace/entropy", "grace/gate", "grace/cka", "grace/layers", "rtn_minmax/l
 
 def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
     """Numbers and pictures of ``smollm2_why.py``, if they are of this student; pictures are written into ``images``."""
-    path = folder / "why.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = read_object(folder / "why.json")
     if student is None or content.get("student") != student:
         return []
     from grace_vlm.evals.why.pictures import pictures_of
@@ -296,10 +301,9 @@ def why_pages(folder: Path, student: str | None, images: Path) -> list[str]:
 
 def runtime_pages(folder: Path) -> list[str]:
     """What ``smollm2_runtimes.py`` found: who says what our engine says, and one question of each source."""
-    path = folder / "runtimes.json"
-    if not path.is_file():
+    content = read_object(folder / "runtimes.json")
+    if not content:
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
     found = content["answers"]
     lines = ["| asked | as our engine | right |", "|---|---|---|"]
     for name in found[0]["said"]:

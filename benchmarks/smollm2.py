@@ -39,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -431,13 +431,13 @@ def main() -> None:
     sys.exit(0 if is_whole else LEFT_OVER)
 
 
-def run() -> None:
-    """``main``, with an error that a user can cause as one line."""
+def run(program: Callable[[], None] | None = None) -> None:
+    """A program, ``main`` if left out, with an error that a user can cause as one line."""
     from grace_vlm.cli.output import fail
     from grace_vlm.errors import GraceError
 
     try:
-        main()
+        (program or main)()
     except GraceError as error:
         fail(f"{error} (docs/results.md has the commands in their order)", error.exit_code)
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from smollm2_jobs import OTHER_RULES, ROUNDED, SCHEME, SEARCHED
 from smollm2_rows import LANGUAGE_OUT, OUT
-from smollm2_runs import LABELS, Runs, cell, collect, recovered, scheme_of, table_of, values
+from smollm2_runs import LABELS, Runs, cell, collect, made_with, recovered, scheme_of, table_of, values
 from smollm2_units import Measure, Row, test_right, text_loss
 
 from grace_vlm.evals.statistics import holm
@@ -95,13 +95,6 @@ def tables(folder: Path, shipped: Path = OUT) -> list[str]:
                 lines += [f"made on {here}; those on {there}: intervals and not bits are to be compared", ""]
             lines += [*table, ""]
     return lines
-
-
-def made_with(rows: Sequence[Row]) -> str:
-    """On what rows were made, and with which versions."""
-    return "; ".join(
-        sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
-    )
 
 
 def main() -> None:

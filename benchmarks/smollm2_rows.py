@@ -31,10 +31,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A file with one object of JSON; an empty one if the file does not exist."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
 def read_stages(path: Path) -> dict[str, dict[str, Any]]:
     """Stage -> hash of its weights, seconds, device, commit; none if the file does not exist."""
-    content: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_object(path)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -109,9 +114,14 @@ def validation_score(row: dict[str, Any]) -> float:
     return sum(own) / len(own)
 
 
+def words_of(key: tuple[Any, ...]) -> list[str]:
+    """What of a key is there."""
+    return [str(part) for part in key if part is not None]
+
+
 def shown_of(row: dict[str, Any]) -> str:
     """Its key, scores and time in a line."""
-    words = [str(part) for part in key_of(row) if part is not None]
+    words = words_of(key_of(row))
     for label, value in (("suite", mean_of_suite(row)), ("questions", right_of(row))):
         words += [] if value is None else [f"{label} {100 * value:.2f}"]
     words += [f"{name} {math.exp(loss_of(row, name)):.3f}" for name in row["texts"]]

@@ -62,6 +62,11 @@ def collect(paths: Sequence[Path]) -> tuple[Runs, list[dict[str, Any]]]:
     return runs, own
 
 
+def collect_all(folder: Path) -> tuple[Runs, list[dict[str, Any]]]:
+    """Of the headline's student, what other commands made, too."""
+    return collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
+
+
 def values(runs: Runs, key: tuple[str, str], measure: Measure) -> list[float]:
     found = [measure(row) for row in runs.get(key, {}).values()]
     return [value for value in found if value is not None]
@@ -119,8 +124,13 @@ def least_seconds(rows: Iterable[dict[str, Any]]) -> str:
     return f"{min(seconds):.0f}" if seconds else ""
 
 
+def made_with(rows: Sequence[dict[str, Any]]) -> str:
+    """On what rows were made, and with which versions."""
+    found = {f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows}
+    return "; ".join(sorted(found))
+
+
 def provenance(rows: Sequence[dict[str, Any]]) -> str:
-    hardware = sorted({f"{row['device']}, torch {row['torch']}, transformers {row['transformers']}" for row in rows})
     commits = sorted({row["commit"] for row in rows})
     minutes = minutes_of(rows)
     shared = " (those of rows that shared a GPU divided by their number)" if any(map(was_beside, rows)) else ""
@@ -128,7 +138,7 @@ def provenance(rows: Sequence[dict[str, Any]]) -> str:
     taught = f" under the teacher `{', '.join(teachers)}`" if teachers else ""
     return (
         f"{len(rows)} rows, {minutes:.0f} minutes in all{shared}, for the student `{rows[0]['student']}`{taught}. "
-        f"{'; '.join(hardware)}. Commits {', '.join(commits)}."
+        f"{made_with(rows)}. Commits {', '.join(commits)}."
     )
 
 

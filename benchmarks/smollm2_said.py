@@ -6,21 +6,20 @@ page, without numbers.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from smollm2_jobs import ABLATIONS, OTHER_RULES, ROUNDED, SCHEME, SEARCHED, VARIANTS
 from smollm2_pairs import Tested, pairs_of, pairs_with_grace, shown_p, tested
-from smollm2_rows import read_rows, validation_score
+from smollm2_rows import read_object, read_rows, validation_score
 from smollm2_runs import LABELS, Runs, collect, least_seconds, recovered, scheme_of, values
 from smollm2_units import Measure, divergence, test_right, text_loss
 
 NAMES = {
-    "student": "the BF16 student",
     "rtn_minmax": "rounding",
     "rtn": "rounding with MSE scales",
     "awq": "AWQ",
@@ -30,7 +29,8 @@ NAMES = {
     "kd": "plain distillation",
     "grace": "GRACE",
 }
-CALIBRATED = tuple(name for name in ROUNDED if name != "rtn_minmax")
+COMPARED = (*(name for name in ROUNDED if name != "rtn_minmax"), *SEARCHED)
+"""With rounding by min-max scales."""
 
 
 class Said:
@@ -38,7 +38,7 @@ class Said:
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self._tested: dict[str, dict[tuple[str, str], Tested]] = {}
+        self._tested: dict[tuple[str, str], Tested] = {}
 
     def mean(self, name: str, measure: Measure, scheme: str = SCHEME) -> float:
         return statistics.mean(values(self.runs, (name, scheme_of(name, scheme)), measure))
@@ -51,12 +51,15 @@ class Said:
         mean = statistics.mean(map(math.exp, found))
         return f"{mean:.0f}" if mean >= 100 else f"{mean:.1f}"
 
-    def kl(self, name: str, scheme: str = SCHEME) -> str:
-        return f"{self.mean(name, divergence, scheme):.3f}"
+    def kl(self, name: str) -> str:
+        return f"{self.mean(name, divergence):.3f}"
 
-    def share(self, name: str, measure: Measure, scheme: str = SCHEME) -> str:
+    def both(self, name: str) -> str:
+        return f"{self.perplexity(name)} (KL {self.kl(name)})"
+
+    def share(self, name: str, measure: Measure) -> str:
         """Of the loss by rounding, what is given back."""
-        return recovered(self.runs, name, scheme, measure)
+        return recovered(self.runs, name, SCHEME, measure)
 
     def ordered(self, names: Iterable[str], measure: Measure, scheme: str = SCHEME, sign: int = -1) -> list[str]:
         """Those that are there, best first (``sign`` 1: where less is better)."""
@@ -64,20 +67,19 @@ class Said:
         return sorted(there, key=lambda name: sign * self.mean(name, measure, scheme))
 
     def listed(self, names: Iterable[str], shown: Callable[[str], str]) -> str:
-        return ", ".join(f"{NAMES.get(name, f'`{name}`')} {shown(name)}" for name in names)
+        return ", ".join(f"{NAMES[name]} {shown(name)}" for name in names)
 
-    def at(self, label: str, measure: str, scheme: str = SCHEME) -> Tested | None:
-        """The line of a pair in the table of a width."""
-        if scheme not in self._tested:
-            pairs = [pairs_of(scheme)]
-            pairs += [pairs_with_grace(ABLATIONS), pairs_with_grace(tuple(VARIANTS))] if scheme == SCHEME else []
-            lines = [line for part in pairs for line in tested(self.runs, part)]
-            self._tested[scheme] = {(line.label, line.measure): line for line in lines}
-        return self._tested[scheme].get((label, measure))
+    def at(self, label: str, measure: str) -> Tested | None:
+        """The line of a pair in the table that has it."""
+        if not self._tested:
+            tables = (pairs_of(SCHEME), pairs_with_grace(ABLATIONS), pairs_with_grace(tuple(VARIANTS)))
+            lines = [line for pairs in tables for line in tested(self.runs, pairs)]
+            self._tested = {(line.label, line.measure): line for line in lines}
+        return self._tested.get((label, measure))
 
-    def gap(self, label: str, measure: str, unit: str = "", scheme: str = SCHEME) -> str:
+    def gap(self, label: str, measure: str, unit: str = "") -> str:
         """A difference with its p, and p adjusted for all of its table."""
-        one = self.at(label, measure, scheme)
+        one = self.at(label, measure)
         if one is None:
             return "not measured"
         digits = 1 if measure.endswith("%") else 3
@@ -97,9 +99,8 @@ def _words(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def pair_said(folder: Path, costs: Runs) -> list[str]:
-    """Of student and teacher with pictures."""
-    runs, _ = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
+def pair_said(folder: Path, runs: Runs, costs: Runs) -> list[str]:
+    """Of student and teacher with pictures; ``folder`` has what was searched."""
     needed = {("student", "bf16"), ("teacher", "bf16"), *((name, SCHEME) for name in ("rtn_minmax", *SEARCHED))}
     if not needed <= runs.keys():
         return []
@@ -116,7 +117,7 @@ def pair_said(folder: Path, costs: Runs) -> list[str]:
         f"{s.gap('teacher, BF16 - student, BF16', 'questions %', ' points')}, and a perplexity of "
         f"{s.perplexity('teacher')}.",
         "- **Of the lost points** give back, best first: "
-        + s.listed(s.ordered((*CALIBRATED, *SEARCHED), test_right), lambda name: s.share(name, test_right))
+        + s.listed(s.ordered(COMPARED, test_right), lambda name: s.share(name, test_right))
         + f". Of what was trained the order is {_words([NAMES[name] for name in trained])}: GRACE - QAT "
         f"{s.gap('GRACE - QAT', 'questions %')}, GRACE - plain distillation "
         f"{s.gap('GRACE - QAT with plain distillation', 'questions %')}, GRACE - block reconstruction "
@@ -126,9 +127,9 @@ def pair_said(folder: Path, costs: Runs) -> list[str]:
         f"GRACE - QAT {s.gap('GRACE - QAT', 'toy suite %')}, GRACE - plain distillation "
         f"{s.gap('GRACE - QAT with plain distillation', 'toy suite %')}.",
         "- **Of the lost log perplexity** give back: "
-        + s.listed(s.ordered((*CALIBRATED, *SEARCHED), text_loss, sign=1), lambda name: s.share(name, text_loss))
+        + s.listed(s.ordered(COMPARED, text_loss, sign=1), lambda name: s.share(name, text_loss))
         + ". Of these, nearest to BF16 in KL: "
-        + s.listed(s.ordered((*CALIBRATED, *SEARCHED), divergence, sign=1), s.kl)
+        + s.listed(s.ordered(COMPARED, divergence, sign=1), s.kl)
         + f"; GRACE - QAT {s.gap('GRACE - QAT', 'KL to BF16')}.",
         *_rates_said(folder, s),
         *_widths_said(s),
@@ -187,28 +188,25 @@ def _right(row: dict[str, Any]) -> float:
     return found
 
 
-def _last(runs: Runs, name: str, what: str, scheme: str = SCHEME) -> float:
+def _last(runs: Runs, name: str, what: str) -> float:
     """A mean over seeds of what the last step's record has."""
-    return statistics.mean(row["last"][what] for row in runs[name, scheme].values())
+    return statistics.mean(row["last"][what] for row in runs[name, SCHEME].values())
 
 
 def _widths_said(s: Said) -> list[str]:
-    """A line a width, in questions, with perplexity where that differs most."""
+    """A line a width."""
     lines = []
     for scheme, title in (("w3g64", "At three bits"), ("w8g64", "At eight bits"), ("w4g32", "In groups of 32")):
-        names = s.ordered(("rtn_minmax", *CALIBRATED, *SEARCHED), test_right, scheme)
+        names = s.ordered((*ROUNDED, *SEARCHED), test_right, scheme)
         if not set(SEARCHED) <= set(names):
             continue
         seeds = max(len(s.runs[name, scheme]) for name in SEARCHED)
         how = "one seed" if seeds == 1 else f"up to {seeds} seeds"
         lines.append(
             f"- **{title}** ({how}; the rates of four bits), % of the questions: "
-            + s.listed(names, lambda name, scheme=scheme: s.right(name, scheme))  # type: ignore[misc]
+            + s.listed(names, partial(s.right, scheme=scheme))
             + f"; the student {s.right('student')}. Perplexity: "
-            + s.listed(
-                s.ordered(("rtn_minmax", *CALIBRATED, *SEARCHED), text_loss, scheme, 1),
-                lambda name, scheme=scheme: s.perplexity(name, scheme),  # type: ignore[misc]
-            )
+            + s.listed(s.ordered(names, text_loss, scheme, 1), partial(s.perplexity, scheme=scheme))
             + "."
         )
     return lines
@@ -242,7 +240,7 @@ def _variants_said(s: Said) -> list[str]:
 
 
 def _costs_said(costs: Runs) -> list[str]:
-    names = [name for name in (*CALIBRATED, *SEARCHED) if least_seconds(costs.get((name, SCHEME), {}).values())]
+    names = [name for name in COMPARED if least_seconds(costs.get((name, SCHEME), {}).values())]
     if not names:
         return []
     seconds = ", ".join(f"{NAMES[name]} {least_seconds(costs[name, SCHEME].values())}" for name in names)
@@ -250,8 +248,7 @@ def _costs_said(costs: Runs) -> list[str]:
 
 
 def why_said(folder: Path, student: str | None) -> list[str]:
-    path = folder / "why.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = read_object(folder / "why.json")
     if not content or content["student"] != student or not content["grace"]["entropy"]:
         return []
     grace, rounded = content["grace"], content["rtn_minmax"]
@@ -283,13 +280,11 @@ def _number(value: float | None, digits: int) -> str:
 
 def runtimes_said(folder: Path, runs: Runs) -> list[str]:
     """If the model that was asked is the GRACE of one of these rows."""
-    path = folder / "runtimes.json"
-    if not path.is_file():
+    content = read_object(folder / "runtimes.json")
+    made = {row["weights"] for row in runs.get(("grace", SCHEME), {}).values() if "weights" in row}
+    if content.get("weights") not in made:
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
     found = content["answers"]
-    if content["weights"] not in {row.get("weights") for row in runs.get(("grace", SCHEME), {}).values()}:
-        return []
     titles = {"llama_cpp": "llama.cpp", "vllm": "vLLM's CPU build"}
     told = [
         f"{titles[name]} {sum(one['said'][name] == one['said']['engine'] for one in found)} times "
@@ -306,18 +301,16 @@ def runtimes_said(folder: Path, runs: Runs) -> list[str]:
     ]
 
 
-def language_said(folder: Path, small: Runs) -> list[str]:
+def language_said(runs: Runs, small: Runs) -> list[str]:
     """Of SmolLM2 alone: itself, before it was rounded, is the teacher."""
-    runs, _ = collect([folder / f"{name}.jsonl" for name in ("others", "variants", "headline")])
     if not {("student", "bf16"), *((name, SCHEME) for name in ("rtn_minmax", "rtn", *SEARCHED))} <= runs.keys():
         return []
     s = Said(runs)
     more = [100 * math.expm1(s.mean(name, text_loss) - s.mean("student", text_loss)) for name in ("rtn_minmax", "rtn")]
-    shown = lambda name: f"{s.perplexity(name)} (KL {s.kl(name)})"  # noqa: E731
     lines = [
         f"- **Four bits cost** {more[0]:.0f} % of perplexity with min-max scales, {more[1]:.0f} with MSE scales.",
         "- **Perplexity and KL to BF16**, best first: "
-        + s.listed(s.ordered((*CALIBRATED, *SEARCHED), text_loss, sign=1), shown)
+        + s.listed(s.ordered(COMPARED, text_loss, sign=1), s.both)
         + f". GRACE - QAT: log perplexity {s.gap('GRACE - QAT', 'log perplexity')}, KL "
         f"{s.gap('GRACE - QAT', 'KL to BF16')}; GRACE - plain distillation: log perplexity "
         f"{s.gap('GRACE - QAT with plain distillation', 'log perplexity')}, KL "
@@ -328,7 +321,7 @@ def language_said(folder: Path, small: Runs) -> list[str]:
         rules = t.ordered((*ROUNDED, *OTHER_RULES), text_loss, sign=1)
         lines.append(
             "- **Scale rules without training** (`small`): "
-            + "; ".join(f"{LABELS[name]} {t.perplexity(name)} (KL {t.kl(name)})" for name in rules)
+            + "; ".join(f"{LABELS[name]} {t.both(name)}" for name in rules)
             + "."
         )
     if ("sft", "bf16") in runs:
@@ -337,9 +330,9 @@ def language_said(folder: Path, small: Runs) -> list[str]:
             f"{s.perplexity('sft')} and a KL to itself before of {s.kl('sft')}."
         )
     if set(SEARCHED) <= {name for name, scheme in runs if scheme == "w3g64"}:
-        names = s.ordered(("rtn_minmax", *CALIBRATED, *SEARCHED), text_loss, "w3g64", 1)
-        shown_at_three = s.listed(names, lambda name: s.perplexity(name, "w3g64"))
-        lines.append(f"- **At three bits** (one seed): {shown_at_three}.")
+        names = s.ordered((*ROUNDED, *SEARCHED), text_loss, "w3g64", 1)
+        shown = s.listed(names, partial(s.perplexity, scheme="w3g64"))
+        lines.append(f"- **At three bits** (one seed): {shown}.")
     lines += _parts_said(s) + _variants_said(s)
     if "awq_signed" in {name for name, _ in small} and ("from_signed_awq", SCHEME) in runs:
         t = Said(small)
@@ -357,9 +350,7 @@ def language_said(folder: Path, small: Runs) -> list[str]:
         lines.append(
             "- **Other changes**, the first seed of each, beside GRACE's "
             f"({Said(first).perplexity('grace')}, KL {Said(first).kl('grace')}), best perplexity first: "
-            + ", ".join(
-                f"`{name}` {t.perplexity(name)} (KL {t.kl(name)})" for name in t.ordered(once, text_loss, sign=1)
-            )
+            + ", ".join(f"`{name}` {t.both(name)}" for name in t.ordered(once, text_loss, sign=1))
             + "."
         )
     return lines

@@ -26,7 +26,7 @@ from smollm2_jobs import (
     first_stage,
     recipe_of,
 )
-from smollm2_rows import append_row, claim, key_of, read_rows, shown_of
+from smollm2_rows import append_row, claim, key_of, read_rows, shown_of, words_of
 
 
 class Deadline(Protocol):
@@ -144,7 +144,7 @@ class Table:
                     return False
                 started = time.monotonic()
                 if not self.beside:
-                    print(f"  {' '.join(str(part) for part in job.key if part is not None)} ...", flush=True)
+                    print(f"  {' '.join(words_of(job.key))} ...", flush=True)
                 row = self.row(job)
                 row |= {"seconds": round(time.monotonic() - started, 1), "beside": self.beside}
                 append_row(self.path, row)

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from record import commit_name
-from smollm2 import WORLD
+from smollm2 import WORLD, run
 from smollm2_jobs import RUNS, SCHEME, Job, recipe_of, searched_rates
 from smollm2_rows import OUT
 from smollm2_table import digest_of
 
 from grace_vlm.checkpoint.atomic import write_json_atomic
-from grace_vlm.cli.output import fail
-from grace_vlm.errors import GraceError
 
 KEPT, ROUNDED = RUNS / "grace", RUNS / "rtn_minmax"
 KEPT_OF = KEPT / "student.txt"
@@ -82,7 +80,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GraceError as error:
-        fail(f"{error} (docs/results.md has the commands in their order)", error.exit_code)
+    run(main)
